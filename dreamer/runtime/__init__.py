@@ -1,0 +1,1 @@
+"""The running of experiments: training, evaluation, checkpoints, logs and what a person sees."""
