@@ -1,0 +1,53 @@
+"""Settings of the whole suite: the CPU, one compilation cache, no skip that is not on the checked-in list."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Before anything imports jax; worker processes inherit them.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+
+# The same examples every time: a failure on another machine can be seen again on this one.
+hypothesis.settings.register_profile("dreamer", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("dreamer")
+
+
+def allowed_skips() -> list[str]:
+    """Patterns of test ids that may be skipped, from tests/allowed_skips.txt."""
+    lines = (ROOT / "tests" / "allowed_skips.txt").read_text().splitlines()
+    return [line for raw in lines if (line := raw.split("#")[0].strip())]
+
+
+def _fail_if_not_allowed(report: pytest.TestReport | pytest.CollectReport) -> None:
+    """Turns a skip into a failure unless the list allows it. Expected failures are no skips."""
+    if report.outcome != "skipped" or hasattr(report, "wasxfail"):
+        return
+    if any(fnmatch.fnmatchcase(report.nodeid, pattern) for pattern in allowed_skips()):
+        return
+    reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr
+    report.outcome = "failed"
+    report.longrepr = f"{report.nodeid} was skipped ({reason}), and tests/allowed_skips.txt does not list it"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[None]:
+    report = yield
+    _fail_if_not_allowed(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Iterator[None]:
+    report = yield
+    _fail_if_not_allowed(report)
+    return report
