@@ -1,0 +1,185 @@
+"""Behaviour learned inside the world model's dreams: policy, critic, lambda-returns and their losses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dreamer.config import ActorCriticConfig, ModelConfig
+from dreamer.distributions import Distribution, MultiOneHot, Normal, OneHot, TwoHot
+from dreamer.networks import MLP, Linear
+from dreamer.types import Space, Spaces
+from dreamer.world_model import TwoHotHead
+
+sg = jax.lax.stop_gradient
+
+ReturnScale = dict[str, jax.Array]
+
+
+class ActionHead(nnx.Module):
+    """One action's distribution from the policy's last layer (..., units)."""
+
+    def __init__(self, units: int, space: Space, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.classes = space.classes
+        self.limits = (config.min_std, config.max_std)
+        if space.kind == "discrete":
+            self.logits = Linear(units, space.flat_width, scale=0.01, rngs=rngs)
+        else:
+            self.mean = Linear(units, space.flat_width, scale=0.01, rngs=rngs)
+            self.std = Linear(units, space.flat_width, scale=0.01, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> Distribution:
+        if self.classes is None:
+            return Normal.bounded(self.mean(x), self.std(x), *self.limits)
+        logits = self.logits(x)
+        return OneHot(logits) if len(self.classes) == 1 else MultiOneHot(logits, self.classes)
+
+
+class Policy(nnx.Module):
+    """Feature (..., F) -> one distribution per action; sampled, they lie side by side in key order (..., A)."""
+
+    def __init__(self, inputs: int, actions: Spaces, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.mlp = MLP(inputs, config.units, config.policy_layers, rngs=rngs)
+        self.heads = nnx.Dict({k: ActionHead(config.units, actions[k], config, rngs=rngs) for k in sorted(actions)})
+
+    def __call__(self, x: jax.Array) -> dict[str, Distribution]:
+        x = self.mlp(x)
+        return {key: head(x) for key, head in self.heads.items()}
+
+    def sample(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+        """Actions (..., A) at least float32, one-hot where discrete; no gradient. The mode where key is None."""
+        dists = self(x)
+        keys = [None] * len(dists) if key is None else jax.random.split(key, len(dists))
+        return sg(jnp.concatenate([d.sample(k) for d, k in zip(dists.values(), keys, strict=True)], -1))
+
+
+def lambda_return(rewards: jax.Array, values: jax.Array, discounts: jax.Array, lambdas: jax.Array | float) -> jax.Array:
+    """Returns (M, T-1) of sequences (M, T); entry t looks at rewards, values and discounts from t+1 on.
+
+    Rₜ = rₜ₊₁ + γₜ₊₁((1-λₜ₊₁)vₜ₊₁ + λₜ₊₁Rₜ₊₁), bootstrapped with the last value (paper v2, eq. 8)::
+
+        index        0      1      2   ...  T-1
+        uses         -      r,v,γ  r,v,γ    r,v,γ
+        gives        R0     R1     R2  ...  -
+    """
+    lambdas = jnp.broadcast_to(jnp.asarray(lambdas, values.dtype), values.shape)[:, 1:]
+    rewards, discounts, last = rewards[:, 1:], discounts[:, 1:], values[:, -1]
+    fixed = rewards + discounts * (1 - lambdas) * values[:, 1:]
+
+    def step(ret: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        fixed, carry_over = inputs
+        ret = fixed + carry_over * ret
+        return ret, ret
+
+    _, returns = jax.lax.scan(step, last, (fixed.T, (discounts * lambdas).T), reverse=True)
+    return returns.T
+
+
+def update_return_scale(scale: ReturnScale, returns: jax.Array, config: ActorCriticConfig) -> ReturnScale:
+    """EMA of the 5th and 95th percentile of all returns, starting at 0 without bias correction."""
+    low, high = jnp.percentile(sg(returns), jnp.asarray([config.return_low, config.return_high], returns.dtype))
+    mix = lambda old, new: (1 - config.return_rate) * old + config.return_rate * new  # noqa: E731
+    return {"low": mix(scale["low"], low), "high": mix(scale["high"], high)}
+
+
+def return_range(scale: ReturnScale, config: ActorCriticConfig) -> jax.Array:
+    """S = max(1, p95 - p5): small returns are never blown up (paper v2, eq. 12)."""
+    return jnp.maximum(config.return_limit, scale["high"] - scale["low"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Dream:
+    """An imagined batch: features (M, H+1, F) of the start and H states after it, actions (M, H, A) between them.
+
+    reward, cont (M, H+1): predicted at each state; everything without gradient.
+    """
+
+    features: jax.Array
+    actions: jax.Array
+    reward: jax.Array
+    cont: jax.Array
+
+
+def critic_loss(dist: TwoHot, target: jax.Array, slow_value: jax.Array) -> jax.Array:
+    """Cross entropy with the return, plus cross entropy with the slow critic's prediction as a regulariser."""
+    return dist.loss(sg(target)) + dist.loss(sg(slow_value))
+
+
+class ActorCritic(nnx.Module):
+    """Policy and critic. The slow critic's weights are kept outside, in the training state."""
+
+    def __init__(
+        self, feature: int, actions: Spaces, model: ModelConfig, config: ActorCriticConfig, *, rngs: nnx.Rngs
+    ) -> None:
+        self.config = nnx.static(config)
+        self.policy = Policy(feature, actions, model, rngs=rngs)
+        self.value = TwoHotHead(feature, model.units, model.value_layers, model.bins, rngs=rngs)
+
+    def imagination_loss(
+        self, dream: Dream, slow_critic: nnx.Module, scale: ReturnScale
+    ) -> tuple[dict[str, jax.Array], jax.Array, ReturnScale, dict[str, jax.Array]]:
+        """Losses {policy, value: (M, H)}, returns (M, H), new return scale, metrics.
+
+        Policy (REINFORCE with return normalisation, paper v2, eq. 11), value (eq. 10)::
+
+            -w (ln π(a|z) sg((R - v) / S) + η H[π])
+             w (CE(v, twohot(R)) + CE(v, twohot(slow v)))
+        """
+        config = self.config
+        value_dist, policy_dists = self.value(dream.features), self.policy(dream.features[:, :-1])
+        value, slow_value = value_dist.mode(), slow_critic(dream.features).mode()
+        weight = sg(jnp.cumprod(dream.cont, 1))
+        returns = sg(lambda_return(dream.reward, value, dream.cont, config.lambda_))
+        scale = update_return_scale(scale, returns, config)
+        span = return_range(scale, config)
+        advantage = sg((returns - value[:, :-1]) / span)
+
+        log_prob, entropies, offset = jnp.zeros_like(returns), {}, 0
+        for key, dist in policy_dists.items():
+            entropies[key] = dist.entropy()
+            width = dist.mode().shape[-1]
+            log_prob = log_prob + dist.log_prob(dream.actions[..., offset : offset + width])
+            offset += width
+        entropy = sum(entropies.values())
+        losses = {"policy": -weight[:, :-1] * (log_prob * advantage + config.entropy * entropy)}
+        first = TwoHot(value_dist.logits[:, :-1])
+        losses["value"] = weight[:, :-1] * critic_loss(first, returns, slow_value[:, :-1])
+
+        normed = (returns - scale["low"]) / span
+        metrics = {
+            "adv": advantage.mean(),
+            "adv_std": advantage.std(),
+            "adv_mag": jnp.abs(advantage).mean(),
+            "rew": dream.reward.mean(),
+            "con": dream.cont.mean(),
+            "val": value.mean(),
+            "slowval": slow_value.mean(),
+            "weight": weight.mean(),
+            "tar": returns.mean(),
+            "ret": normed.mean(),
+            "ret_min": normed.min(),
+            "ret_max": normed.max(),
+            "ret_rate": (jnp.abs(normed) >= 1).astype(jnp.float32).mean(),
+        }
+        metrics.update({f"ent/{key}": entropy.mean() for key, entropy in entropies.items()})
+        return losses, returns, scale, metrics
+
+    def replay_loss(
+        self, features: jax.Array, slow_critic: nnx.Module, batch: dict[str, jax.Array], bootstrap: jax.Array
+    ) -> jax.Array:
+        """Critic loss (B, T-1) on replayed sequences, with gradient through `features` (B, T, F) into the world model.
+
+        Rₜ = rₜ₊₁ + liveₜ₊₁((1-contₜ₊₁)bₜ₊₁ + contₜ₊₁Rₜ₊₁), live = (1-is_terminal)γ, cont = (1-is_last)λ,
+        where bootstrap b (B, T) is the imagined return that starts at each state. Last steps have weight 0: their
+        successor in the sequence belongs to another episode.
+        """
+        config = self.config
+        last, terminal = batch["is_last"].astype(jnp.float32), batch["is_terminal"].astype(jnp.float32)
+        live = (1 - terminal) * (1 - 1 / config.discount_horizon)
+        returns = lambda_return(batch["reward"].astype(jnp.float32), bootstrap, live, (1 - last) * config.lambda_)
+        slow_value = slow_critic(sg(features)).mode()
+        dist = TwoHot(self.value(features).logits[:, :-1])
+        return (1 - last)[:, :-1] * critic_loss(dist, returns, slow_value[:, :-1])

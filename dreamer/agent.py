@@ -1,0 +1,299 @@
+"""The agent: what acts, and what one training step does with a batch. Everything a run learns lives in `TrainState`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx, serialization
+
+from dreamer.actor_critic import ActorCritic, Dream
+from dreamer.coders import one_hot
+from dreamer.config import Config
+from dreamer.optimizer import make_optimizer, root_mean_square, update_slow
+from dreamer.rssm import State, feature
+from dreamer.types import Field, Spaces
+from dreamer.world_model import WorldModel
+
+sg = jax.lax.stop_gradient
+
+#: Nested plain dicts of arrays: params, slow_value, opt, return_scale {low, high}, updates, key.
+TrainState = dict[str, Any]
+Batch = Mapping[str, jax.Array]
+
+#: Named random streams: every key is fold_in(fold_in(run_key, stream), counter).
+STREAMS = {"init": 0, "policy": 1, "train": 2, "eval": 3, "report": 4}
+
+
+def stream_key(run_key: jax.Array, stream: str, counter: int | jax.Array) -> jax.Array:
+    """The key number `counter` of a named stream."""
+    return jax.random.fold_in(jax.random.fold_in(run_key, STREAMS[stream]), counter)
+
+
+def text_keys(tree: Any) -> Any:
+    """Nested dicts with every key as text: NNX numbers the items of lists, checkpoints know only names."""
+    return {str(k): text_keys(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
+
+
+def like_keys(template: Any, tree: Any) -> Any:
+    """The inverse of `text_keys`, with the keys of `template`."""
+    return {k: like_keys(v, tree[str(k)]) for k, v in template.items()} if isinstance(template, dict) else tree
+
+
+class DreamerModel(nnx.Module):
+    """All trained networks."""
+
+    def __init__(self, observations: Spaces, actions: Spaces, config: Config, *, rngs: nnx.Rngs) -> None:
+        width = config.model.deter + config.model.stoch * config.model.classes
+        action = sum(space.flat_width for space in actions.values())
+        discount = 1 - 1 / config.actor_critic.discount_horizon
+        self.world_model = WorldModel(observations, action, config.model, config.loss, discount, rngs=rngs)
+        self.actor_critic = ActorCritic(width, actions, config.model, config.actor_critic, rngs=rngs)
+
+
+class Agent:
+    """Pure functions over a `TrainState`, jit-compiled once each.
+
+    observations, actions: spaces by name; config: the whole configuration; dtype: of activations.
+    """
+
+    def __init__(self, observations: Spaces, actions: Spaces, config: Config, dtype: jnp.dtype = jnp.float32) -> None:
+        self.observations, self.actions, self.config = dict(observations), dict(sorted(actions.items())), config
+        self.dtype = jnp.dtype(dtype)
+        self.optimizer = make_optimizer(config.optimizer)
+        model = nnx.eval_shape(lambda: DreamerModel(self.observations, self.actions, config, rngs=nnx.Rngs(params=0)))
+        self.extras: dict[str, Field] = model.world_model.rssm.stored()
+        self.graph, state = nnx.split(model)
+        self.critic_graph = nnx.graphdef(model.actor_critic.value)
+        self.loss_scales = self._loss_scales(model)
+        self.numbered = nnx.to_pure_dict(state)
+        self.opt_template = jax.eval_shape(self.optimizer.init, text_keys(self.numbered))
+        self.init = jax.jit(self._init)
+        self.policy = jax.jit(self._policy, donate_argnums=1)
+        self.train_step = jax.jit(self._train_step, donate_argnums=0)
+        self.report = jax.jit(self._report)
+
+    # Acting
+
+    def init_policy(self, envs: int) -> dict[str, jax.Array]:
+        """The policy's carry before the first observation: model state (N, ...) and previous action (N, A)."""
+        model, width = self.config.model, sum(space.flat_width for space in self.actions.values())
+        return {
+            "deter": jnp.zeros((envs, model.deter), self.dtype),
+            "stoch": jnp.zeros((envs, model.stoch, model.classes), self.dtype),
+            "action": jnp.zeros((envs, width), self.dtype),
+        }
+
+    def _policy(
+        self, params: Any, carry: dict[str, jax.Array], obs: Batch, key: jax.Array | None
+    ) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, jax.Array]]:
+        """Look at `obs` (N, ...) incl. is_first, choose actions: (carry, action by name, extras to store in replay).
+
+        key=None takes the most likely action from the most likely state.
+        """
+        model = self._merge(params)
+        observe_key, act_key = (None, None) if key is None else jax.random.split(key)
+        previous = {k: carry[k] for k in ("deter", "stoch")}
+        rssm = model.world_model.rssm
+        tokens = model.world_model.encoder(obs, obs["is_first"].shape, self.dtype)
+        state, _ = rssm.observe_step(previous, carry["action"], tokens, obs["is_first"], observe_key)
+        flat = model.actor_critic.policy.sample(feature(state), act_key)
+        carry = {**state, "action": flat.astype(self.dtype)}
+        return carry, self._split_action(flat), rssm.pack(state)
+
+    # Learning
+
+    def _init(self, run_key: jax.Array) -> TrainState:
+        """A fresh TrainState from the run's key (raw key data or typed key)."""
+        rngs = nnx.Rngs(params=stream_key(run_key, "init", 0))
+        model = DreamerModel(self.observations, self.actions, self.config, rngs=rngs)
+        params = text_keys(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+        return {
+            "params": params,
+            "slow_value": jax.tree.map(jnp.array, params["actor_critic"]["value"]),
+            "opt": serialization.to_state_dict(self.optimizer.init(params)),
+            "return_scale": {"low": jnp.zeros((), jnp.float32), "high": jnp.zeros((), jnp.float32)},
+            "updates": jnp.zeros((), jnp.int32),
+            "key": run_key,
+        }
+
+    def _train_step(
+        self, state: TrainState, batch: Batch
+    ) -> tuple[TrainState, dict[str, jax.Array], dict[str, jax.Array]]:
+        """One update: (new state, latents (B, T, ...) to write back, metrics).
+
+        batch (B, T+1, ...): one context step and T trained steps of everything `replay_fields` names.
+        """
+        key = stream_key(state["key"], "train", state["updates"])
+        slices = self.config.optimizer.accumulate
+        if slices == 1:
+            grads, (scale, latents, metrics) = self._gradients(state, batch, key)
+        else:
+            parts = jax.tree.map(lambda x: x.reshape(slices, -1, *x.shape[1:]), dict(batch))
+            grads, (scale, latents, metrics) = self._accumulate(state, parts, jax.random.split(key, slices))
+        params = state["params"]
+        opt = serialization.from_state_dict(self.opt_template, state["opt"])
+        updates, opt = self.optimizer.update(grads, opt, params)
+        params = optax.apply_updates(params, updates)
+        slow_rate = self.config.actor_critic.slow_rate
+        new = {
+            "params": params,
+            "slow_value": update_slow(state["slow_value"], params["actor_critic"]["value"], slow_rate),
+            "opt": serialization.to_state_dict(opt),
+            "return_scale": scale,
+            "updates": state["updates"] + 1,
+            "key": state["key"],
+        }
+        metrics["opt/grad_norm"] = optax.tree.norm(grads)
+        metrics["opt/grad_rms"] = root_mean_square(grads)
+        metrics["opt/update_rms"] = root_mean_square(updates)
+        metrics["opt/param_rms"] = root_mean_square(params)
+        metrics["opt/updates"] = new["updates"]
+        return new, latents, metrics
+
+    def _gradients(self, state: TrainState, batch: Batch, key: jax.Array) -> tuple[Any, tuple]:
+        loss = jax.grad(self.loss, has_aux=True)
+        return loss(state["params"], state["slow_value"], state["return_scale"], batch, key)
+
+    def _accumulate(self, state: TrainState, parts: Batch, keys: jax.Array) -> tuple[Any, tuple]:
+        """Gradients averaged over equal slices (slices, B/slices, T+1, ...), one in memory at a time.
+
+        Each slice takes its own return percentiles, and the new return scale is their mean; all else is exact.
+        """
+
+        def step(total: Any, inputs: tuple) -> tuple[Any, tuple]:
+            grads, outputs = self._gradients(state, *inputs)
+            return jax.tree.map(jnp.add, total, grads), outputs
+
+        count = keys.shape[0]
+        total, (scale, latents, metrics) = jax.lax.scan(
+            step, jax.tree.map(jnp.zeros_like, state["params"]), (parts, keys)
+        )
+        grads = jax.tree.map(lambda g: g / count, total)
+        latents = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), latents)
+        return grads, (jax.tree.map(lambda x: x.mean(0), scale), latents, jax.tree.map(lambda x: x.mean(0), metrics))
+
+    def loss(
+        self, params: Any, slow_value: Any, return_scale: dict[str, jax.Array], batch: Batch, key: jax.Array | None
+    ) -> tuple[jax.Array, tuple]:
+        """The one weighted sum of all loss terms, and (new return scale, latents to write back, metrics)."""
+        config, model = self.config, self._merge(params)
+        world_key, dream_key = (None, None) if key is None else jax.random.split(key)
+        slow_critic = self.slow_critic(slow_value)
+        rssm, behaviour = model.world_model.rssm, model.actor_critic
+
+        context, actions, trained = self.split_batch(rssm, batch)
+        observed = model.world_model.loss(context, actions, trained, world_key)
+
+        length = actions.shape[1]
+        last = config.actor_critic.imagine_last or length
+        recent = jax.tree.map(lambda x: x[:, length - last :], (observed.states, dict(trained)))
+        starts = jax.tree.map(lambda x: sg(x).reshape(-1, *x.shape[2:]), recent[0])
+        dream = self.dream(model, starts, dream_key)
+        losses, returns, return_scale, metrics = behaviour.imagination_loss(dream, slow_critic, return_scale)
+        bootstrap = returns[:, 0].reshape(-1, last)
+        losses["repval"] = behaviour.replay_loss(feature(recent[0]), slow_critic, recent[1], bootstrap)
+        losses.update(observed.losses)
+
+        scales = self.loss_scales
+        if set(scales) != set(losses):
+            raise ValueError(f"loss terms {sorted(losses)} and their scales {sorted(scales)} differ")
+        means = {name: term.mean() for name, term in losses.items()}
+        total = sum(scales[name] * mean for name, mean in means.items())
+        metrics.update(observed.metrics)
+        for name, space in self.actions.items():
+            if space.classes is not None:
+                metrics[f"rand/{name}"] = metrics[f"ent/{name}"] / sum(jnp.log(float(n)) for n in space.classes)
+        metrics.update({f"loss/{name}": mean for name, mean in means.items()})
+        metrics["opt/loss"] = total
+        return total, (return_scale, rssm.pack(sg(observed.states)), metrics)
+
+    def dream(self, model: DreamerModel, starts: State, key: jax.Array | None) -> Dream:
+        """Imagine H steps from `starts` (M, ...), all without gradient; reward and continue read at all H+1 states."""
+        world_model, policy = model.world_model, model.actor_critic.policy
+        act = lambda state, key: policy.sample(feature(state), key).astype(self.dtype)  # noqa: E731
+        states, actions = world_model.rssm.imagine(starts, act, self.config.actor_critic.horizon, key)
+        path = jax.tree.map(lambda a, b: jnp.concatenate([a[:, None], b], 1), starts, states)
+        x = sg(feature(path))
+        return Dream(x, sg(actions), sg(world_model.reward(x).mode()), sg(world_model.cont(x).mode()))
+
+    def split_batch(self, rssm: nnx.Module, batch: Batch) -> tuple[State, jax.Array, dict[str, jax.Array]]:
+        """(context state (B, ...), actions (B, T, A) that led to each trained step, trained steps (B, T, ...))::
+
+        stored step      0 (context)   1        2      ...  T
+        trained as       -             t=0      t=1         t=T-1
+        action used      a0 ---------> t=0
+                                       a1 ----> t=1
+        """
+        context = rssm.unpack({k: batch[k][:, 0] for k in self.extras}, self.dtype)
+        taken = {k: batch[k][:, :-1] for k in self.actions}
+        skip = (*self.extras, *self.actions)
+        return context, self._join_action(taken), {k: v[:, 1:] for k, v in batch.items() if k not in skip}
+
+    def _loss_scales(self, model: DreamerModel) -> dict[str, float]:
+        """Scale of every loss term by name; one per reconstructed observation key."""
+        config = self.config.loss
+        scales = {key: config.reconstruction for key in model.world_model.objective.decoder.spaces}
+        scales |= {"rew": config.reward, "con": config.cont, "dyn": config.dyn, "rep": config.rep}
+        return scales | {"policy": config.policy, "value": config.value, "repval": config.replay_value}
+
+    # Looking
+
+    def _report(self, params: Any, batch: Batch, key: jax.Array) -> dict[str, dict[str, jax.Array]]:
+        """Open-loop prediction: observe half of each sequence, dream the rest along the real actions.
+
+        Returns {"true", "pred"}: observation key -> (B, T, ...) as the decoder's targets and modes are (images in
+        [0, 1]). The first T // 2 steps of "pred" are reconstructions.
+        """
+        model = self._merge(params)
+        rssm, objective = model.world_model.rssm, model.world_model.objective
+        context, actions, trained = self.split_batch(rssm, batch)
+        length = actions.shape[1]
+        half = length // 2
+        observe_key, dream_key = jax.random.split(key)
+        tokens = model.world_model.encoder(trained, actions.shape[:2], self.dtype)
+        seen = (actions[:, :half], tokens[:, :half], trained["is_first"][:, :half])
+        observed, _ = rssm.observe(context, *seen, observe_key)
+        start = jax.tree.map(lambda x: x[:, -1], observed)
+        dreamed = rssm.imagine_actions(start, actions[:, half:], dream_key)
+        states = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), observed, dreamed)
+        pred = {key: output.mode() for key, output in objective.predict(states).items()}
+        return {"true": objective.decoder.targets(trained), "pred": pred}
+
+    # Plumbing
+
+    def _merge(self, params: Any) -> DreamerModel:
+        return nnx.merge(self.graph, like_keys(self.numbered, params))
+
+    def slow_critic(self, slow_value: Any) -> nnx.Module:
+        """The critic's module with the slow weights in it."""
+        return nnx.merge(self.critic_graph, like_keys(self.numbered["actor_critic"]["value"], slow_value))
+
+    def _join_action(self, actions: Mapping[str, jax.Array]) -> jax.Array:
+        """Actions by name -> (..., A): one-hot where discrete, side by side in key order."""
+        parts = []
+        for key, space in self.actions.items():
+            value = actions[key]
+            if space.kind == "discrete":
+                parts.append(one_hot(value, space, self.dtype))
+            else:
+                batch = value.shape[: value.ndim - len(space.shape)]
+                parts.append(value.reshape(*batch, -1).astype(self.dtype))
+        return jnp.concatenate(parts, -1)
+
+    def _split_action(self, flat: jax.Array) -> dict[str, jax.Array]:
+        """(..., A) -> actions by name, as the environments take them: class indices int32, vectors float32."""
+        actions, offset = {}, 0
+        for key, space in self.actions.items():
+            part = flat[..., offset : offset + space.flat_width]
+            offset += space.flat_width
+            if space.classes is not None:
+                cuts = [sum(space.classes[:i]) for i in range(1, len(space.classes))]
+                index = [piece.argmax(-1) for piece in jnp.split(part, cuts, -1)]
+                part = jnp.stack(index, -1).astype(jnp.int32)
+            actions[key] = part.reshape(*flat.shape[:-1], *space.shape).astype(space.dtype)
+        return actions

@@ -1,0 +1,277 @@
+"""Every option of the project: name, type, default, unit and meaning, each exactly once.
+
+The tree of frozen, validated dataclasses below *is* the configuration. YAML presets and command-line
+overrides (see `presets.py`) only change values; an unknown key or a value of the wrong type is an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import pydantic
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+_STRICT = ConfigDict(extra="forbid", validate_default=True)
+
+
+def option(default: Any, meaning: str, unit: str | None = None, resume: bool = False, **limits: Any) -> Any:
+    """One option. `resume`: may change when a run is resumed. `limits`: pydantic's ge, gt, le, lt."""
+    extra = {"unit": unit, "resume": resume}
+    if callable(default):
+        return Field(default_factory=default, description=meaning, json_schema_extra=extra, **limits)
+    return Field(default=default, description=meaning, json_schema_extra=extra, **limits)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RunConfig:
+    """The training loop: how long, how often, how much."""
+
+    agent_steps: int = option(1_100_000, "Length of the run", "agent steps", resume=True, gt=0)
+    train_ratio: float = option(256.0, "Replayed steps per collected agent step", gt=0)
+    batch_size: int = option(16, "Sequences per update (B)", gt=0)
+    batch_length: int = option(64, "Trained steps per sequence (T), the context step not counted", "steps", ge=2)
+    log_every: int = option(1000, "Interval between metric writes", "agent steps", resume=True, gt=0)
+    report_every: int | None = option(20_000, "Interval between dream videos; null: none", "agent steps", resume=True)
+    eval_every: int | None = option(None, "Interval between evaluations; null: none", "agent steps", resume=True)
+    eval_episodes: int = option(10, "Episodes per evaluation", "episodes", resume=True, gt=0)
+    eval_envs: int = option(4, "Environments stepped together in evaluation", resume=True, gt=0)
+    eval_policy: Literal["mode", "sample"] = option(
+        "mode", "Actions in evaluation: most likely or sampled", resume=True
+    )
+    final_eval: bool = option(False, "Evaluate once more when the run ends", resume=True)
+    checkpoint_every: int | None = option(
+        None, "Interval between checkpoints; null: by time only", "agent steps", resume=True
+    )
+    checkpoint_minutes: float = option(15.0, "Interval between checkpoints by the clock", "minutes", resume=True, gt=0)
+    checkpoint_keep: int = option(2, "Newest checkpoints kept", resume=True, ge=1)
+    checkpoint_milestones: int | None = option(
+        None, "Keep one checkpoint for ever each so many", "agent steps", resume=True
+    )
+    platform: Literal["auto", "cpu", "gpu", "tpu"] = option(
+        "auto", "Device kind; auto: the fastest present", resume=True
+    )
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "Dtype of activations; auto: bfloat16 on accelerators, float32 on the CPU"
+    )
+    display: bool = option(True, "Live progress display in a terminal", resume=True)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class AtariConfig:
+    """Atari through ale-py."""
+
+    repeat: int = option(4, "Emulator frames per agent step", "frames", ge=1)
+    size: tuple[int, int] = option((64, 64), "Image height and width", "pixels")
+    gray: bool = option(False, "One gray channel instead of RGB")
+    sticky: float = option(0.0, "Chance that the emulator repeats its last action", ge=0, le=1)
+    actions: Literal["minimal", "all"] = option("minimal", "Action set")
+    noops: int = option(30, "Most no-op actions at the start of an episode", "agent-free frames", ge=0)
+    pooling: int = option(2, "Raw frames whose maximum is the observation", "frames", ge=1)
+    max_frames: int = option(108_000, "Time limit of an episode", "frames", gt=0)
+    terminal_on_life_loss: bool = option(False, "Mark a lost life as terminal for the learner (episode goes on)")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DmcConfig:
+    """DeepMind Control suite."""
+
+    repeat: int = option(1, "Simulation control steps per agent step", "steps", ge=1)
+    pixels: bool = option(False, "Observe a rendered image instead of the state vectors")
+    size: tuple[int, int] = option((64, 64), "Image height and width", "pixels")
+    camera: int | None = option(None, "Camera; null: 0, for the quadruped 2")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class CrafterConfig:
+    """Crafter."""
+
+    size: tuple[int, int] = option((64, 64), "Image height and width", "pixels")
+    reward: bool = option(True, "false: Crafter's no-reward variant")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class GymConfig:
+    """Any Gymnasium environment."""
+
+    repeat: int = option(1, "Environment steps per agent step", "steps", ge=1)
+    render: bool = option(False, "Observe the rendered image instead of the environment's own observation")
+    size: tuple[int, int] | None = option(None, "Resize images to height and width; null: as they come", "pixels")
+    kwargs: dict[str, Any] = option(dict, "Keyword arguments for gymnasium.make")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ToyConfig:
+    """The built-in catch game."""
+
+    size: int = option(32, "Image height and width", "pixels", ge=16)
+    balls: int = option(3, "Balls that fall in one episode", ge=1)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EnvConfig:
+    """Environments: how many, where they run, and each suite's own options."""
+
+    num_envs: int = option(16, "Training environments stepped together (N)", gt=0)
+    workers: Literal["auto", "inline", "process"] = option(
+        "auto", "inline: in the training process; process: one worker each; auto: what the suite prefers"
+    )
+    time_limit: int | None = option(
+        None, "Cut episodes after so many; null: the environment's own limit", "agent steps"
+    )
+    atari: AtariConfig = option(AtariConfig, "Atari")
+    dmc: DmcConfig = option(DmcConfig, "DeepMind Control")
+    crafter: CrafterConfig = option(CrafterConfig, "Crafter")
+    gym: GymConfig = option(GymConfig, "Gymnasium")
+    toy: ToyConfig = option(ToyConfig, "Built-in toy")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ReplayConfig:
+    """The replay buffer."""
+
+    capacity: int = option(5_000_000, "Steps kept, over all environments", "agent steps", gt=0)
+    online: bool = option(True, "Train once on each new stretch of data, ahead of uniform samples")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ModelConfig:
+    """The world model's and the behaviour's networks. `configs/sizes/` set deter, hidden, classes, units, depth."""
+
+    deter: int = option(2048, "Units of the deterministic state (D)", gt=0)
+    hidden: int = option(256, "Units of the layers inside the RSSM", gt=0)
+    stoch: int = option(32, "Categorical latent variables (S)", gt=0)
+    classes: int = option(16, "Classes per latent variable (K)", ge=2)
+    blocks: int = option(8, "Blocks of the block-linear layers (G)", gt=0)
+    units: int = option(256, "Units of the layers outside the RSSM", gt=0)
+    depth: int = option(16, "Channels of the convolutions, times the multipliers", gt=0)
+    depth_multipliers: tuple[int, ...] = option((2, 3, 4, 4), "Channel multipliers by stage; the last repeats")
+    kernel: int = option(5, "Convolution kernel side", "pixels", gt=0)
+    encoder_keys: str = option(".*", "Regular expression: observation keys the encoder reads")
+    decoder_keys: str = option(".*", "Regular expression: observation keys the decoder predicts")
+    encoder_layers: int = option(3, "Dense layers of the vector encoder", ge=1)
+    decoder_layers: int = option(3, "Dense layers of the vector decoder", ge=1)
+    prior_layers: int = option(2, "Dense layers before the prior logits", ge=1)
+    posterior_layers: int = option(1, "Dense layers before the posterior logits", ge=1)
+    reward_layers: int = option(1, "Dense layers of the reward head", ge=1)
+    cont_layers: int = option(1, "Dense layers of the continue head", ge=1)
+    policy_layers: int = option(3, "Dense layers of the policy", ge=1)
+    value_layers: int = option(3, "Dense layers of the critic", ge=1)
+    bins: int = option(255, "Two-hot bins of reward and value (odd)", ge=3)
+    unimix: float = option(0.01, "Uniform share mixed into prior and posterior", ge=0, le=1)
+    min_std: float = option(0.1, "Least standard deviation of a continuous policy", gt=0)
+    max_std: float = option(1.0, "Largest standard deviation of a continuous policy", gt=0)
+    remat: bool = option(False, "Recompute the convolutions and scans in the backward pass: slower, less memory")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class LossConfig:
+    """Loss terms."""
+
+    objective: Literal["reconstruction"] = option("reconstruction", "What the latents are trained to predict")
+    reconstruction: float = option(1.0, "Scale of each reconstruction loss", ge=0)
+    reward: float = option(1.0, "Scale of the reward loss", ge=0)
+    cont: float = option(1.0, "Scale of the continue loss", ge=0)
+    dyn: float = option(1.0, "Scale of KL(sg(posterior) || prior)", ge=0)
+    rep: float = option(0.1, "Scale of KL(posterior || sg(prior))", ge=0)
+    policy: float = option(1.0, "Scale of the policy loss", ge=0)
+    value: float = option(1.0, "Scale of the imagined value loss", ge=0)
+    replay_value: float = option(0.3, "Scale of the replayed value loss", ge=0)
+    free_nats: float = option(1.0, "KL below which no gradient flows", "nats", ge=0)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ActorCriticConfig:
+    """Behaviour learned in imagination."""
+
+    horizon: int = option(15, "Imagined steps (H)", "agent steps", ge=1)
+    imagine_last: int | None = option(
+        None, "Imagine from the last so many steps of a sequence; null: from all", "steps"
+    )
+    discount_horizon: float = option(333.0, "Horizon of the discount, 1 / (1 - gamma)", "agent steps", gt=1)
+    lambda_: float = option(0.95, "Mixing of the lambda-return", ge=0, le=1)
+    entropy: float = option(3e-4, "Scale of the entropy bonus", "per nat", ge=0)
+    return_rate: float = option(0.01, "EMA rate of the return percentiles", "per update", gt=0, le=1)
+    return_low: float = option(5.0, "Lower percentile of returns", "%", ge=0, le=100)
+    return_high: float = option(95.0, "Upper percentile of returns", "%", ge=0, le=100)
+    return_limit: float = option(1.0, "Least return scale", gt=0)
+    slow_rate: float = option(0.02, "EMA rate of the slow critic", "per update", gt=0, le=1)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class OptimizerConfig:
+    """Adaptive gradient clipping and LaProp."""
+
+    learning_rate: float = option(4e-5, "Learning rate after warm-up", gt=0)
+    warmup: int = option(1000, "Linear warm-up of the learning rate", "updates", ge=0)
+    clip: float = option(0.3, "Largest gradient norm as a share of the tensor's norm", gt=0)
+    clip_min_norm: float = option(1e-3, "Least tensor norm used for clipping", gt=0)
+    beta1: float = option(0.9, "Decay of the momentum", ge=0, lt=1)
+    beta2: float = option(0.999, "Decay of the second moment", ge=0, lt=1)
+    eps: float = option(1e-20, "Added to the root of the second moment", ge=0)
+    accumulate: int = option(1, "Equal slices of a batch whose gradients are averaged, for small memories", ge=1)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class LogConfig:
+    """What is written where."""
+
+    jsonl: bool = option(True, "Write metrics.jsonl and scores.jsonl", resume=True)
+    tensorboard: bool = option(True, "Write TensorBoard events", resume=True)
+    videos: bool = option(True, "Write episode and dream videos", resume=True)
+    video_every: int = option(20_000, "Interval between recorded training episodes", "agent steps", resume=True, gt=0)
+    video_fps: int = option(15, "Frames per second of videos", "1/s", resume=True, gt=0)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class Config:
+    """The whole configuration of a run."""
+
+    task: str = option("toy_catch", "Environment, as suite_name; `dreamer envs` lists them")
+    logdir: str = option("", "Folder of the run; empty: runs/TASK-DATE-seedN", resume=True)
+    seed: int = option(0, "Seed of everything random", ge=0)
+    from_checkpoint: str | None = option(None, "Logdir whose best or newest weights start this run")
+    from_checkpoint_parts: tuple[Literal["all", "world_model", "actor", "critic"], ...] = option(
+        ("all",), "Which parts --from_checkpoint copies"
+    )
+    run: RunConfig = option(RunConfig, "Training loop")
+    env: EnvConfig = option(EnvConfig, "Environments")
+    replay: ReplayConfig = option(ReplayConfig, "Replay buffer")
+    model: ModelConfig = option(ModelConfig, "Networks")
+    loss: LossConfig = option(LossConfig, "Loss terms")
+    actor_critic: ActorCriticConfig = option(ActorCriticConfig, "Behaviour")
+    optimizer: OptimizerConfig = option(OptimizerConfig, "Optimizer")
+    log: LogConfig = option(LogConfig, "Logging")
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> Config:
+        model, run, behaviour = self.model, self.run, self.actor_critic
+        if model.deter % model.blocks:
+            raise ValueError(
+                f"expected model.deter to be a multiple of model.blocks ({model.blocks}), got {model.deter}"
+            )
+        if model.bins % 2 == 0:
+            raise ValueError(f"expected an odd number of model.bins, got {model.bins}; add or remove one")
+        if model.min_std >= model.max_std:
+            raise ValueError(f"expected model.min_std < model.max_std, got {model.min_std} and {model.max_std}")
+        if run.batch_size % self.optimizer.accumulate:
+            raise ValueError(
+                f"expected run.batch_size ({run.batch_size}) to be a multiple of optimizer.accumulate, "
+                f"got {self.optimizer.accumulate}"
+            )
+        last = behaviour.imagine_last
+        if last is not None and not 2 <= last <= run.batch_length:
+            raise ValueError(f"expected 2 <= actor_critic.imagine_last <= run.batch_length, got {last}")
+        return self
+
+    @property
+    def updates_per_step(self) -> float:
+        """Gradient updates per agent step: train_ratio / (B * T)."""
+        return self.run.train_ratio / (self.run.batch_size * self.run.batch_length)
+
+    @property
+    def repeat(self) -> int:
+        """Environment frames per agent step, of the task's suite."""
+        suite = self.task.split("_", 1)[0]
+        suite = {"atari100k": "atari"}.get(suite, suite)
+        return getattr(getattr(self.env, suite, None), "repeat", 1)

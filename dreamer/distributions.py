@@ -1,0 +1,230 @@
+"""What heads return: distributions and losses that know how to score a target.
+
+Every head output has ``loss(target) -> (...)`` and ``mode()``; those that are sampled also have ``sample(key)``
+(``key=None`` gives the mode), ``log_prob(value)`` and ``entropy()``. All arithmetic is at least float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dreamer.networks import at_least_float32
+
+sg = jax.lax.stop_gradient
+
+
+def symlog(x: jax.Array) -> jax.Array:
+    """symlog(x) = sign(x) ln(1 + |x|) (paper v2, eq. 9)."""
+    return jnp.sign(x) * jnp.log1p(jnp.abs(x))
+
+
+def symexp(x: jax.Array) -> jax.Array:
+    """symexp(x) = sign(x) (exp(|x|) - 1), the inverse of symlog."""
+    return jnp.sign(x) * jnp.expm1(jnp.abs(x))
+
+
+def draw_class(key: jax.Array, probs: jax.Array) -> jax.Array:
+    """Sample class indices (...) from probabilities (..., K) by inverting the CDF at one uniform per variable."""
+    uniform = jax.random.uniform(key, probs.shape[:-1], probs.dtype)
+    below = jnp.cumsum(probs, -1) <= uniform[..., None]
+    # Rounding can leave the last cumulative sum below the uniform: the index must stay a class.
+    return jnp.minimum(below.sum(-1), probs.shape[-1] - 1)
+
+
+def draw_normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    """Standard normal noise."""
+    return jax.random.normal(key, shape, dtype)
+
+
+class Distribution(Protocol):
+    """What the policy head returns."""
+
+    def mode(self) -> jax.Array: ...
+    def sample(self, key: jax.Array | None) -> jax.Array: ...
+    def log_prob(self, value: jax.Array) -> jax.Array: ...
+    def entropy(self) -> jax.Array: ...
+
+
+class Output(Protocol):
+    """What every other head returns."""
+
+    def mode(self) -> jax.Array: ...
+    def loss(self, target: jax.Array) -> jax.Array: ...
+
+
+class OneHot:
+    """Independent categorical variables as one-hot vectors: logits (..., K), optionally mixed with a uniform.
+
+    ``probs = (1 - unimix) softmax(logits) + unimix / K`` (paper v2, "World model learning").
+    Samples carry straight-through gradients: the value is one-hot, the gradient that of the mixed probabilities.
+    """
+
+    def __init__(self, logits: jax.Array, unimix: float = 0.0) -> None:
+        logits = at_least_float32(logits)
+        self.log_probs = jax.nn.log_softmax(logits, -1)
+        if unimix:
+            probs = (1 - unimix) * jnp.exp(self.log_probs) + unimix / logits.shape[-1]
+            self.log_probs = jnp.log(probs)
+
+    @property
+    def probs(self) -> jax.Array:
+        return jnp.exp(self.log_probs)
+
+    def mode(self) -> jax.Array:
+        """Most likely class as a one-hot (..., K), with straight-through gradient."""
+        return self._straight_through(self.log_probs.argmax(-1))
+
+    def sample(self, key: jax.Array | None) -> jax.Array:
+        """A one-hot sample (..., K) with straight-through gradient; the mode where key is None."""
+        return self.mode() if key is None else self._straight_through(draw_class(key, sg(self.probs)))
+
+    def log_prob(self, value: jax.Array) -> jax.Array:
+        """Log-probability (...) of a one-hot value (..., K)."""
+        return (self.log_probs * value.astype(self.log_probs.dtype)).sum(-1)
+
+    def loss(self, target: jax.Array) -> jax.Array:
+        """Cross entropy (...) with a one-hot target (..., K)."""
+        return -self.log_prob(sg(target))
+
+    def entropy(self) -> jax.Array:
+        return -(self.probs * self.log_probs).sum(-1)
+
+    def kl(self, other: OneHot) -> jax.Array:
+        """KL(self || other), (...): one value per variable."""
+        return (self.probs * (self.log_probs - other.log_probs)).sum(-1)
+
+    def _straight_through(self, index: jax.Array) -> jax.Array:
+        probs = self.probs
+        return sg(jax.nn.one_hot(index, probs.shape[-1], dtype=probs.dtype)) + (probs - sg(probs))
+
+
+class MultiOneHot:
+    """Several independent categoricals of different sizes side by side: logits (..., sum(classes)).
+
+    Log-probabilities, losses and entropies are summed over the variables.
+    """
+
+    def __init__(self, logits: jax.Array, classes: Sequence[int]) -> None:
+        self.cuts = list(np.cumsum(classes)[:-1])
+        self.parts = [OneHot(part) for part in jnp.split(logits, self.cuts, -1)]
+
+    def mode(self) -> jax.Array:
+        return jnp.concatenate([part.mode() for part in self.parts], -1)
+
+    def sample(self, key: jax.Array | None) -> jax.Array:
+        keys = [None] * len(self.parts) if key is None else jax.random.split(key, len(self.parts))
+        return jnp.concatenate([part.sample(k) for part, k in zip(self.parts, keys, strict=True)], -1)
+
+    def log_prob(self, value: jax.Array) -> jax.Array:
+        values = jnp.split(value, self.cuts, -1)
+        return sum(part.log_prob(v) for part, v in zip(self.parts, values, strict=True))
+
+    def loss(self, target: jax.Array) -> jax.Array:
+        return -self.log_prob(sg(target))
+
+    def entropy(self) -> jax.Array:
+        return sum(part.entropy() for part in self.parts)
+
+
+class Normal:
+    """Independent normals, mean and std (..., A); log-probabilities and entropies summed over A."""
+
+    def __init__(self, mean: jax.Array, std: jax.Array) -> None:
+        self.mean, self.std = at_least_float32(mean), at_least_float32(std)
+
+    @classmethod
+    def bounded(cls, raw_mean: jax.Array, raw_std: jax.Array, low: float, high: float) -> Normal:
+        """Normal(tanh(m), (high - low) sigmoid(s + 2) + low): the policy of continuous actions."""
+        raw_mean, raw_std = at_least_float32(raw_mean), at_least_float32(raw_std)
+        return cls(jnp.tanh(raw_mean), (high - low) * jax.nn.sigmoid(raw_std + 2.0) + low)
+
+    def mode(self) -> jax.Array:
+        return self.mean
+
+    def sample(self, key: jax.Array | None) -> jax.Array:
+        return self.mean if key is None else self.mean + self.std * draw_normal(key, self.mean.shape, self.mean.dtype)
+
+    def log_prob(self, value: jax.Array) -> jax.Array:
+        z = (value.astype(self.mean.dtype) - self.mean) / self.std
+        return (-0.5 * jnp.square(z) - jnp.log(self.std) - 0.5 * jnp.log(2 * jnp.pi)).sum(-1)
+
+    def entropy(self) -> jax.Array:
+        return (jnp.log(self.std) + 0.5 * jnp.log(2 * jnp.pi * jnp.e)).sum(-1)
+
+
+class Bernoulli:
+    """A binary variable with logit (...); the target of the loss may be soft."""
+
+    def __init__(self, logit: jax.Array) -> None:
+        self.logit = at_least_float32(logit)
+
+    def mode(self) -> jax.Array:
+        """Probability of 1, (...)."""
+        return jax.nn.sigmoid(self.logit)
+
+    def loss(self, target: jax.Array) -> jax.Array:
+        """Cross entropy: -t ln p - (1 - t) ln(1 - p)."""
+        target = sg(target).astype(self.logit.dtype)
+        return -(target * jax.nn.log_sigmoid(self.logit) + (1 - target) * jax.nn.log_sigmoid(-self.logit))
+
+
+def twohot_bins(count: int) -> np.ndarray:
+    """Bins symexp(linspace(-20, 0)) mirrored: (count,) float32, symmetric, the middle one exactly 0."""
+    half = np.linspace(-20.0, 0.0, count // 2 + 1, dtype=np.float32)
+    half = np.sign(half) * np.expm1(np.abs(half))
+    return np.concatenate([half, -half[:-1][::-1]]).astype(np.float32)
+
+
+class TwoHot:
+    """A scalar predicted as a categorical over exponentially spaced bins: logits (..., bins).
+
+    Paper v2, eq. 10-11, with bins and distances in the raw space, not in symlog space.
+    """
+
+    def __init__(self, logits: jax.Array) -> None:
+        self.logits = at_least_float32(logits)
+        self.bins = jnp.asarray(twohot_bins(logits.shape[-1]), self.logits.dtype)
+
+    def mode(self) -> jax.Array:
+        """Expected value (...), summed from the middle outwards on both sides so uniform logits give exactly 0."""
+        weighted = jax.nn.softmax(self.logits, -1) * self.bins
+        middle = self.bins.shape[0] // 2
+        return weighted[..., middle] + (weighted[..., :middle][..., ::-1] + weighted[..., middle + 1 :]).sum(-1)
+
+    def loss(self, target: jax.Array) -> jax.Array:
+        """Cross entropy (...) with the target (...) spread linearly over its two neighbouring bins."""
+        target = sg(target).astype(self.logits.dtype)
+        last = self.bins.shape[0] - 1
+        above = jnp.clip(jnp.searchsorted(self.bins, target, side="right"), 0, last)
+        below = jnp.clip(jnp.searchsorted(self.bins, target, side="right") - 1, 0, last)
+        to_below, to_above = jnp.abs(self.bins[below] - target), jnp.abs(self.bins[above] - target)
+        outside = below == above
+        share = jnp.where(outside, 1.0, to_below / jnp.where(outside, 1.0, to_below + to_above))
+        # Only two bins have weight, so gather their logits instead of building a (..., bins) target.
+        gather = lambda index: jnp.take_along_axis(self.logits, index[..., None], -1)[..., 0]  # noqa: E731
+        expected = (1 - share) * gather(below) + share * gather(above)
+        return jax.nn.logsumexp(self.logits, -1) - expected
+
+
+class SquaredError:
+    """A point prediction (..., *event) scored by the sum of squares, without 1/2, over the last `rank` axes.
+
+    With `squash=symlog` the prediction lives in symlog space: the target is squashed, the mode is unsquashed.
+    """
+
+    def __init__(self, prediction: jax.Array, rank: int, symlog_space: bool = False) -> None:
+        self.prediction, self.rank, self.symlog_space = at_least_float32(prediction), rank, symlog_space
+
+    def mode(self) -> jax.Array:
+        return symexp(self.prediction) if self.symlog_space else self.prediction
+
+    def loss(self, target: jax.Array) -> jax.Array:
+        target = sg(target).astype(self.prediction.dtype)
+        if self.symlog_space:
+            target = symlog(target)
+        return jnp.square(self.prediction - target).sum(tuple(range(-self.rank, 0)))

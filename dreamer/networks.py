@@ -1,0 +1,124 @@
+"""Layers of the paper: linear, block-linear, convolution, RMSNorm and the dense stack of them.
+
+Parameters are float32 `nnx.Param` leaves; a layer computes in the dtype of its input (float32 or bfloat16).
+Initial weights (paper v2, "Networks"): truncated normal on [-2, 2] times 1.1368 / sqrt(fan_in) times the layer's
+out-scale, biases 0, norm scales 1.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+#: 1 / (standard deviation of a unit normal truncated to [-2, 2]); makes the drawn weights have variance 1 / fan_in.
+TRUNCATED_NORMAL_GAIN = 1.1368
+RMS_EPSILON = 1e-4
+
+
+def initial_weights(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, scale: float) -> nnx.Param:
+    """Truncated-normal weights of variance ``scale^2 / fan_in``, float32 of `shape`."""
+    draw = jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape, jnp.float32)
+    return nnx.Param(draw * (TRUNCATED_NORMAL_GAIN * scale / fan_in**0.5))
+
+
+def at_least_float32(x: jax.Array) -> jax.Array:
+    """Raise the precision of `x` to float32; float64 passes through, so that float64 oracles work."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+class Linear(nnx.Module):
+    """``x @ kernel + bias``: (..., inputs) -> (..., outputs). An out-scale of 0 makes the initial output exactly 0."""
+
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs, scale: float = 1.0) -> None:
+        self.kernel = initial_weights(rngs, (inputs, outputs), inputs, scale)
+        self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+
+
+class BlockLinear(nnx.Module):
+    """A linear layer with a block-diagonal kernel of G blocks, plus, if asked, a part of the input that all blocks read.
+
+    ``y[g] = own[g] @ kernel[g, :own] + shared @ kernel[g, own:] + bias[g]`` with
+    own (..., G, I), shared (..., W) and y (..., G, O). The fan-in for the initial weights is the full width
+    G * (I + W), not the width of one block.
+    """
+
+    def __init__(self, blocks: int, own: int, outputs: int, *, rngs: nnx.Rngs, shared: int = 0) -> None:
+        if own % blocks or outputs % blocks:
+            raise ValueError(f"expected widths that {blocks} blocks divide, got {own} inputs and {outputs} outputs")
+        width = own // blocks + shared
+        self.kernel = initial_weights(rngs, (blocks, width, outputs // blocks), blocks * width, 1.0)
+        self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32))
+
+    def __call__(self, own: jax.Array, shared: jax.Array | None = None) -> jax.Array:
+        kernel = self.kernel[...].astype(own.dtype)
+        blocks, width, outputs = kernel.shape
+        cut = own.shape[-1]
+        y = jnp.einsum("...gi,gio->...go", own, kernel[:, :cut])
+        if shared is not None:
+            # One dense product instead of G copies of the shared input.
+            dense = kernel[:, cut:].transpose(1, 0, 2).reshape(width - cut, blocks * outputs)
+            y = y + (shared @ dense).reshape(*shared.shape[:-1], blocks, outputs)
+        return y + self.bias[...].astype(own.dtype).reshape(blocks, outputs)
+
+
+class Conv(nnx.Module):
+    """Stride-1 same-padded 2D convolution, (..., H, W, inputs) -> (..., H, W, outputs), with bias."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, *, rngs: nnx.Rngs) -> None:
+        self.kernel = initial_weights(rngs, (kernel, kernel, inputs, outputs), kernel * kernel * inputs, 1.0)
+        self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.kernel[...].astype(x.dtype)
+        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return y + self.bias[...].astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """``x * rsqrt(mean(x^2) + 1e-4) * scale`` over the last axis, computed in float32; no shift."""
+
+    def __init__(self, units: int) -> None:
+        self.scale = nnx.Param(jnp.ones(units, jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = at_least_float32(x)
+        root = jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + RMS_EPSILON)
+        return (y * (root * self.scale[...].astype(y.dtype))).astype(x.dtype)
+
+
+class Dense(nnx.Module):
+    """Linear -> RMSNorm -> SiLU: (..., inputs) -> (..., units)."""
+
+    def __init__(self, inputs: int, units: int, *, rngs: nnx.Rngs) -> None:
+        self.linear = Linear(inputs, units, rngs=rngs)
+        self.norm = RMSNorm(units)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return jax.nn.silu(self.norm(self.linear(x)))
+
+
+class MLP(nnx.Module):
+    """A stack of Dense layers: (..., inputs) -> (..., units)."""
+
+    def __init__(self, inputs: int, units: int, layers: int, *, rngs: nnx.Rngs) -> None:
+        self.layers = nnx.List([Dense(inputs if i == 0 else units, units, rngs=rngs) for i in range(layers)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """2x2 maximum: (N, H, W, C) -> (N, H/2, W/2, C)."""
+    n, h, w, c = x.shape
+    return x.reshape(n, h // 2, 2, w // 2, 2, c).max((2, 4))
+
+
+def upsample(x: jax.Array) -> jax.Array:
+    """Nearest-neighbour upsampling by 2: (N, H, W, C) -> (N, 2H, 2W, C)."""
+    return jnp.repeat(jnp.repeat(x, 2, 1), 2, 2)

@@ -1,0 +1,33 @@
+"""What the latents are trained to predict. One table, `OBJECTIVES`; an objective is a module with two methods.
+
+``losses(states, observations) -> {name: (B, T)}`` and ``predict(states) -> {key: output}`` for reports.
+"""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+
+from dreamer.coders import Decoder, Observations
+from dreamer.config import ModelConfig
+from dreamer.distributions import Output
+from dreamer.rssm import State
+from dreamer.types import Spaces
+
+
+class Reconstruction(nnx.Module):
+    """DreamerV3's choice: predict every observation from the model state (paper v2, eq. 5, L_pred)."""
+
+    def __init__(self, spaces: Spaces, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.decoder = Decoder(spaces, config, rngs=rngs)
+
+    def losses(self, states: State, observations: Observations) -> dict[str, jax.Array]:
+        """One reconstruction loss (B, T) per predicted observation key."""
+        targets = self.decoder.targets(observations)
+        return {key: output.loss(targets[key]) for key, output in self.predict(states).items()}
+
+    def predict(self, states: State) -> dict[str, Output]:
+        return self.decoder(states["deter"], states["stoch"])
+
+
+OBJECTIVES = {"reconstruction": Reconstruction}

@@ -1,0 +1,80 @@
+"""The optimizer as an optax chain: whole-tensor adaptive gradient clipping, then LaProp; and slow (EMA) weights.
+
+optax's own adaptive clip is unit-wise and it has no LaProp, so these two transforms are written here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dreamer.config import OptimizerConfig
+
+Tree = Any
+
+
+def clip_by_tensor_norm(clip: float, min_norm: float) -> optax.GradientTransformation:
+    """Scale each gradient tensor so that its norm is at most ``clip * max(min_norm, ||param||)`` (AGC on whole tensors)."""
+
+    def update(grads: Tree, params: Tree) -> Tree:
+        def one(grad: jax.Array, param: jax.Array) -> jax.Array:
+            limit = clip * jnp.maximum(min_norm, jnp.linalg.norm(param.reshape(-1)))
+            return grad / jnp.maximum(1.0, jnp.linalg.norm(grad.reshape(-1)) / limit)
+
+        return jax.tree.map(one, grads, params)
+
+    return optax.stateless(update)
+
+
+def scale_by_laprop(beta1: float, beta2: float, eps: float) -> optax.GradientTransformation:
+    """LaProp (Ziyin et al. 2020): divide by the RMS of the gradient first, *then* take the momentum.
+
+    ν ← β₂ν + (1-β₂)g²,  m ← β₁m + (1-β₁) g / (√(ν/(1-β₂ᵗ)) + ε),  update = m / (1-β₁ᵗ); corrections in float32.
+    State: {"count": int32 (), "rms": ν, "momentum": m}, the latter two like the parameters.
+    """
+
+    def init(params: Tree) -> dict[str, Tree]:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return {"count": jnp.zeros((), jnp.int32), "rms": zeros, "momentum": jax.tree.map(jnp.zeros_like, params)}
+
+    def update(grads: Tree, state: dict[str, Tree], params: Tree = None) -> tuple[Tree, dict[str, Tree]]:
+        del params
+        count = state["count"] + 1
+        steps = count.astype(jnp.float32)
+        correct1, correct2 = 1 - beta1**steps, 1 - beta2**steps
+        rms = jax.tree.map(lambda g, v: beta2 * v + (1 - beta2) * jnp.square(g), grads, state["rms"])
+        scaled = jax.tree.map(lambda g, v: g / (jnp.sqrt(v / correct2) + eps), grads, rms)
+        momentum = jax.tree.map(lambda g, m: beta1 * m + (1 - beta1) * g, scaled, state["momentum"])
+        updates = jax.tree.map(lambda m: m / correct1, momentum)
+        return updates, {"count": count, "rms": rms, "momentum": momentum}
+
+    return optax.GradientTransformation(init, update)
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """The chain: clip -> LaProp -> learning rate, which is ``lr * min(1, n / warmup)`` at update n, counted from 0."""
+    rate = optax.constant_schedule(config.learning_rate)
+    if config.warmup:
+        rate = optax.linear_schedule(0.0, config.learning_rate, config.warmup)
+    return optax.named_chain(
+        ("clip", clip_by_tensor_norm(config.clip, config.clip_min_norm)),
+        ("laprop", scale_by_laprop(config.beta1, config.beta2, config.eps)),
+        ("rate", optax.scale_by_learning_rate(rate)),
+    )
+
+
+def root_mean_square(tree: Tree) -> jax.Array:
+    """Norm of all elements over the root of their count."""
+    count = sum(leaf.size for leaf in jax.tree.leaves(tree))
+    return optax.tree.norm(tree) / count**0.5
+
+
+def update_slow(slow: Tree, fast: Tree, rate: float) -> Tree:
+    """EMA of weights: slow ← rate fast + (1 - rate) slow.
+
+    In this order a fused multiply-add rounds the large term last, which keeps an EMA of equal weights unbiased.
+    """
+    return jax.tree.map(lambda s, f: rate * f + (1 - rate) * s, slow, fast)
