@@ -1,0 +1,311 @@
+"""From presets, files and command-line overrides to one `Config`, and back to a file.
+
+Files are applied in order, then the overrides; each changes single options and leaves the others alone.
+A preset may begin with `include: [name, ...]`: these are applied before it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pydantic
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import MappingNode, Node
+from ruamel.yaml.representer import SafeRepresenter
+
+from dreamer.config import Config
+from dreamer.schema import (
+    ConfigError,
+    first_fault,
+    fit,
+    mismatch,
+    options,
+    plain_yaml,
+    read,
+    sections,
+    show,
+    suggestion,
+)
+
+CONFIG_FILE = "config.yaml"
+
+__all__ = ["CONFIG_FILE", "Change", "ConfigError", "check_resume", "diff", "load_config", "preset_names", "save_config"]
+
+
+class Setting(NamedTuple):
+    """A value and where it came from (`file.yaml:3` or `--run.seed`), for errors."""
+
+    value: Any
+    source: str
+
+
+Settings = dict[str, Setting]
+
+
+# --- Presets by name ---------------------------------------------------------------------------
+
+
+def configs_folder() -> Path:
+    """The folder of presets: inside an installed package, or beside the package in a checkout."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "_configs", package.parent / "configs"):
+        if (folder / "presets").is_dir():
+            return folder
+    raise ConfigError(f"expected the presets in {package / '_configs'}, found none; install the package again")
+
+
+def preset_names() -> dict[str, Path]:
+    """Everything `--configs` knows by name: presets, sizes, and files like `cpu` beside them."""
+    folder = configs_folder()
+    files = [
+        *sorted(folder.glob("presets/*.yaml")),
+        *sorted(folder.glob("sizes/*.yaml")),
+        *sorted(folder.glob("*.yaml")),
+    ]
+    return {file.stem: file for file in files}
+
+
+def _find(name: str, source: str, beside: Path) -> Path:
+    """The file of a preset's name or of a path; relative paths start at `beside`."""
+    if name.endswith((".yaml", ".yml")) or os.sep in name:
+        path = (beside / Path(name).expanduser()).resolve()
+        if not path.is_file():
+            raise ConfigError(f"{source}: expected a YAML file, found none at {path}")
+        return path
+    names = preset_names()
+    if name not in names:
+        close = suggestion(name, names, f"; known: {', '.join(names)}")
+        raise ConfigError(f"{source}: unknown preset {name!r}{close} (or give a path that ends in .yaml)")
+    return names[name]
+
+
+# --- Files -------------------------------------------------------------------------------------
+
+
+def _parse(path: Path) -> Node | None:
+    try:
+        text = path.read_text(encoding="utf-8")
+        return YAML(typ="safe", pure=True).compose(text)
+    except YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else f"{path}"
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{where}: expected valid YAML: {problem}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from None
+
+
+def _plain(node: Node, where: str) -> Any:
+    """The plain Python value of a YAML node."""
+    yaml = YAML(typ="safe", pure=True)
+    try:
+        return yaml.constructor.construct_document(node)
+    except YAMLError as error:
+        raise ConfigError(f"{where}: expected a plain value: {getattr(error, 'problem', None) or error}") from None
+
+
+def _flatten(node: Node, path: Path, prefix: str, into: dict[str, tuple[Node, str]]) -> None:
+    """Adds dotted name -> (node, `file:line`) for every option of a mapping."""
+    where = f"{path}:{node.start_mark.line + 1}"
+    if prefix and node.tag == "tag:yaml.org,2002:null":  # an empty group
+        return
+    if not isinstance(node, MappingNode):
+        raise ConfigError(f"{where}: expected {prefix or 'the file'} to be a group of options (name: value)")
+    for key, value in node.value:
+        line = f"{path}:{key.start_mark.line + 1}"
+        name = f"{prefix}.{key.value}" if prefix else str(key.value)
+        if name in sections():
+            _flatten(value, path, name, into)
+        elif name in into:
+            raise ConfigError(f"{line}: {name} stands here twice; keep one")
+        else:
+            into[name] = (value, line)
+
+
+def _load_file(path: Path, trail: tuple[Path, ...] = ()) -> Settings:
+    """The settings of one file, those of its includes first."""
+    if path in trail:
+        raise ConfigError(f"{path}: includes itself ({' -> '.join(p.name for p in (*trail, path))})")
+    root = _parse(path)
+    found: dict[str, tuple[Node, str]] = {}
+    if root is not None:
+        _flatten(root, path, "", found)
+    settings: Settings = {}
+    if "include" in found:
+        node, where = found.pop("include")
+        names = _plain(node, where)
+        names = [names] if isinstance(names, str) else names
+        if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+            raise ConfigError(f"{where}: expected include to be a list of presets, got {names!r}")
+        for name in names:
+            settings |= _load_file(_find(name, where, path.parent), (*trail, path))
+    for name, (node, where) in found.items():
+        settings[name] = _fitted(name, _plain(node, where), where)
+    return settings
+
+
+def _fitted(name: str, value: Any, source: str) -> Setting:
+    if name not in options():
+        raise ConfigError(f"{source}: {unknown(name)}")
+    try:
+        return Setting(fit(options()[name].annotation, value), source)
+    except TypeError:
+        label = "" if source == f"--{name}" else f"{name}: "
+        raise ConfigError(f"{source}: {label}{mismatch(options()[name], value)}") from None
+
+
+def unknown(name: str) -> str:
+    """What to say of a name that is no option."""
+    if name in sections():
+        inside = [o.removeprefix(f"{name}.") for o in options() if o.startswith(f"{name}.")]
+        return f"{name} is a group of options; give one of them, as {name}.{inside[0]}"
+    known = [*options(), *sections()]
+    return f"unknown option {name}{suggestion(name, known, '; `dreamer train --help` lists them')}"
+
+
+# --- Overrides ---------------------------------------------------------------------------------
+
+
+def _override(settings: Settings, name: str, value: Any) -> None:
+    """Sets one option; a text is read as the option's type wants it."""
+    source = f"--{name}"
+    parent, _, key = name.rpartition(".")
+    if parent in options() and isinstance(options()[parent].default, dict):
+        before = settings[parent].value if parent in settings else options()[parent].default
+        try:
+            value = plain_yaml(value) if isinstance(value, str) else value
+        except TypeError:
+            raise ConfigError(f"{source}: expected a plain value, got {value!r}") from None
+        settings[parent] = Setting({**before, key: value}, source)
+        return
+    if name not in options():
+        raise ConfigError(f"{source}: {unknown(name)}")
+    option = options()[name]
+    if not isinstance(value, str):
+        settings[name] = _fitted(name, value, source)
+        return
+    try:
+        settings[name] = Setting(read(option.annotation, value), source)
+    except TypeError:
+        raise ConfigError(f"{source}: {mismatch(option, value)}") from None
+
+
+# --- The whole ---------------------------------------------------------------------------------
+
+
+def load_config(configs: Iterable[str | Path] = (), overrides: Mapping[str, Any] | None = None) -> Config:
+    """The configuration after these presets or files, in order, and then the overrides by dotted name.
+
+    An override that is a text is read as on the command line ("64,64", "null"); other values must have the
+    option's type. Raises ConfigError, one line, for anything unknown, of the wrong type or out of bounds.
+    """
+    settings: Settings = {}
+    for name in configs:
+        settings |= _load_file(_find(str(name), f"--configs {name}", Path.cwd()))
+    for name, value in (overrides or {}).items():
+        _override(settings, name, value)
+    return _build(settings)
+
+
+def _build(settings: Settings) -> Config:
+    tree: dict[str, Any] = {}
+    for name, setting in settings.items():
+        *groups, last = name.split(".")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[last] = setting.value
+    try:
+        return pydantic.TypeAdapter(Config).validate_python(tree)
+    except pydantic.ValidationError as error:
+        name, fault = first_fault(error)
+        source = settings[name].source if name in settings else ""
+        label = name if source != f"--{name}" else ""
+        raise ConfigError(": ".join(part for part in (source, label, fault) if part)) from None
+
+
+class _Representer(SafeRepresenter):
+    """Lists on one line."""
+
+
+_Representer.add_representer(
+    list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
+)
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _listed(v) for k, v in value.items()}
+    return [_listed(v) for v in value] if isinstance(value, tuple | list) else value
+
+
+def save_config(config: Config, path: Path | str) -> None:
+    """Writes the whole configuration; `load_config([path])` gives exactly the same one. Atomic."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _Representer
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.width = 1_000_000
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write("# The whole configuration of this run; `dreamer train --configs` takes this file.\n")
+        yaml.dump(_listed(dataclasses.asdict(config)), file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+# --- Resuming ----------------------------------------------------------------------------------
+
+
+class Change(NamedTuple):
+    """An option that differs between two configurations; `allowed`: it may, when a run is resumed."""
+
+    name: str
+    old: Any
+    new: Any
+    allowed: bool
+
+    def __str__(self) -> str:
+        return f"{self.name}: {show(self.old)} -> {show(self.new)}"
+
+
+def value_of(config: Config, name: str) -> Any:
+    """The value of an option by its dotted name."""
+    node: Any = config
+    for part in name.split("."):
+        node = getattr(node, part)
+    return node
+
+
+def diff(old: Config, new: Config) -> list[Change]:
+    """The options whose values differ, in the order of `config.py`."""
+    pairs = [(option, value_of(old, name), value_of(new, name)) for name, option in options().items()]
+    return [Change(option.name, a, b, option.resume) for option, a, b in pairs if a != b]
+
+
+def check_resume(old: Config, new: Config) -> list[Change]:
+    """The changes between a run's stored configuration and the one it is to go on with.
+
+    Raises ConfigError when one of them may not change within a run, naming all that may not.
+    """
+    changes = diff(old, new)
+    refused = [str(change) for change in changes if not change.allowed]
+    if refused:
+        raise ConfigError(
+            f"the run in {new.logdir} was started with other options, which cannot change on resume: "
+            f"{'; '.join(refused)}. Give the old values, or another --logdir"
+        )
+    return changes
+
+
+def stored_config(logdir: Path | str) -> Config | None:
+    """The configuration that a run's folder holds, or None when no run was started there."""
+    path = Path(logdir) / CONFIG_FILE
+    return load_config([path.resolve()]) if path.is_file() else None
