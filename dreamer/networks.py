@@ -39,7 +39,7 @@ class Linear(nnx.Module):
 
 
 class BlockLinear(nnx.Module):
-    """A linear layer with a block-diagonal kernel of G blocks, plus, if asked, a part of the input that all blocks read.
+    """A linear layer with a block-diagonal kernel of G blocks and, if asked, a part of the input that all blocks read.
 
     ``y[g] = own[g] @ kernel[g, :own] + shared @ kernel[g, own:] + bias[g]`` with
     own (..., G, I), shared (..., W) and y (..., G, O). The fan-in for the initial weights is the full width

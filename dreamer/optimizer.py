@@ -17,7 +17,7 @@ Tree = Any
 
 
 def clip_by_tensor_norm(clip: float, min_norm: float) -> optax.GradientTransformation:
-    """Scale each gradient tensor so that its norm is at most ``clip * max(min_norm, ||param||)`` (AGC on whole tensors)."""
+    """Adaptive gradient clipping: scale each tensor to a norm of at most ``clip * max(min_norm, ||param||)``."""
 
     def update(grads: Tree, params: Tree) -> Tree:
         def one(grad: jax.Array, param: jax.Array) -> jax.Array:

@@ -129,7 +129,7 @@ class RSSM(nnx.Module):
     def imagine(self, state: State, policy: Policy, horizon: int, key: jax.Array | None) -> tuple[State, jax.Array]:
         """Dream `horizon` steps from `state` (M, ...): states (M, H, ...) *after* the start, actions (M, H, A).
 
-        ``actions[:, h]`` is taken by ``policy(state, key)`` in the state *before* ``states[:, h]``, the start for h = 0.
+        ``actions[:, h]`` is taken by ``policy(state, key)`` in the state *before* ``states[:, h]``.
         Gradients are not stopped here; the caller chooses.
         """
 
