@@ -1,0 +1,261 @@
+"""The replay buffer: steps go in, sequences come out, latents are written back.
+
+One ring per environment; `ring.py` says what a row is. A sequence is one context step, whose stored latent starts the
+recurrence, followed by T trained steps::
+
+    index      0    1    2   ...   T
+    role       c    t    t         t         gather returns all 1 + T, write takes values of the T trained ones
+
+It lies in one environment, never across the write position; it may span ends of episodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dreamer.replay.errors import ReplayError
+from dreamer.replay.persistence import Chunk, ChunkLog, check_fields, describe_fields
+from dreamer.replay.ring import Ring
+from dreamer.replay.selection import Selection, Selector
+from dreamer.replay.storage import Fields, HostStorage, bytes_per_step
+from dreamer.types import LOG_PREFIX
+
+MANIFEST_VERSION = 1
+
+_COUNTERS = ("inserts", "sequences", "online", "written", "write_dropped")
+
+
+class Replay:
+    """N rings of steps in host memory.
+
+    fields        What a step consists of.
+    num_envs      N.
+    capacity      Steps kept over all environments; each keeps capacity // N.
+    length        1 + T, the context step and the trained ones.
+    seed          The run's seed; selection derives its own random stream from it.
+    online        Serve each new stretch of data once, ahead of uniform samples.
+    latent_keys   Fields that `write` may change.
+    online_limit  Most stretches that wait in the online queue; None: 256, or four per environment if that is more.
+
+    ReplayError if the capacity is too small for one sequence or too large for this machine's memory.
+    """
+
+    def __init__(
+        self,
+        fields: Fields,
+        num_envs: int,
+        capacity: int,
+        length: int,
+        seed: int,
+        online: bool = True,
+        latent_keys: Sequence[str] = ("deter", "stoch"),
+        online_limit: int | None = None,
+    ):
+        rows = capacity // num_envs
+        if length < 2:
+            raise ReplayError(f"expected a length of at least 2 (a context and a trained step), got {length}")
+        if rows < length:
+            raise ReplayError(
+                f"expected a capacity of at least {num_envs * length} steps ({num_envs} environments times a sequence"
+                f" of {length}), got {capacity}; raise --replay.capacity or lower --run.batch_length"
+            )
+        if missing := [key for key in latent_keys if key not in fields]:
+            raise ReplayError(f"expected latent keys among the fields {sorted(fields)}, got {missing}")
+        if objects := [name for name, field in fields.items() if field.dtype.hasobject]:
+            raise ReplayError(f"expected fields of plain numbers, got Python objects in {objects}")
+        self.fields = dict(fields)
+        self.length = length
+        self.latent_keys = tuple(latent_keys)
+        self._ring = Ring(num_envs, rows)
+        self._storage = HostStorage(self.fields, num_envs * rows)
+        limit = max(256, 4 * num_envs) if online_limit is None else online_limit
+        self._selector = Selector(self._ring, length, seed, limit if online else None)
+        self._log = ChunkLog(self.fields, self._ring)
+        self._counters = dict.fromkeys(_COUNTERS, 0)
+        self._all = np.arange(num_envs)
+
+    @property
+    def num_envs(self) -> int:
+        return self._ring.num_envs
+
+    @property
+    def capacity(self) -> int:
+        """Steps kept over all environments: what was asked for, rounded down to a multiple of N."""
+        return self._ring.num_envs * self._ring.rows
+
+    @property
+    def nbytes_per_step(self) -> int:
+        return bytes_per_step(self.fields)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory at capacity. Less is in use before the rings are full."""
+        return self.capacity * self.nbytes_per_step
+
+    def __len__(self) -> int:
+        """Stored steps over all environments."""
+        return len(self._ring)
+
+    @property
+    def starts(self) -> int:
+        """Number of positions at which a whole sequence begins."""
+        return int(self._ring.starts(self.length).sum())
+
+    def add(self, step: Mapping[str, np.ndarray], envs: Sequence[int] | None = None) -> None:
+        """Append one step of each environment: (N, ...) per field, copied. Keys with `log/` in front are left out.
+
+        envs  Distinct environments that the entries belong to, if not all N in order.
+
+        ReplayError if a field is missing, unknown, or of another shape or kind.
+        """
+        ids = self._all if envs is None else np.asarray(envs, np.int64)
+        if envs is not None and (len(np.unique(ids)) < len(ids) or not np.isin(ids, self._all).all()):
+            raise ReplayError(f"expected distinct environments among {self.num_envs}, got {ids.tolist()}")
+        values = {name: np.asarray(value) for name, value in step.items() if not name.startswith(LOG_PREFIX)}
+        if values.keys() != self.fields.keys():
+            raise ReplayError(
+                f"expected a step with the fields {sorted(self.fields)}, got {sorted(values)}"
+                f" (missing {sorted(self.fields.keys() - values)}, unknown {sorted(values.keys() - self.fields)})"
+            )
+        for name, value in values.items():
+            self._check_value(name, value, (len(ids),))
+        self._storage.put(self._ring.slots(ids, self._ring.head[ids]), values)
+        self._ring.head[ids] += 1
+        self._selector.update()
+        self._counters["inserts"] += len(ids)
+
+    def select(self, batch: int) -> Selection:
+        """Positions of `batch` sequences (B), from the online queue first, then uniform over all starts.
+
+        ReplayError if no environment holds a whole sequence yet.
+        """
+        selection = self._selector.select(batch)
+        self._counters["sequences"] += len(selection)
+        self._counters["online"] += int(selection.online.sum())
+        return selection
+
+    def gather(self, selection: Selection) -> dict[str, np.ndarray]:
+        """The steps of a selection: fresh arrays (B, 1 + T, ...) of every field.
+
+        ReplayError if one of them was overwritten since it was selected.
+        """
+        env, rows = selection.env[:, None], selection.rows
+        if not self._ring.alive(env, rows).all():
+            raise ReplayError("expected a selection that is still stored, got overwritten steps; gather before adding")
+        return self._storage.gather(self._ring.slots(env, rows))
+
+    def write(self, selection: Selection, values: Mapping[str, np.ndarray]) -> int:
+        """Replace latents of the trained steps of a selection by `values` (B, T, ...). Returns how many steps changed.
+
+        Steps that were overwritten since are left alone. Where sequences overlap, the later one in the batch wins.
+        """
+        if unknown := sorted(values.keys() - set(self.latent_keys)):
+            raise ReplayError(f"expected latents among {list(self.latent_keys)}, got {unknown}")
+        arrays = {name: np.asarray(value) for name, value in values.items()}
+        for name, value in arrays.items():
+            self._check_value(name, value, (len(selection), selection.length - 1))
+        env, rows = selection.env[:, None], selection.rows[:, 1:]
+        kept = np.flatnonzero(self._ring.alive(env, rows))
+        slots = self._ring.slots(env, rows).reshape(-1)[kept]
+        # numpy leaves open which of several assignments to one slot wins; unique() keeps the first of the reversed.
+        distinct, last = np.unique(slots[::-1], return_index=True)
+        source = kept[::-1][last]
+        flat = {name: value.reshape(-1, *self.fields[name].shape)[source] for name, value in arrays.items()}
+        self._storage.put(distinct, flat)
+        self._counters["written"] += len(distinct)
+        self._counters["write_dropped"] += rows.size - len(kept)
+        return len(distinct)
+
+    def stats(self) -> dict[str, float]:
+        """What the log shows under `replay/`; counts since the beginning of the run, also over resumes."""
+        counters, queue = self._counters, self._selector.queue
+        trained = counters["sequences"] * (self.length - 1)
+        return {
+            "items": float(len(self)),
+            "fill": len(self) / self.capacity,
+            "inserts": float(counters["inserts"]),
+            "sequences": float(counters["sequences"]),
+            "ratio": trained / max(counters["inserts"], 1),
+            "written": float(counters["written"]),
+            "write_dropped": float(counters["write_dropped"]),
+            "online_served": float(counters["online"]),
+            "online_waiting": float(0 if queue is None else len(queue)),
+            "online_dropped": float(0 if queue is None else queue.dropped),
+            "gigabytes": len(self) * self.nbytes_per_step / 1e9,
+        }
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write what is new since the last save into `folder`. Returns a manifest for `load`, JSON-able.
+
+        Latents are stored as they are when their step is first saved. OSError if the disk fails; saving may be
+        tried again.
+        """
+        chunks = self._log.save(Path(folder), self._storage)
+        return {
+            "version": MANIFEST_VERSION,
+            "fields": describe_fields(self.fields),
+            "num_envs": self.num_envs,
+            "length": self.length,
+            "head": self._ring.head.tolist(),
+            "tail": self._ring.tail.tolist(),
+            "chunks": chunks,
+            "selector": self._selector.state(),
+            "counters": dict(self._counters),
+        }
+
+    def load(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        """Become the buffer that `manifest` describes: content, counters, random stream, online queue.
+
+        The capacity may differ; a smaller ring keeps the newest steps. If the length differs, the online queue starts
+        with the data to come. ReplayError if fields or number of environments differ or a file is missing, truncated
+        or corrupted; the buffer is empty then, and another manifest can be loaded.
+        """
+        self.clear()
+        try:
+            self._load(Path(folder), manifest)
+        except (KeyError, TypeError, ValueError) as error:
+            self.clear()
+            raise ReplayError(f"the replay manifest is damaged ({error!r}); use an older checkpoint") from error
+        except BaseException:
+            self.clear()
+            raise
+
+    def clear(self) -> None:
+        """Forget all steps and counts. The random stream goes on, and files on disk stay."""
+        self._ring.reset()
+        self._log.forget()
+        self._selector.clear()
+        self._counters = dict.fromkeys(_COUNTERS, 0)
+
+    def _load(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        if manifest["version"] != MANIFEST_VERSION:
+            raise ReplayError(
+                f"expected a replay manifest of version {MANIFEST_VERSION}, got {manifest['version']};"
+                " use the version of this program that wrote it"
+            )
+        check_fields(self.fields, manifest["fields"])
+        if manifest["num_envs"] != self.num_envs:
+            raise ReplayError(
+                f"expected a replay of {self.num_envs} environments, got one of {manifest['num_envs']};"
+                f" set --env.num_envs {manifest['num_envs']} or use another logdir"
+            )
+        chunks = [Chunk.parse(entry, self.num_envs, self.nbytes_per_step) for entry in manifest["chunks"]]
+        head = np.array(manifest["head"], np.int64)
+        tail = np.maximum(np.array(manifest["tail"], np.int64), head - self._ring.rows)
+        counters = {name: int(manifest["counters"][name]) for name in _COUNTERS}
+        self._log.load(folder, self._storage, chunks, head, tail)
+        self._ring.reset(head, tail)
+        self._selector.restore(manifest["selector"])
+        self._counters = counters
+
+    def _check_value(self, name: str, value: np.ndarray, leading: tuple[int, ...]) -> None:
+        field = self.fields[name]
+        expected = (*leading, *field.shape)
+        if value.shape != expected:
+            raise ReplayError(f"expected {name!r} of shape {expected}, got {value.shape}")
+        if value.dtype != field.dtype and not np.can_cast(value.dtype, field.dtype, "same_kind"):
+            raise ReplayError(f"expected {name!r} of dtype {field.dtype}, got {value.dtype}; convert it before")

@@ -1,0 +1,48 @@
+"""Positions in the buffer: one ring per environment, addressed by rows that are never reused.
+
+A *row* counts the steps of one environment from 0 upwards for ever; its *slot* is where it lies in memory.
+Because rows are never reused, "was this overwritten meanwhile?" is a comparison with the oldest row::
+
+    row    0  1  2  3  4  5  6          rows = 4, head = 7
+    slot   0  1  2  3  0  1  2
+                    ^tail     ^head - 1          rows 0, 1, 2 are gone
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class Ring:
+    """Counters of N rings of `rows` slots each. `head` (N,): next row to be written."""
+
+    def __init__(self, num_envs: int, rows: int):
+        self.num_envs = num_envs
+        self.rows = rows
+        self.head = np.zeros(num_envs, np.int64)
+        self._floor = np.zeros(num_envs, np.int64)  # rows below were never loaded, whatever the ring could hold
+
+    @property
+    def tail(self) -> np.ndarray:
+        """Oldest row of each environment that is still there, (N,)."""
+        return np.maximum(self._floor, self.head - self.rows)
+
+    def __len__(self) -> int:
+        return int((self.head - self.tail).sum())
+
+    def starts(self, length: int) -> np.ndarray:
+        """Number of rows of each environment at which `length` rows in a row begin, (N,)."""
+        return np.maximum(self.head - self.tail - length + 1, 0)
+
+    def slots(self, env: np.ndarray | int, row: np.ndarray) -> np.ndarray:
+        """Flat slot of each row, in [0, N * rows); `env` and `row` broadcast."""
+        return env * self.rows + row % self.rows
+
+    def alive(self, env: np.ndarray, row: np.ndarray) -> np.ndarray:
+        """Which rows are stored now, bool; `env` and `row` broadcast."""
+        return (row >= self.tail[env]) & (row < self.head[env])
+
+    def reset(self, head: np.ndarray | None = None, tail: np.ndarray | None = None) -> None:
+        """Set the counters, to empty without arguments. Rows below `tail` are gone."""
+        self.head[:] = 0 if head is None else head
+        self._floor[:] = 0 if tail is None else tail

@@ -1,0 +1,172 @@
+"""Which sequences are trained on: the online queue first, then uniform over all valid starts.
+
+Selection is numpy on the host and yields positions only, so it is the same wherever the arrays lie.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from dreamer.replay.errors import ReplayError
+from dreamer.replay.ring import Ring
+
+#: Names the random stream of selection among all that are derived from the run's seed.
+SELECTION_STREAM = 0x5E1EC7
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Selection:
+    """B sequences: one context step, then T trained steps each.
+
+    env     (B,) int64, environment of each sequence.
+    row     (B,) int64, row of its context step.
+    online  (B,) bool, whether it came from the online queue.
+    length  1 + T.
+    """
+
+    env: np.ndarray
+    row: np.ndarray
+    online: np.ndarray
+    length: int
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Rows of all steps, (B, 1 + T)."""
+        return self.row[:, None] + np.arange(self.length)
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+
+def uniform_starts(rng: np.random.Generator, ring: Ring, length: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """`count` starts (env, row), each (count,) int64, with replacement, every valid start equally likely."""
+    starts = ring.starts(length)
+    ends = np.cumsum(starts)
+    draws = rng.integers(0, ends[-1], count)
+    env = np.searchsorted(ends, draws, side="right")
+    return env, ring.tail[env] + draws - (ends[env] - starts[env])
+
+
+class OnlineQueue:
+    """New data of each environment, cut into stretches of T steps that are each served once, oldest first.
+
+    A stretch is named by the row of its context step, which is the last step of the stretch before (T = 3)::
+
+        row      0  1  2  3  4  5  6
+        first    c  t  t  t
+        second            c  t  t  t
+
+    At most `limit` stretches wait: if collecting outruns training the oldest are dropped and counted in
+    `dropped`, as are stretches that were overwritten while they waited.
+    """
+
+    def __init__(self, ring: Ring, stretch: int, limit: int):
+        self._ring = ring
+        self._stretch = stretch
+        self._limit = limit
+        self._cursor = np.zeros(ring.num_envs, np.int64)  # context row of the stretch being collected
+        self._queue: collections.deque[tuple[int, int]] = collections.deque()
+        self.dropped = 0
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def update(self) -> None:
+        """Queue what became complete. Called after every addition to the ring."""
+        while (ready := self._ring.head - self._cursor > self._stretch).any():
+            self._queue.extend((int(env), int(self._cursor[env])) for env in np.flatnonzero(ready))
+            self._cursor[ready] += self._stretch
+        while self._queue and (len(self._queue) > self._limit or not self._alive(*self._queue[0])):
+            self._queue.popleft()
+            self.dropped += 1
+
+    def pop(self, count: int) -> Iterator[tuple[int, int]]:
+        """Remove and yield up to `count` stretches (env, row), the oldest first."""
+        while count and self._queue:
+            env, row = self._queue.popleft()
+            if self._alive(env, row):
+                count -= 1
+                yield env, row
+            else:
+                self.dropped += 1
+
+    def _alive(self, env: int, row: int) -> bool:
+        return row >= self._ring.tail[env]
+
+    def state(self) -> dict[str, Any]:
+        """Everything `restore` needs, JSON-able."""
+        return {
+            "stretch": self._stretch,
+            "cursor": self._cursor.tolist(),
+            "queue": [list(item) for item in self._queue],
+            "dropped": self.dropped,
+        }
+
+    def restore(self, state: Mapping[str, Any] | None) -> None:
+        """Continue from `state`; without one, or if it was cut to another length, start with the data to come."""
+        if state is None or state["stretch"] != self._stretch:
+            self._cursor[:] = np.maximum(self._ring.head - 1, 0)
+            self._queue.clear()
+            self.dropped = 0
+            return
+        self._cursor[:] = state["cursor"]
+        self._queue = collections.deque((int(env), int(row)) for env, row in state["queue"])
+        self.dropped = int(state["dropped"])
+
+
+class Selector:
+    """Draws selections from its own random stream.
+
+    online_limit  Most stretches that wait in the online queue; None: no online queue.
+    """
+
+    def __init__(self, ring: Ring, length: int, seed: int, online_limit: int | None):
+        self._ring = ring
+        self._length = length
+        self._rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, SELECTION_STREAM])))
+        self.queue = None if online_limit is None else OnlineQueue(ring, length - 1, online_limit)
+
+    def update(self) -> None:
+        """Take note of steps that were added to the ring."""
+        if self.queue is not None:
+            self.queue.update()
+
+    def select(self, batch: int) -> Selection:
+        """`batch` sequences; ReplayError if there is none in the ring."""
+        if not self._ring.starts(self._length).any():
+            raise ReplayError(
+                f"expected an environment with at least {self._length} stored steps (one context step and"
+                f" {self._length - 1} trained ones), got at most {int((self._ring.head - self._ring.tail).max())};"
+                " collect more before selecting"
+            )
+        if batch < 1:
+            raise ReplayError(f"expected a batch of at least one sequence, got {batch}")
+        fresh = [] if self.queue is None else list(self.queue.pop(batch))
+        env, row = np.array(fresh, np.int64).reshape(-1, 2).T
+        if len(fresh) < batch:
+            more_env, more_row = uniform_starts(self._rng, self._ring, self._length, batch - len(fresh))
+            env, row = np.concatenate([env, more_env]), np.concatenate([row, more_row])
+        return Selection(env, row, np.arange(batch) < len(fresh), self._length)
+
+    def clear(self) -> None:
+        """Empty the queue, after the ring was emptied."""
+        if self.queue is not None:
+            self.queue.restore(None)
+
+    def state(self) -> dict[str, Any]:
+        """Generator and queue, JSON-able."""
+        return {
+            "generator": self._rng.bit_generator.state,
+            "online": None if self.queue is None else self.queue.state(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state`; the ring is restored before."""
+        self._rng.bit_generator.state = state["generator"]
+        if self.queue is not None:
+            self.queue.restore(state["online"])
