@@ -1,0 +1,246 @@
+"""The program `dreamer`: a table of commands. Mistakes of the user end in one line on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, NoReturn
+
+from dreamer import __version__
+from dreamer.config import Config
+from dreamer.presets import check_resume, load_config, preset_names, stored_config
+from dreamer.schema import ConfigError, help_text, mismatch, options, suggestion
+
+USAGE_ERROR = 2
+QUICKSTART = "quickstart"
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
+
+
+class Command(NamedTuple):
+    """One row of the table: what `dreamer --help` says of it, and the function that runs it."""
+
+    summary: str
+    run: Callable[[Sequence[str]], int]
+
+
+# --- dreamer train -----------------------------------------------------------------------------
+
+TRAIN_USAGE = """\
+usage: dreamer train [--configs NAME_OR_FILE ...] [--task SUITE_NAME] [--logdir DIR] [--seed N] [--OPTION VALUE ...]
+
+Presets and YAML files apply in order, then the options: --run.train_ratio 128, --run.train_ratio=128, lists as
+64,64, null for none, true or false (a name alone is true). The same command with the same --logdir resumes the run.
+`dreamer train` alone learns the built-in game; `dreamer train --logdir DIR` alone goes on with the run in DIR.
+
+presets: {presets}
+"""
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """(`--configs`, overrides) of a command line: `--name value`, `--name=value`, or `--name` alone for true."""
+    configs: list[str] = []
+    overrides: dict[str, str] = {}
+    rest = list(arguments)
+    while rest:
+        token = rest.pop(0)
+        if not token.startswith("--") or token == "--":
+            raise ConfigError(f"expected an option such as --seed 3, got {token!r} (several values: 64,64)")
+        name, equals, value = token.removeprefix("--").partition("=")
+        if name == "configs":
+            values = [value] if equals else []
+            while rest and not rest[0].startswith("--"):
+                values.append(rest.pop(0))
+            if not values:
+                raise ConfigError("--configs: expected names of presets or YAML files, got none")
+            configs += values
+            continue
+        if not equals and rest and not rest[0].startswith("--"):
+            value = rest.pop(0)
+        elif not equals and name in options():
+            if options()[name].annotation is not bool:
+                raise ConfigError(f"--{name}: {mismatch(options()[name], None).replace('got None', 'got nothing')}")
+            value = "true"
+        overrides[name] = value
+    return configs, overrides
+
+
+def train_config(arguments: Sequence[str]) -> Config:
+    """The configuration that `dreamer train ARGUMENTS` means.
+
+    Without --configs and --task it goes on with the run that --logdir holds, or else is the quickstart.
+    """
+    configs, overrides = split_arguments(arguments)
+    if not configs and "task" not in overrides:
+        logdir = overrides.get("logdir")
+        if logdir and stored_config(logdir) is not None:
+            return load_config([os.path.join(os.path.abspath(logdir), "config.yaml")], overrides)
+        configs = [QUICKSTART]
+    return load_config(configs, overrides)
+
+
+def train_command(arguments: Sequence[str]) -> int:
+    if {"--help", "-h"} & set(arguments):
+        print(TRAIN_USAGE.format(presets=" ".join(preset_names())))
+        print(help_text())
+        return 0
+    config = train_config(arguments)
+
+    from dreamer.envs.registry import check_task
+
+    check_task(config.task)
+    stored = stored_config(config.logdir) if config.logdir else None
+    changes = check_resume(stored, config) if stored else []
+    if changes:
+        print("Resuming with changed options:", *(f"  {change}" for change in changes), sep="\n")
+    choose_platform(config.run.platform)
+
+    from dreamer.runtime.train import train
+
+    return train(config)
+
+
+def choose_platform(platform: str) -> None:
+    """Makes JAX use this kind of device; "auto" leaves it the choice. Before its first computation only."""
+    if platform == "auto":
+        return
+
+    import jax
+
+    jax.config.update("jax_platforms", PLATFORMS[platform])
+    try:
+        found, reason = jax.default_backend(), ""
+    except RuntimeError as error:
+        found, reason = "none", f" ({str(error).splitlines()[0]})"
+    if found != platform:
+        extra = {"gpu": "cuda12", "tpu": "tpu"}.get(platform, "")
+        remedy = f"install the extra {extra} and look at the driver, or " if extra else ""
+        raise ConfigError(f"expected a {platform} for run.platform, JAX found {found}{reason}; {remedy}use auto")
+
+
+# --- dreamer eval ------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, like those of the configuration."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; `{self.prog} --help` shows the arguments")
+
+
+def _count(text: str) -> int:
+    """A whole number above 0, for argparse."""
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
+
+
+def _eval_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="dreamer eval",
+        description="Play episodes with the best or newest weights of a run, and print the scores.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("logdir", help="folder of the run")
+    parser.add_argument("--episodes", type=_count, default=20, help="episodes to play")
+    parser.add_argument("--video", metavar="FILE.gif", help="write a video of the first environment there")
+    parser.add_argument("--policy", choices=("mode", "sample"), default="mode", help="most likely or sampled actions")
+    parser.add_argument("--seed", type=int, help="seed of the environments and of sampling; none: the run's own")
+    parser.add_argument("--platform", choices=("auto", *PLATFORMS), default="auto", help="device kind")
+    return parser
+
+
+def eval_command(arguments: Sequence[str]) -> int:
+    given = _eval_parser().parse_args(arguments)
+    stored = stored_config(given.logdir)
+    if stored is None:
+        raise ConfigError(f"expected the folder of a run, with a config.yaml in it, got {given.logdir!r}")
+    choose_platform(given.platform)
+
+    from dreamer.runtime.evaluate import evaluate_command
+
+    return evaluate_command(
+        given.logdir, episodes=given.episodes, video=given.video, policy=given.policy, seed=given.seed
+    )
+
+
+# --- dreamer envs ------------------------------------------------------------------------------
+
+
+def envs_command(arguments: Sequence[str]) -> int:
+    parser = _Parser(prog="dreamer envs", description="List the suites, or all tasks of one.", allow_abbrev=False)
+    parser.add_argument("suite", nargs="?", help="list every task of this suite, one a line")
+    given = parser.parse_args(arguments)
+
+    from dreamer.envs.registry import list_tasks, suites
+
+    if given.suite is not None:
+        if given.suite not in suites():
+            close = suggestion(given.suite, suites(), f"; known: {', '.join(suites())}")
+            raise ConfigError(f"unknown suite {given.suite!r}{close}")
+        print(*list_tasks()[given.suite], sep="\n")
+        return 0
+    for name, suite in suites().items():
+        tasks = list_tasks()[name]
+        shown = ", ".join(tasks[:4]) + (f", ... ({len(tasks)} in all)" if len(tasks) > 4 else "")
+        print(f"{name:10} {suite.description}\n{'':10} {shown}")
+        if suite.package is not None and importlib.util.find_spec(suite.package[0]) is None:
+            print(f"{'':10} not installed: pip install 'dreamer[{suite.package[1]}]'")
+    print(
+        "\n`dreamer envs SUITE` lists every task of a suite; `dreamer train --configs PRESET --task TASK` trains one."
+    )
+    return 0
+
+
+# --- The program -------------------------------------------------------------------------------
+
+COMMANDS: dict[str, Command] = {
+    "train": Command("train an agent, or go on with a run", train_command),
+    "eval": Command("play episodes with a trained agent and print its scores", eval_command),
+    "envs": Command("list the environments", envs_command),
+}
+
+
+def usage() -> str:
+    rows = "\n".join(f"  {name:8} {command.summary}" for name, command in COMMANDS.items())
+    return f"usage: dreamer COMMAND [arguments]\n\n{rows}\n\n`dreamer COMMAND --help` tells more."
+
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Runs `dreamer ARGUMENTS` and returns its exit code; raises what its command raises."""
+    if not arguments or arguments[0] in ("--help", "-h", "help"):
+        print(usage())
+        return 0 if arguments else USAGE_ERROR
+    name, *rest = arguments
+    if name == "--version":
+        print(f"dreamer {__version__}")
+        return 0
+    if name not in COMMANDS:
+        raise ConfigError(f"unknown command {name!r}{suggestion(name, COMMANDS)}; known: {', '.join(COMMANDS)}")
+    return COMMANDS[name].run(rest)
+
+
+def user_errors() -> tuple[type[Exception], ...]:
+    """What a user can put right, each told in one line. Looked up only when something went wrong: imports are slow."""
+    from dreamer.envs.interface import TaskError
+    from dreamer.runtime.lock import LogdirInUseError
+    from dreamer.runtime.snapshot import CheckpointError
+
+    return ConfigError, TaskError, LogdirInUseError, CheckpointError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. Exit codes: 0 done, 2 a mistake in what was asked, 3 numbers that are not finite, 130 Ctrl-C."""
+    try:
+        return run_command(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `dreamer envs | head`: nobody reads on; keep Python from complaining at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except user_errors() as error:
+        print(f"dreamer: error: {error}", file=sys.stderr)
+        return USAGE_ERROR
