@@ -1,0 +1,36 @@
+"""Environments: one interface (`interface.py`), one file per suite, one table of names (`registry.py`)."""
+
+from dreamer.envs.interface import Batch, Env, EnvError, TaskError, Transition, VectorEnv, transition
+from dreamer.envs.registry import (
+    SUITES,
+    Suite,
+    best_score,
+    check_task,
+    human_normalized,
+    list_tasks,
+    make_env,
+    suites,
+)
+from dreamer.envs.vector import InlineVectorEnv, ProcessVectorEnv, env_seed, make_vector_env
+
+__all__ = [
+    "SUITES",
+    "Batch",
+    "Env",
+    "EnvError",
+    "InlineVectorEnv",
+    "ProcessVectorEnv",
+    "Suite",
+    "TaskError",
+    "Transition",
+    "VectorEnv",
+    "best_score",
+    "check_task",
+    "env_seed",
+    "human_normalized",
+    "list_tasks",
+    "make_env",
+    "make_vector_env",
+    "suites",
+    "transition",
+]

@@ -1,0 +1,123 @@
+"""Atari through ale-py: one emulator per environment.
+
+The suites ``atari`` and ``atari100k`` are this same code; their protocols differ in ``env.atari.*`` (see the presets).
+One agent step is `repeat` emulator frames with one action. The observation is the maximum of the last `pooling` raw RGB
+frames, resized with Pillow (bilinear), then gray if asked. Rewards are the emulator's, summed, neither clipped nor
+discounted.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+
+from dreamer.config import AtariConfig, EnvConfig
+from dreamer.envs.atari_scores import SCORES
+from dreamer.envs.interface import TaskError, Transition, as_rgb, nearest, transition
+from dreamer.types import Space
+
+GRAY = np.array([0.299, 0.587, 0.114])
+
+
+class Atari:
+    """One game. `name` is ALE's id of the ROM, such as ``ms_pacman``."""
+
+    def __init__(self, name: str, config: AtariConfig, seed: int) -> None:
+        import ale_py
+        from ale_py import roms
+
+        self.config = config
+        self.rng = np.random.default_rng(seed)
+        ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+        self._ale = ale_py.ALEInterface()
+        # The emulator reads these when it loads a game.
+        self._ale.setInt("random_seed", int(self.rng.integers(2**31)))
+        self._ale.setFloat("repeat_action_probability", config.sticky)
+        self._ale.loadROM(roms.get_rom_path(name))
+        minimal = config.actions == "minimal"
+        self._actions = self._ale.getMinimalActionSet() if minimal else self._ale.getLegalActionSet()
+        self._noop = ale_py.Action.NOOP
+        height, width = self._ale.getScreenDims()
+        screens = (np.zeros((height, width, 3), np.uint8) for _ in range(config.pooling))
+        self._screens = deque(screens, maxlen=config.pooling)
+        self._frames = 0
+        self._lives = 0
+        self.observation_spaces = {"image": Space("image", (*config.size, 1 if config.gray else 3))}
+        self.action_spaces = {"action": Space("discrete", (), (len(self._actions),))}
+
+    def reset(self) -> Transition:
+        self._ale.reset_game()
+        for _ in range(self.rng.integers(self.config.noops + 1)):
+            self._ale.act(self._noop)
+            if self._ale.game_over():
+                self._ale.reset_game()
+        self._frames = 0
+        self._lives = self._ale.lives()
+        for _ in range(self.config.pooling):  # the first observation shows one frame, not what came before the reset
+            self._grab()
+        return transition({"image": self._image()}, is_first=True)
+
+    def step(self, action: Mapping[str, np.ndarray]) -> Transition:
+        choice = self._actions[int(action["action"])]
+        reward, over, late = 0.0, False, False
+        for _ in range(self.config.repeat):
+            reward += self._ale.act(choice)
+            self._frames += 1
+            self._grab()
+            over = self._ale.game_over()
+            late = self._frames >= self.config.max_frames
+            if over or late:
+                break
+        lives = self._ale.lives()
+        lost = self.config.terminal_on_life_loss and lives < self._lives
+        self._lives = lives
+        return transition({"image": self._image()}, reward, is_last=over or late, is_terminal=over or lost)
+
+    def render(self) -> np.ndarray:
+        return as_rgb(self._image())
+
+    def close(self) -> None:
+        """The emulator is freed with the object."""
+
+    def _grab(self) -> None:
+        """The current raw screen replaces the oldest kept one."""
+        screen = self._screens.popleft()
+        self._ale.getScreenRGB(screen)
+        self._screens.append(screen)
+
+    def _image(self) -> np.ndarray:
+        """uint8 (H, W, 1 or 3)."""
+        height, width = self.config.size
+        pooled = Image.fromarray(np.maximum.reduce(list(self._screens)))
+        image = np.array(pooled.resize((width, height), Image.Resampling.BILINEAR))
+        return (image @ GRAY).astype(np.uint8)[..., None] if self.config.gray else image
+
+
+def make(name: str, config: EnvConfig, seed: int) -> Atari:
+    return Atari(name, config.atari, seed)
+
+
+def tasks() -> Sequence[str]:
+    """The 57 benchmark games; any other ROM of ale-py works too."""
+    return tuple(SCORES)
+
+
+def check(name: str) -> None:
+    """TaskError unless ale-py has the game's ROM."""
+    from ale_py import roms
+
+    known = roms.get_all_rom_ids()
+    if name not in known:
+        hint = nearest(name, known)
+        raise TaskError(f"expected an Atari game in ALE's spelling, got {name!r}{hint}; `dreamer envs` lists them")
+
+
+def human_normalized(name: str, score: float) -> float | None:
+    """(score - random) / (human - random), or None for a game without published scores."""
+    if name not in SCORES:
+        return None
+    random, human = SCORES[name]
+    return (score - random) / (human - random)

@@ -1,0 +1,71 @@
+"""Crafter: tasks ``reward`` and ``noreward`` (the same world, its reward only logged)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from dreamer.config import CrafterConfig, EnvConfig
+from dreamer.envs.interface import Transition, transition
+from dreamer.types import Space
+
+
+class Crafter:
+    """One world. An episode ends by death (terminal) or after 10,000 steps (a time limit).
+
+    Beside the image there are log keys: how often each of the 22 achievements was reached so far in the episode, and
+    the reward (of use when the agent gets none).
+    """
+
+    def __init__(self, reward: bool, config: CrafterConfig, seed: int) -> None:
+        import crafter
+
+        height, width = config.size
+        self._env = crafter.Env(size=(width, height), reward=reward, seed=seed)
+        _make_reproducible(self._env)
+        self._achievements = tuple(crafter.constants.achievements)
+        logs = ("log/reward", *(f"log/achievement_{name}" for name in self._achievements))
+        self.observation_spaces = {
+            "image": Space("image", (height, width, 3)),
+            **{key: Space("vector", ()) for key in logs},
+        }
+        self.action_spaces = {"action": Space("discrete", (), (len(crafter.constants.actions),))}
+
+    def reset(self) -> Transition:
+        image = self._env.reset()
+        return transition(self._observation(image, 0.0, dict.fromkeys(self._achievements, 0)), is_first=True)
+
+    def step(self, action: Mapping[str, np.ndarray]) -> Transition:
+        image, reward, over, info = self._env.step(int(action["action"]))
+        observation = self._observation(image, info["reward"], info["achievements"])
+        return transition(observation, reward, is_last=bool(over), is_terminal=info["discount"] == 0)
+
+    def render(self) -> np.ndarray:
+        return self._env.render()
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _observation(self, image: np.ndarray, reward: float, achievements: Mapping[str, int]) -> dict[str, np.ndarray]:
+        logs = {f"log/achievement_{name}": np.float32(achievements[name]) for name in self._achievements}
+        return {"image": image, "log/reward": np.float32(reward), **logs}
+
+
+def _make_reproducible(env: Any) -> None:
+    """Let equal seeds give equal worlds.
+
+    Crafter keeps the creatures of a chunk in a set, whose order follows memory addresses, and draws one of them by
+    index to despawn. Sorting them by place takes nothing from its rules.
+    """
+    balance = env._balance_chunk
+    env._balance_chunk = lambda chunk, creatures: balance(chunk, sorted(creatures, key=lambda one: tuple(one.pos)))
+
+
+def make(name: str, config: EnvConfig, seed: int) -> Crafter:
+    return Crafter(name == "reward" and config.crafter.reward, config.crafter, seed)
+
+
+def tasks() -> Sequence[str]:
+    return ("reward", "noreward")

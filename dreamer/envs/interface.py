@@ -1,0 +1,137 @@
+"""What every environment looks like from inside: transitions, `Env` and `VectorEnv`.
+
+An episode of k actions has k + 1 transitions. The action stored with a transition is the one taken
+*after seeing* it; the reward is the one received *on arriving* there::
+
+    transition   0          1          2    ...    k          | next episode: 0'
+    reward       0          r1         r2          rk         | 0
+    is_first     True       False      False       False      | True
+    is_last      False      False      False       True       | False
+    is_terminal  False      False      False       True if the task ended, False at a time limit
+    action       a0         a1         a2          ak (stored, never executed)
+                   \\________^  \\_______^
+                    leads to    leads to
+
+A `VectorEnv` resets by itself (Gymnasium's NEXT_STEP mode): after a transition with ``is_last`` the next step
+ignores that environment's action ``ak`` and returns transition 0' of a new episode.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from dreamer.types import TRANSITION_FIELDS, Space, Spaces
+
+#: One environment's transition: observation keys plus reward, is_first, is_last, is_terminal; no batch axis.
+Transition = dict[str, np.ndarray]
+#: The same for N environments: every entry is (N, ...).
+Batch = dict[str, np.ndarray]
+
+
+class TaskError(ValueError):
+    """A task, an option or a space that cannot work; the message says what to change."""
+
+
+class EnvError(RuntimeError):
+    """An environment failed while it was running; the message names the task and the environment."""
+
+
+@runtime_checkable
+class Env(Protocol):
+    """One environment.
+
+    observation_spaces  Keys of an observation; keys that begin with ``log/`` are logged, never seen by the agent.
+    action_spaces       Keys of an action; a single action has the key ``action``. Continuous actions are in [-1, 1].
+    """
+
+    observation_spaces: Spaces
+    action_spaces: Spaces
+
+    def reset(self) -> Transition:
+        """Begin a new episode: ``is_first``, reward 0."""
+        ...
+
+    def step(self, action: Mapping[str, np.ndarray]) -> Transition:
+        """Take one agent step. Never resets; after ``is_last`` the caller must."""
+        ...
+
+    def render(self) -> np.ndarray | None:
+        """The current picture for people, uint8 (H, W, 3), or None if there is none."""
+        ...
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class VectorEnv(Protocol):
+    """N environments stepped together, resetting by themselves. Returned arrays are fresh: callers may keep them."""
+
+    num_envs: int
+    observation_spaces: Spaces
+    action_spaces: Spaces
+
+    def reset(self) -> Batch:
+        """First transitions of new episodes in all environments."""
+        ...
+
+    def step_async(self, actions: Mapping[str, np.ndarray]) -> None:
+        """Start one step; actions (N, ...) by key. Follow with `step_wait`."""
+        ...
+
+    def step_wait(self) -> Batch:
+        """The transitions of the step that was started."""
+        ...
+
+    def render(self) -> np.ndarray | None:
+        """Picture of the first environment, uint8 (H, W, 3), or None."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def transition(
+    observation: Mapping[str, np.ndarray],
+    reward: float = 0.0,
+    is_first: bool = False,
+    is_last: bool = False,
+    is_terminal: bool = False,
+) -> Transition:
+    """One transition from an observation (values already of their space's dtype) and its flags."""
+    flags = {"reward": reward, "is_first": is_first, "is_last": is_last, "is_terminal": is_terminal}
+    return {**observation, **{key: TRANSITION_FIELDS[key](value) for key, value in flags.items()}}
+
+
+def as_rgb(image: np.ndarray) -> np.ndarray:
+    """(H, W, C) as (H, W, 3): fewer than three channels are repeated, of more the last three are shown."""
+    channels = image.shape[-1]
+    return image[..., -3:] if channels >= 3 else image[..., [0, channels - 1, 0]]
+
+
+def batch_fields(spaces: Spaces) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+    """Shape and dtype, without the batch axis, of everything in a transition with these observation spaces."""
+    fields = {key: (space.shape, space.dtype) for key, space in spaces.items()}
+    return {**fields, **{key: ((), np.dtype(dtype)) for key, dtype in TRANSITION_FIELDS.items()}}
+
+
+def check_spaces(observations: Spaces, actions: Spaces) -> None:
+    """TaskError if a key is taken by a transition field or used for an observation and an action."""
+    for kind, spaces in (("observation", observations), ("action", actions)):
+        wrong = [key for key, space in spaces.items() if not isinstance(space, Space)]
+        if wrong:
+            raise TaskError(f"expected dreamer.types.Space for every {kind} key, got something else for {wrong}")
+    taken = sorted((set(observations) & set(actions)) | ((set(observations) | set(actions)) & set(TRANSITION_FIELDS)))
+    if taken:
+        raise TaskError(
+            f"expected keys that are not {', '.join(TRANSITION_FIELDS)} and not both observation and action, "
+            f"got {taken}; rename them in the environment"
+        )
+
+
+def nearest(name: str, valid: Iterable[str], prefix: str = "") -> str:
+    """The end of an error message: the valid names most like `name`, or nothing if none is."""
+    close = difflib.get_close_matches(name, list(valid), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(prefix + match for match in close)}?" if close else ""

@@ -1,0 +1,122 @@
+"""The table of suites, and environments made from task names (``suite_name``)."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+
+from dreamer.config import EnvConfig
+from dreamer.envs import atari, crafter, dmc, gym, toy
+from dreamer.envs.interface import Env, TaskError, nearest
+from dreamer.envs.wrappers import TimeLimit
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """One row of the table.
+
+    make        (name, config, seed) -> Env; `name` is the task without the suite.
+    tasks       Names to list.
+    check       TaskError if a name cannot be made; None: exactly the listed names can.
+    package     Optional package it needs, and the pip extra of this project that installs it.
+    process     Whether it is slow enough to earn a process of its own.
+    best_score  (name, config) -> score of perfect play, where known.
+    normalized  (name, score) -> score where 0 is random and 1 human play, where known.
+    """
+
+    description: str
+    make: Callable[[str, EnvConfig, int], Env]
+    tasks: Callable[[], Sequence[str]]
+    check: Callable[[str], None] | None = None
+    package: tuple[str, str] | None = None
+    process: Callable[[EnvConfig], bool] = lambda config: True
+    best_score: Callable[[str, EnvConfig], float] | None = None
+    normalized: Callable[[str, float], float | None] | None = None
+
+
+def _atari(description: str) -> Suite:
+    return Suite(description, atari.make, atari.tasks, atari.check, normalized=atari.human_normalized)
+
+
+SUITES: Mapping[str, Suite] = {
+    "toy": Suite(
+        "Built-in game of catch", toy.make, toy.tasks, process=lambda config: False, best_score=toy.best_score
+    ),
+    "atari": _atari("Atari 2600, 200M frames protocol"),
+    "atari100k": _atari("Atari 2600, 400k frames protocol"),
+    "crafter": Suite("Crafter survival game", crafter.make, crafter.tasks, package=("crafter", "crafter")),
+    "dmc": Suite(
+        "DeepMind Control, from state or pixels",
+        dmc.make,
+        dmc.tasks,
+        package=("dm_control", "dmc"),
+        process=lambda config: config.dmc.pixels,
+    ),
+    "gym": Suite("Any Gymnasium id", gym.make, gym.tasks, gym.check, process=lambda config: config.gym.render),
+}
+
+
+def suites() -> Mapping[str, Suite]:
+    """The table, by suite name."""
+    return SUITES
+
+
+def split_task(task: str) -> tuple[Suite, str]:
+    """``atari_ms_pacman`` -> (the atari suite, ``ms_pacman``). TaskError for an unknown suite."""
+    prefix, _, name = task.partition("_")
+    if prefix not in SUITES:
+        full = [f"{suite}_{name}" for suite, row in SUITES.items() for name in row.tasks()]
+        raise TaskError(
+            f"expected a task suite_name with suite one of {', '.join(SUITES)}, got {task!r}"
+            f"{nearest(task, full) or nearest(prefix, SUITES)}"
+        )
+    return SUITES[prefix], name
+
+
+def check_task(task: str) -> None:
+    """TaskError if the task is unknown or its package is not installed. Quick: makes nothing."""
+    suite, name = split_task(task)
+    if suite.check is None and name not in suite.tasks():
+        prefix = task.partition("_")[0]
+        raise TaskError(
+            f"expected a task of the suite {prefix!r}, got {task!r}"
+            f"{nearest(name, suite.tasks(), prefix + '_')}; `dreamer envs` lists all"
+        )
+    if suite.package is not None and importlib.util.find_spec(suite.package[0]) is None:
+        package, extra = suite.package
+        raise TaskError(
+            f"expected the package {package!r} for {task!r}, which is not installed; "
+            f"install it with `pip install 'dreamer[{extra}]'`"
+        )
+    if suite.check is not None:
+        suite.check(name)
+
+
+def list_tasks() -> dict[str, list[str]]:
+    """Full task names by suite."""
+    return {name: [f"{name}_{task}" for task in suite.tasks()] for name, suite in SUITES.items()}
+
+
+def make_env(task: str, config: EnvConfig, seed: int) -> Env:
+    """One environment. TaskError if the task or an option cannot work."""
+    check_task(task)
+    suite, name = split_task(task)
+    return limited(suite.make(name, config, seed), config)
+
+
+def limited(env: Env, config: EnvConfig) -> Env:
+    """The environment with the configured time limit, if there is one."""
+    return env if config.time_limit is None else TimeLimit(env, config.time_limit)
+
+
+def best_score(task: str, config: EnvConfig) -> float | None:
+    """The score of perfect play, where it is known."""
+    suite, name = split_task(task)
+    return None if suite.best_score is None else suite.best_score(name, config)
+
+
+def human_normalized(task: str, score: float) -> float | None:
+    """0 for random and 1 for human play on Atari, None where no such scores are published."""
+    suite, name = split_task(task)
+    return None if suite.normalized is None else suite.normalized(name, score)

