@@ -124,6 +124,8 @@ class Display:
     def _panel(self) -> RenderableType:
         speed, left, score, episodes = self._facts()
         steps, total = self._steps.agent_steps, self._total
+        # Room for the ^C that a terminal echoes: on a line of its own it would upset the next redraw.
+        width = min(120, self.console.width - 3)
         bar = ProgressBar(total=max(1, total), completed=min(steps, total), complete_style="cyan")
         share = Text(f"{100 * steps / max(1, total):.0f} %", "bold")
         share.append(f"  {left or self._status}", "cyan")
@@ -136,7 +138,7 @@ class Display:
         elapsed = Text(format_duration(self._clock() - self._begin), "dim")
         body = Group(_sides(line, curve), _sides(counts, elapsed), _sides(bar, share))
         title = Text.assemble((self._task, "bold"), (f"  {self._status}" if self._status else "", "yellow"))
-        return Panel(body, title=title, title_align="left", border_style="dim", box=box.ROUNDED)
+        return Panel(body, title=title, title_align="left", border_style="dim", box=box.ROUNDED, width=width)
 
     def _line(self) -> str:
         speed, left, score, _ = self._facts()
