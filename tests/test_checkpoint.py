@@ -18,15 +18,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dreamer.replay import Replay
 from dreamer.runtime import snapshot
 from dreamer.runtime.checkpoint import (
     Checkpointer,
     CheckpointError,
     CheckpointMismatchError,
     CheckpointWarning,
-    DamagedCheckpointError,
 )
 from dreamer.runtime.provenance import config_hash, versions
+from dreamer.types import TRANSITION_FIELDS, Field
 
 
 def make_state(value=1.0):
@@ -247,17 +248,6 @@ def test_same_step_again_is_the_newer_one(tmp_path):
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2
 
 
-def test_caller_may_reject_a_checkpoint(tmp_path):
-    checkpointer = saved(tmp_path, [10, 20])
-
-    def check(meta):
-        if meta["step"] == 20:
-            raise DamagedCheckpointError("chunk 7 of the replay is cut short")
-
-    with pytest.warns(CheckpointWarning, match="chunk 7"):
-        assert checkpointer.restore(check=check)[0] == 10
-
-
 def test_interrupted_write_is_reported_and_cleared(tmp_path):
     saved(tmp_path, [10])
     partial = tmp_path / "checkpoints" / ".partial-000000000020"
@@ -327,34 +317,61 @@ def test_full_disk_loses_no_earlier_checkpoint(tmp_path):
     assert checkpointer.steps() == [10, 30] and checkpointer.restore()[0] == 30
 
 
-class ChunkReplay:
-    """Two newest chunks make up the buffer; each save adds one."""
+class Recorder:
+    """A replay whose every step is its number, 8 kB each: ten at a time, the newest forty are kept."""
 
     def __init__(self):
-        self.chunks = []
+        fields = {"number": Field((), np.dtype(np.int64)), "bulk": Field((1000,), np.dtype(np.int64))}
+        fields |= {k: Field((), np.dtype(d)) for k, d in TRANSITION_FIELDS.items()}
+        fields |= {"deter": Field((1,), np.dtype(np.float32)), "stoch": Field((1,), np.dtype(np.uint8))}
+        self.replay = Replay(fields, num_envs=1, capacity=40, length=3, seed=0, online=False)
+        self.count = 0
 
-    def save(self, folder):
-        folder.mkdir(exist_ok=True)
-        self.chunks.append(f"chunk{len(self.chunks)}.npz")
-        (folder / self.chunks[-1]).write_text("data")
-        return {"streams": [{"files": self.chunks[-2:]}]}
+    def collect(self):
+        for _ in range(10):
+            step = {k: np.zeros((1, *f.shape), f.dtype) for k, f in self.replay.fields.items()}
+            self.replay.add({**step, "number": np.array([self.count])})
+            self.count += 1
+
+    def numbers(self):
+        return set(self.replay.gather(self.replay.select(200))["number"].ravel().tolist())
 
 
 def test_replay_files_live_as_long_as_a_checkpoint_names_them(tmp_path):
-    replay = ChunkReplay()
-    checkpointer = Checkpointer(tmp_path, keep=2, milestone_every=25)
-    present = []
-    for step in [10, 20, 30, 40, 45]:
-        checkpointer.save(step, {"w": np.ones(1)}, {}, replay)
+    recorder = Recorder()
+    checkpointer = Checkpointer(tmp_path, keep=2, milestone_every=70)
+    for _ in range(14):
+        recorder.collect()
+        checkpointer.save(recorder.count, {"w": np.ones(1)}, {}, recorder.replay)
         checkpointer.wait()
-        present.append(sorted(int(p.stem[5:]) for p in checkpointer.replay_folder.iterdir()))
-    # keep=2 and windows of two chunks: three chunks stay; the milestone at 30 holds chunks 1 and 2 for ever.
-    assert present == [[0], [0, 1], [0, 1, 2], [1, 2, 3], [1, 2, 3, 4]]
-    assert checkpointer.restore()[2]["replay"] == {"streams": [{"files": ["chunk3.npz", "chunk4.npz"]}]}
+    assert checkpointer.steps() == [70, 130, 140]
+    kept = {c["file"] for s in checkpointer.steps() for c in checkpointer.restore(step=s)[2]["replay"]["chunks"]}
+    files = sorted(checkpointer.replay_folder.iterdir())
+    # The milestone holds 30-70, the two newest hold 90-130 and 100-140: nine chunks; 10-30 and 70-90 are gone.
+    assert {f.name for f in files} == kept and len(files) == 9
+    for step in checkpointer.steps():
+        reader = Recorder()
+        checkpointer.restore(step=step, replay=reader.replay)
+        assert reader.numbers() == set(range(step - 40, step))
     # A save without the replay says nothing about its files.
-    checkpointer.save(48, {"w": np.ones(1)}, {})
+    checkpointer.save(150, {"w": np.ones(1)}, {})
     checkpointer.wait()
-    assert len(list(checkpointer.replay_folder.iterdir())) == 4
+    assert sorted(checkpointer.replay_folder.iterdir()) == files
+
+
+@pytest.mark.parametrize("harm", [lambda f: f.write_bytes(f.read_bytes()[:-3]), lambda f: f.unlink()])
+def test_damaged_replay_file_is_a_damaged_checkpoint(tmp_path, harm):
+    recorder = Recorder()
+    checkpointer = Checkpointer(tmp_path)
+    for _ in range(2):
+        recorder.collect()
+        checkpointer.save(recorder.count, {"w": np.ones(1)}, {}, recorder.replay)
+    newest = checkpointer.restore()[2]["replay"]["chunks"][-1]["file"]
+    harm(checkpointer.replay_folder / newest)
+    reader = Recorder()
+    with pytest.warns(CheckpointWarning, match="000000000020 is damaged"):
+        assert checkpointer.restore(replay=reader.replay)[0] == 10
+    assert reader.numbers() == set(range(10)) and len(reader.replay) == 10
 
 
 def test_failing_replay_is_a_checkpoint_error(tmp_path):

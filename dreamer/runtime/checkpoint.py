@@ -16,10 +16,11 @@ import re
 import shutil
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+from dreamer.replay import ReplayError, prune
 from dreamer.runtime import snapshot
 from dreamer.runtime.snapshot import CheckpointError, CheckpointMismatchError, DamagedCheckpointError
 
@@ -44,12 +45,10 @@ class CheckpointWarning(UserWarning):
 
 
 class SavableReplay(Protocol):
-    """What a checkpoint needs of the replay: write what is new, return a JSON-able manifest of all of it.
-
-    The manifest names, anywhere in it, every file of the folder that it needs; other files are deleted.
-    """
+    """What a checkpoint needs of the replay: write what is new and describe the whole; become what was described."""
 
     def save(self, folder: Path) -> dict[str, Any]: ...
+    def load(self, folder: Path, manifest: Mapping[str, Any]) -> None: ...
 
 
 class _Entry(NamedTuple):
@@ -160,14 +159,14 @@ class Checkpointer:
         template: Any = None,
         step: int | None = None,
         parts: Iterable[str] | None = None,
-        check: Callable[[dict[str, Any]], None] | None = None,
+        replay: SavableReplay | None = None,
     ) -> tuple[int, Any, dict[str, Any]]:
         """The newest intact checkpoint, or that of `step`: (agent step, tree of numpy arrays, meta).
 
         template  Tree with the structure, shapes and dtypes expected; None: nested dicts as saved.
         parts     Top-level keys of the state to read; None: all.
-        check     Called with the meta data; a DamagedCheckpointError or OSError it raises (replay files that
-                  are missing, say) makes this checkpoint count as damaged.
+        replay    Filled with what it held then, if the checkpoint was saved with one; a checkpoint whose replay
+                  files are missing or changed counts as damaged.
 
         Damaged checkpoints are skipped with a CheckpointWarning and, unless read-only, set aside under another
         name. Raises CheckpointMismatchError if an intact one does not fit the template, CheckpointError if none
@@ -177,8 +176,11 @@ class Checkpointer:
 
         def load(entry: _Entry) -> tuple[int, Any, dict[str, Any]]:
             tree, meta = snapshot.read(entry.folder, template, parts)
-            if check is not None:
-                check(meta)
+            if replay is not None and "replay" in meta:
+                try:
+                    replay.load(self.replay_folder, meta["replay"])
+                except ReplayError as error:
+                    raise DamagedCheckpointError(f"{entry.folder}: {error}") from error
             return entry.step, tree, meta
 
         return self._newest_intact(self._folder, load, step)
@@ -281,11 +283,8 @@ class Checkpointer:
         except DamagedCheckpointError:
             return  # Which files that one needs is unknown, so all of them stay.
         if manifests[-1] is None:
-            return
-        needed = set(_strings(manifests))
-        for file in self.replay_folder.rglob("*"):
-            if file.is_file() and not {file.name, file.relative_to(self.replay_folder).as_posix()} & needed:
-                file.unlink()
+            return  # Saved without the replay, which says nothing about its files.
+        prune(self.replay_folder, [manifest for manifest in manifests if manifest is not None])
 
     def _milestones(self, steps: Iterable[int]) -> set[int]:
         if self._milestone_every is None:
@@ -322,16 +321,3 @@ def _set_aside(folder: Path, why: str) -> str:
         name = f"{why}-{folder.name}-{number}"
     folder.rename(folder.parent / name)
     return name
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """All strings anywhere in a JSON value, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield from value
-        for item in value.values():
-            yield from _strings(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _strings(item)
