@@ -317,6 +317,20 @@ def test_full_disk_loses_no_earlier_checkpoint(tmp_path):
     assert checkpointer.steps() == [10, 30] and checkpointer.restore()[0] == 30
 
 
+def test_failed_save_is_reported_by_the_next_which_goes_on(tmp_path):
+    checkpointer = Checkpointer(tmp_path)
+    (tmp_path / "checkpoints").write_text("a file where a folder should be")
+    checkpointer.save(10, {"w": np.ones(1)}, {})
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
+    (tmp_path / "checkpoints").unlink()
+    with pytest.raises(CheckpointError, match="checkpoint 10 could not be written"):
+        checkpointer.save(20, {"w": np.ones(1)}, {})
+    checkpointer.wait()
+    assert checkpointer.steps() == [20]
+
+
 class Recorder:
     """A replay whose every step is its number, 8 kB each: ten at a time, the newest forty are kept."""
 
@@ -332,6 +346,10 @@ class Recorder:
             step = {k: np.zeros((1, *f.shape), f.dtype) for k, f in self.replay.fields.items()}
             self.replay.add({**step, "number": np.array([self.count])})
             self.count += 1
+
+    def load(self, folder):
+        """The check that loads the replay with a checkpoint."""
+        return lambda meta: self.replay.load(folder, meta["replay"])
 
     def numbers(self):
         return set(self.replay.gather(self.replay.select(200))["number"].ravel().tolist())
@@ -351,7 +369,7 @@ def test_replay_files_live_as_long_as_a_checkpoint_names_them(tmp_path):
     assert {f.name for f in files} == kept and len(files) == 9
     for step in checkpointer.steps():
         reader = Recorder()
-        checkpointer.restore(step=step, replay=reader.replay)
+        checkpointer.restore(step=step, check=reader.load(checkpointer.replay_folder))
         assert reader.numbers() == set(range(step - 40, step))
     # A save without the replay says nothing about its files.
     checkpointer.save(150, {"w": np.ones(1)}, {})
@@ -370,7 +388,7 @@ def test_damaged_replay_file_is_a_damaged_checkpoint(tmp_path, harm):
     harm(checkpointer.replay_folder / newest)
     reader = Recorder()
     with pytest.warns(CheckpointWarning, match="000000000020 is damaged"):
-        assert checkpointer.restore(replay=reader.replay)[0] == 10
+        assert checkpointer.restore(check=reader.load(checkpointer.replay_folder))[0] == 10
     assert reader.numbers() == set(range(10)) and len(reader.replay) == 10
 
 

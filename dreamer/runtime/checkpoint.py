@@ -45,10 +45,9 @@ class CheckpointWarning(UserWarning):
 
 
 class SavableReplay(Protocol):
-    """What a checkpoint needs of the replay: write what is new and describe the whole; become what was described."""
+    """What a checkpoint needs of the replay: write what is new, return a JSON-able manifest of the whole."""
 
     def save(self, folder: Path) -> dict[str, Any]: ...
-    def load(self, folder: Path, manifest: Mapping[str, Any]) -> None: ...
 
 
 class _Entry(NamedTuple):
@@ -77,7 +76,7 @@ class Checkpointer:
         self._milestone_every = milestone_every
         self._read_only = read_only
         self._thread: threading.Thread | None = None
-        self._error: tuple[str, BaseException] | None = None
+        self._error: CheckpointError | None = None
         if not read_only:
             self._clear_leftovers()
 
@@ -99,10 +98,10 @@ class Checkpointer:
         """Saves `state` (pytree of arrays) and `meta` (JSON values, numpy arrays) as the checkpoint of `step`.
 
         Returns when the state is copied and the replay's new transitions are written; the rest goes on in the
-        background. Waits for a save that is still running, and raises the CheckpointError of one that failed.
-        The manifest of the replay comes back from `restore` as `meta["replay"]`.
+        background. Waits for a save that is still running; if that one failed, its CheckpointError is raised once
+        this save is under way. The manifest of the replay comes back from `restore` as `meta["replay"]`.
         """
-        self._begin()
+        failure = self._begin()
         leaves = snapshot.to_host(state)
         meta = dict(meta)
         if replay is not None:
@@ -110,15 +109,13 @@ class Checkpointer:
                 meta["replay"] = replay.save(self.replay_folder)
             except OSError as error:
                 raise CheckpointError(self._failure(f"checkpoint {step}: replay", error)) from error
-        self._start(f"checkpoint {step}", lambda: self._write(step, leaves, meta))
+        self._start(f"checkpoint {step}", lambda: self._write(step, leaves, meta), failure)
 
     def save_best(self, score: float, params: Any, meta: Mapping[str, Any]) -> None:
-        """Saves the weights of the best evaluation so far in place of the former best ones."""
-        self._begin()
-        leaves = snapshot.to_host(params)
-        self._start(
-            f"best weights (score {score:g})", lambda: self._write_best(leaves, {**meta, "score": float(score)})
-        )
+        """Saves the weights of the best evaluation so far in place of the former best ones. As `save`."""
+        failure = self._begin()
+        leaves, meta = snapshot.to_host(params), {**meta, "score": float(score)}
+        self._start(f"best weights (score {score:g})", lambda: self._write_best(leaves, meta), failure)
 
     def poll(self) -> bool:
         """Whether no save is running; raises the CheckpointError of one that failed. Never waits."""
@@ -129,12 +126,8 @@ class Checkpointer:
 
     def wait(self) -> None:
         """Waits until everything is on disk; raises the CheckpointError of a save that failed."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            (what, error), self._error = self._error, None
-            raise CheckpointError(self._failure(what, error)) from error
+        if (failure := self._settle()) is not None:
+            raise failure
 
     close = wait
 
@@ -159,14 +152,14 @@ class Checkpointer:
         template: Any = None,
         step: int | None = None,
         parts: Iterable[str] | None = None,
-        replay: SavableReplay | None = None,
+        check: Callable[[dict[str, Any]], None] | None = None,
     ) -> tuple[int, Any, dict[str, Any]]:
         """The newest intact checkpoint, or that of `step`: (agent step, tree of numpy arrays, meta).
 
         template  Tree with the structure, shapes and dtypes expected; None: nested dicts as saved.
         parts     Top-level keys of the state to read; None: all.
-        replay    Filled with what it held then, if the checkpoint was saved with one; a checkpoint whose replay
-                  files are missing or changed counts as damaged.
+        check     Called with the meta data, to load the replay say; if it raises ReplayError, OSError or
+                  DamagedCheckpointError, this checkpoint counts as damaged.
 
         Damaged checkpoints are skipped with a CheckpointWarning and, unless read-only, set aside under another
         name. Raises CheckpointMismatchError if an intact one does not fit the template, CheckpointError if none
@@ -176,11 +169,8 @@ class Checkpointer:
 
         def load(entry: _Entry) -> tuple[int, Any, dict[str, Any]]:
             tree, meta = snapshot.read(entry.folder, template, parts)
-            if replay is not None and "replay" in meta:
-                try:
-                    replay.load(self.replay_folder, meta["replay"])
-                except ReplayError as error:
-                    raise DamagedCheckpointError(f"{entry.folder}: {error}") from error
+            if check is not None:
+                check(meta)
             return entry.step, tree, meta
 
         return self._newest_intact(self._folder, load, step)
@@ -212,7 +202,7 @@ class Checkpointer:
             for entry in entries:
                 try:
                     result = load(entry)
-                except (DamagedCheckpointError, OSError) as error:
+                except (DamagedCheckpointError, ReplayError, OSError) as error:
                     damaged.append((entry, error))
                     continue
                 for skipped, reason in damaged:
@@ -231,20 +221,31 @@ class Checkpointer:
         text = f"checkpoint {entry.folder.name} is damaged and was skipped for the one before it ({reason}){aside}"
         warnings.warn(text, CheckpointWarning, stacklevel=4)
 
-    def _begin(self) -> None:
+    def _begin(self) -> CheckpointError | None:
         if self._read_only:
             raise CheckpointError(f"{self.logdir} was opened read-only; nothing can be saved there")
-        self.wait()
+        return self._settle()
 
-    def _start(self, what: str, write: Callable[[], None]) -> None:
+    def _settle(self) -> CheckpointError | None:
+        """Waits for the save that is running; what went wrong with it, once."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        failure, self._error = self._error, None
+        return failure
+
+    def _start(self, what: str, write: Callable[[], None], failure: CheckpointError | None) -> None:
         def work() -> None:
             try:
                 write()
             except BaseException as error:  # Whatever it is belongs to the thread that asked for the save.
-                self._error = (what, error)
+                self._error = CheckpointError(self._failure(what, error))
+                self._error.__cause__ = error
 
         self._thread = threading.Thread(target=work, name="checkpoint")
         self._thread.start()
+        if failure is not None:
+            raise failure
 
     def _failure(self, what: str, error: BaseException) -> str:
         return (
