@@ -1,0 +1,148 @@
+"""Who may import whom, proved over the import graph of the package."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "dreamer"
+
+# Each row may import from rows at or above it. A folder counts as one module.
+LAYERS = [
+    ["types", "config", "networks", "distributions", "optimizer", "sharding"],
+    ["coders", "rssm"],
+    ["objectives"],
+    ["world_model"],
+    ["actor_critic"],
+    ["agent"],
+    ["planners", "dream_env"],
+    ["schema"],
+    ["presets"],
+    ["runtime", "diagnostics", "play"],
+    ["cli"],
+    ["__main__", "__init__"],
+]
+RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
+CLOSED = {"envs", "replay"}  # these know only the vocabulary
+VOCABULARY = {"types", "config"}
+SEE_WHOLE_CONFIG = {"agent", "schema", "presets", "runtime", "diagnostics", "cli", "__init__"}
+OPTIONAL = {"dm_control", "mujoco", "crafter", "Box2D", "pygame", "tensorflow", "torch", "moviepy", "minerl"}
+VAGUE = {"utils", "util", "common", "helpers", "helper", "manager", "misc"}
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    """`envs` for dreamer/envs/toy.py, `rssm` for dreamer/rssm.py."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0]
+
+
+def imports(path: Path, top_level: bool = False) -> list[tuple[str, tuple[str, ...]]]:
+    """(module, imported names) of every import in a file, or of those that run when it is loaded."""
+    tree = ast.parse(path.read_text())
+    found = []
+
+    def visit(node: ast.AST) -> None:
+        if top_level and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            return
+        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            return
+        if isinstance(node, ast.Import):
+            found.extend((alias.name, ()) for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write imports in full"
+            found.append((node.module, tuple(alias.name for alias in node.names)))
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(tree)
+    return found
+
+
+def rooms_imported(path: Path) -> set[str]:
+    """Rooms of this package that a file imports from."""
+    found = set()
+    for module, names in imports(path):
+        first, _, rest = module.partition(".")
+        if first != "dreamer":
+            continue
+        if rest:
+            found.add(rest.split(".")[0])
+        else:  # `from dreamer import x`: a module or a name of the package itself
+            found |= {name if name in RANK or name in CLOSED else "__init__" for name in names}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_one_way(path):
+    own, others = room(path), rooms_imported(path) - {room(path)}
+    if own in CLOSED:
+        assert others <= VOCABULARY
+        return
+    assert own in RANK, f"{path} has no place in the picture of the house: add it to LAYERS"
+    for other in others:
+        if other == "__init__":  # the version
+            continue
+        if other in CLOSED:
+            assert RANK[own] >= RANK["planners"], f"{own} may not know {other}"
+        else:
+            assert RANK[other] <= RANK[own], f"{own} may not import {other}"
+
+
+def test_the_vocabulary_stands_alone():
+    for name in VOCABULARY:
+        path = PACKAGE / f"{name}.py"
+        assert rooms_imported(path) == set()
+        assert not {"jax", "flax"} & {module.split(".")[0] for module, _ in imports(path)}
+
+
+def test_no_circles():
+    """Modules, not rooms, and only what is imported when a module is loaded."""
+    names = {".".join(("dreamer", *p.relative_to(PACKAGE).with_suffix("").parts)): p for p in FILES}
+    graph = {
+        name: {
+            target
+            for module, imported in imports(path, top_level=True)
+            for target in (module, *(f"{module}.{i}" for i in imported))
+            if target in names and target != name
+        }
+        for name, path in names.items()
+    }
+    done: set[str] = set()
+
+    def walk(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, f"circle: {' -> '.join((*trail, name))}"
+        if name not in done:
+            for target in sorted(graph[name]):
+                walk(target, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        walk(name, ())
+
+
+def test_only_few_see_the_whole_config():
+    for path in FILES:
+        if any(module == "dreamer.config" and "Config" in names for module, names in imports(path)):
+            assert room(path) in SEE_WHOLE_CONFIG, f"{path} gets the slice it needs, not the whole Config"
+
+
+def test_environments_and_replay_load_without_jax():
+    for path in FILES:
+        if room(path) in CLOSED:
+            top = {module.split(".")[0] for module, _ in imports(path, top_level=True)}
+            assert not {"jax", "flax", "optax"} & top, path
+
+
+def test_optional_packages_load_when_they_are_needed():
+    for path in FILES:
+        top = {module.split(".")[0] for module, _ in imports(path, top_level=True)}
+        assert not OPTIONAL & top, path
+
+
+def test_names_say_what_is_inside():
+    for path in FILES:
+        assert not VAGUE & set(path.relative_to(PACKAGE).with_suffix("").parts), path

@@ -1,0 +1,226 @@
+"""The program `dreamer`: its commands, its help, its mistakes. Training itself is replaced by a recorder."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import types
+
+import pytest
+
+import dreamer
+from dreamer import cli, schema
+from dreamer.envs.interface import TaskError
+from dreamer.presets import load_config, preset_names, save_config
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = cli.main(list(arguments))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The configurations that reached `dreamer.runtime.train.train`."""
+    seen = []
+
+    def train(config, make_env=None):
+        seen.append(config)
+        return 0
+
+    monkeypatch.setitem(sys.modules, "dreamer.runtime.train", types.SimpleNamespace(train=train))
+    return seen
+
+
+@pytest.fixture
+def evaluated(monkeypatch):
+    seen = []
+
+    def evaluate_command(logdir, **options):
+        seen.append((logdir, options))
+        return 0
+
+    fake = types.SimpleNamespace(evaluate_command=evaluate_command)
+    monkeypatch.setitem(sys.modules, "dreamer.runtime.evaluate", fake)
+    return seen
+
+
+# --- Help --------------------------------------------------------------------------------------
+
+
+def test_help_lists_the_commands(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0
+    for name in ("train", "eval", "envs"):
+        assert name in out
+    assert run(capsys)[:2] == (2, out)
+
+
+def test_version(capsys):
+    assert run(capsys, "--version")[1] == f"dreamer {dreamer.__version__}\n"
+
+
+def test_train_help_shows_presets_and_every_option(capsys):
+    code, out, _ = run(capsys, "train", "--help")
+    assert code == 0
+    assert all(f" {name}" in out for name in preset_names())
+    assert all(f"--{name} " in out for name in schema.options())
+    assert max(map(len, out.splitlines())) <= 140
+
+
+def test_eval_and_envs_help(capsys):
+    for command in ("eval", "envs"):
+        with pytest.raises(SystemExit) as caught:
+            cli.main([command, "--help"])
+        assert caught.value.code == 0
+        assert f"dreamer {command}" in capsys.readouterr().out
+
+
+# --- train -------------------------------------------------------------------------------------
+
+
+def test_train_without_arguments_is_the_quickstart(capsys, trained):
+    assert run(capsys, "train")[0] == 0
+    assert trained == [load_config(["quickstart"])]
+
+
+def test_train_passes_presets_and_overrides_in_order(capsys, trained):
+    line = "train --configs gym cpu --task gym_Acrobot-v1 --seed 3 --run.train_ratio=64 --logdir /nowhere/x"
+    assert run(capsys, *line.split())[0] == 0
+    config = trained[0]
+    assert (config.task, config.seed, config.run.train_ratio) == ("gym_Acrobot-v1", 3, 64)
+    assert (config.run.batch_size, config.model.deter, config.logdir) == (8, 512, "/nowhere/x")
+
+
+def test_exit_code_of_training_is_the_program_s(capsys, monkeypatch):
+    fake = types.SimpleNamespace(train=lambda config: 3)
+    monkeypatch.setitem(sys.modules, "dreamer.runtime.train", fake)
+    assert run(capsys, "train")[0] == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("train --configs atarri", ["unknown preset 'atarri'", "atari"]),
+        ("train --task dmc_walker_wlak", ["dmc_walker_walk"]),
+        ("train --task dmk_walker_walk", ["toy, atari", "dmc_walker_walk"]),
+        ("train --task gym_CartPol-v1", ["CartPole"]),
+        ("train --task toy_katch", ["toy_catch"]),
+        ("train --run.train_ratoi 3", ["run.train_ratio"]),
+        ("train --run.train_ratio fast", ["expected a number, got 'fast'"]),
+        ("train --configs no/such.yaml", ["no/such.yaml"]),
+        ("trian", ["train"]),
+        ("envs dcm", ["unknown suite 'dcm'", "dmc"]),
+        ("eval", ["logdir"]),
+        ("eval no/such", ["no/such", "config.yaml"]),
+        ("eval . --episodes none", ["--episodes", "whole number above 0"]),
+        ("eval . --policy best", ["mode", "sample"]),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(capsys, trained, line, words):
+    code, out, err = run(capsys, *line.split())
+    assert code == 2 and out == "" and trained == []
+    assert err.startswith("dreamer: error: ") and err.count("\n") == 1
+    for word in words:
+        assert word in err
+
+
+def test_mistakes_come_before_anything_slow():
+    """No jax is imported to find them, nor for any help."""
+    script = (
+        "import sys; from dreamer.cli import main\n"
+        "for line in ('--help', 'train --help', 'envs', 'train --task dmc_walker_wlak', 'train --seed x'):\n"
+        "    main(line.split())\n"
+        "sys.exit('jax' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_errors_of_the_run_that_a_user_can_mend_end_in_one_line(capsys, monkeypatch):
+    def train(config):
+        raise TaskError("expected a finite action space")
+
+    monkeypatch.setitem(sys.modules, "dreamer.runtime.train", types.SimpleNamespace(train=train))
+    assert run(capsys, "train") == (2, "", "dreamer: error: expected a finite action space\n")
+
+
+def test_the_table_of_user_errors_names_real_classes():
+    for module, name in cli.USER_ERRORS:
+        assert issubclass(getattr(importlib.import_module(module), name), Exception)
+
+
+def test_faults_of_the_program_are_not_hidden(monkeypatch):
+    def train(config):
+        raise ZeroDivisionError
+
+    monkeypatch.setitem(sys.modules, "dreamer.runtime.train", types.SimpleNamespace(train=train))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["train"])
+
+
+# --- Resuming ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def logdir(tmp_path):
+    """The folder of a run that was started with `--configs gym cpu --logdir FOLDER`."""
+    save_config(load_config(["gym", "cpu"], {"logdir": str(tmp_path)}), tmp_path / "config.yaml")
+    return str(tmp_path)
+
+
+def test_the_same_command_resumes_without_a_word(capsys, trained, logdir):
+    code, out, _ = run(capsys, "train", "--configs", "gym", "cpu", "--logdir", logdir)
+    assert (code, out, len(trained)) == (0, "", 1)
+
+
+def test_the_logdir_alone_resumes(capsys, trained, logdir):
+    assert run(capsys, "train", "--logdir", logdir)[0] == 0
+    assert trained == [load_config(["gym", "cpu"], {"logdir": logdir})]
+
+
+def test_allowed_changes_are_printed(capsys, trained, logdir):
+    code, out, _ = run(capsys, "train", "--logdir", logdir, "--run.agent_steps", "7")
+    assert code == 0 and trained[0].run.agent_steps == 7
+    assert "run.agent_steps: 100000 -> 7" in out
+
+
+def test_other_changes_are_refused_by_name(capsys, trained, logdir):
+    code, _, err = run(capsys, "train", "--logdir", logdir, "--model.units", "32", "--run.agent_steps", "7")
+    assert code == 2 and trained == []
+    assert "model.units: 64 -> 32" in err and "agent_steps" not in err
+
+
+# --- eval and envs -----------------------------------------------------------------------------
+
+
+def test_eval_hands_over_its_arguments(capsys, evaluated, logdir):
+    assert run(capsys, "eval", logdir)[0] == 0
+    line = f"eval {logdir} --episodes 3 --video a.gif --policy sample --seed 5"
+    assert run(capsys, *line.split())[0] == 0
+    assert evaluated == [
+        (logdir, {"episodes": 20, "video": None, "policy": "mode", "seed": None}),
+        (logdir, {"episodes": 3, "video": "a.gif", "policy": "sample", "seed": 5}),
+    ]
+
+
+def test_envs_lists_every_suite_and_the_tasks_of_one(capsys):
+    code, out, _ = run(capsys, "envs")
+    assert code == 0
+    for word in ("toy_catch", "atari100k_", "dmc_", "crafter_reward", "gym_CartPole-v1"):
+        assert word in out
+    tasks = run(capsys, "envs", "dmc")[1].split()
+    assert "dmc_walker_walk" in tasks and len(tasks) > 20
+
+
+def test_envs_says_how_to_install_what_is_missing(capsys, monkeypatch):
+    real = cli.importlib.util.find_spec
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "crafter" else real(name))
+    assert "not installed: pip install 'dreamer[crafter]'" in run(capsys, "envs")[1]
+
+
+def test_module_and_entry_point_are_the_same_program():
+    done = subprocess.run([sys.executable, "-m", "dreamer", "train", "--seed", "x"], capture_output=True, text=True)
+    assert done.returncode == 2 and "expected an integer, got 'x'" in done.stderr
