@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dreamer.agent import Agent
+    from dreamer.runtime.acting import Agent
     from dreamer.config import Config
     from dreamer.presets import load_config
     from dreamer.runtime.train import train
@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 __all__ = ["Agent", "Config", "load_config", "train"]
 
 _HOMES = {
-    "Agent": "dreamer.agent",
+    "Agent": "dreamer.runtime.acting",
     "Config": "dreamer.config",
     "load_config": "dreamer.presets",
     "train": "dreamer.runtime.train",

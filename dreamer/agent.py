@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from dreamer.world_model import WorldModel
 
 sg = jax.lax.stop_gradient
 
-#: Nested plain dicts of arrays: params, slow_value, opt, return_scale {low, high}, updates, key.
+#: Nested plain dicts of arrays: params, slow_value, opt, return_scale {low, high}, updates, key (raw uint32 data).
 TrainState = dict[str, Any]
 Batch = Mapping[str, jax.Array]
 
@@ -29,8 +30,8 @@ STREAMS = {"init": 0, "policy": 1, "train": 2, "eval": 3, "report": 4}
 
 
 def stream_key(run_key: jax.Array, stream: str, counter: int | jax.Array) -> jax.Array:
-    """The key number `counter` of a named stream."""
-    return jax.random.fold_in(jax.random.fold_in(run_key, STREAMS[stream]), counter)
+    """The key number `counter` of a named stream. run_key: raw key data, uint32, as checkpoints store it."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(run_key), STREAMS[stream]), counter)
 
 
 def text_keys(tree: Any) -> Any:
@@ -106,8 +107,9 @@ class Agent:
 
     # Learning
 
-    def _init(self, run_key: jax.Array) -> TrainState:
-        """A fresh TrainState from the run's key (raw key data or typed key)."""
+    def _init(self, seed: int | jax.Array) -> TrainState:
+        """A fresh TrainState; `seed` is the run's."""
+        run_key = jax.random.key_data(jax.random.key(seed))
         rngs = nnx.Rngs(params=stream_key(run_key, "init", 0))
         model = DreamerModel(self.observations, self.actions, self.config, rngs=rngs)
         params = text_keys(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
@@ -153,6 +155,13 @@ class Agent:
         metrics["opt/param_rms"] = root_mean_square(params)
         metrics["opt/updates"] = new["updates"]
         return new, latents, metrics
+
+    @staticmethod
+    def finite(metrics: Mapping[str, jax.Array]) -> jax.Array:
+        """Whether the update that gave these metrics was sound, bool (): every loss term, the gradient, the weights."""
+        checked = [v for k, v in metrics.items() if k.startswith("loss/")]
+        checked += [metrics["opt/loss"], metrics["opt/grad_norm"], metrics["opt/param_rms"]]
+        return jnp.isfinite(jnp.stack(checked)).all()
 
     def _gradients(self, state: TrainState, batch: Batch, key: jax.Array) -> tuple[Any, tuple]:
         loss = jax.grad(self.loss, has_aux=True)
@@ -205,8 +214,9 @@ class Agent:
         total = sum(scales[name] * mean for name, mean in means.items())
         metrics.update(observed.metrics)
         for name, space in self.actions.items():
-            if space.classes is not None:
-                metrics[f"rand/{name}"] = metrics[f"ent/{name}"] / sum(jnp.log(float(n)) for n in space.classes)
+            # An action without a choice (all entries of one class) has no randomness to measure.
+            if space.classes is not None and max(space.classes) > 1:
+                metrics[f"rand/{name}"] = metrics[f"ent/{name}"] / sum(math.log(n) for n in space.classes)
         metrics.update({f"loss/{name}": mean for name, mean in means.items()})
         metrics["opt/loss"] = total
         return total, (return_scale, rssm.pack(sg(observed.states)), metrics)
@@ -236,9 +246,15 @@ class Agent:
     def _loss_scales(self, model: DreamerModel) -> dict[str, float]:
         """Scale of every loss term by name; one per reconstructed observation key."""
         config = self.config.loss
-        scales = {key: config.reconstruction for key in model.world_model.objective.decoder.spaces}
-        scales |= {"rew": config.reward, "con": config.cont, "dyn": config.dyn, "rep": config.rep}
-        return scales | {"policy": config.policy, "value": config.value, "repval": config.replay_value}
+        scales = {"rew": config.reward, "con": config.cont, "dyn": config.dyn, "rep": config.rep}
+        scales |= {"policy": config.policy, "value": config.value, "repval": config.replay_value}
+        keys = model.world_model.objective.decoder.spaces
+        if taken := sorted(set(keys) & set(scales)):
+            raise ValueError(
+                f"expected observations named unlike the loss terms {sorted(scales)}, got {taken}; rename these keys "
+                "of the environment or leave them out with model.decoder_keys"
+            )
+        return scales | {key: config.reconstruction for key in keys}
 
     # Looking
 

@@ -82,7 +82,7 @@ class Reference:
         return {k: v for k, v in batch.items() if k not in ("consec", "stepid")}
 
     def state(self, agent: Agent) -> dict:
-        state = agent.init(jax.random.key(0))
+        state = agent.init(0)
         ours, theirs = rn.flatten(state["params"]), self.params("init/")
         assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
         return state | {

@@ -1,0 +1,131 @@
+"""Acting in environments: the policy's carry, episode statistics, and episodes for evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from dreamer.agent import Agent, stream_key
+from dreamer.envs import VectorEnv
+from dreamer.envs.interface import Batch
+from dreamer.types import LOG_PREFIX, Spaces
+
+#: Most frames of a recorded episode.
+VIDEO_FRAMES = 600
+
+
+class NonFiniteActionError(RuntimeError):
+    """The policy gave NaN or infinity."""
+
+
+@dataclasses.dataclass
+class Episode:
+    """A finished episode: undiscounted sum of rewards, number of actions, sums of `log/` keys, frames if recorded."""
+
+    env: int
+    score: float
+    length: int
+    logs: dict[str, float]
+    frames: list[np.ndarray]
+
+
+def zero_actions(spaces: Spaces, envs: int) -> Batch:
+    return {key: np.zeros((envs, *space.shape), space.dtype) for key, space in spaces.items()}
+
+
+class Collector:
+    """N environments and the policy that acts in them.
+
+    One step is split in two so that the caller can dispatch updates while the environments step::
+
+        transition = collector.act(params)     choose actions for the current observations, send them off
+        ...                                    the environments step, the device works
+        episodes = collector.wait()            the next observations are there
+    """
+
+    def __init__(self, agent: Agent, envs: VectorEnv, run_key: np.ndarray, stream: str, sample: bool = True) -> None:
+        self.envs = envs
+        self._agent = agent
+        self._key = jax.jit(lambda counter: stream_key(run_key, stream, counter)) if sample else None
+        self.counter = 0
+        self._carry = agent.init_policy(envs.num_envs)
+        self._visible = [key for key in envs.observation_spaces if not key.startswith(LOG_PREFIX)]
+        self._obs = envs.reset()
+        count = envs.num_envs
+        self._scores, self._lengths = np.zeros(count), np.zeros(count, int)
+        self._logs = {key: np.zeros(count) for key in envs.observation_spaces if key.startswith(LOG_PREFIX)}
+        self._frames: list[np.ndarray] = []
+        self._wanted = self._recording = False
+
+    def act(self, params: Any) -> Batch:
+        """Choose actions and start stepping. Returns what replay stores: transition, action and policy extras."""
+        key = None if self._key is None else self._key(self.counter)
+        seen = {k: self._obs[k] for k in (*self._visible, "is_first")}
+        self._carry, action, extras = self._agent.policy(params, self._carry, seen, key)
+        action, extras = jax.device_get((action, extras))
+        self.counter += 1
+        wrong = [k for k, v in action.items() if v.dtype.kind == "f" and not np.isfinite(v).all()]
+        if wrong:
+            raise NonFiniteActionError(f"the policy gave actions that are not finite: {', '.join(wrong)}")
+        self.envs.step_async(action)
+        flags = {k: v for k, v in self._obs.items() if k in ("reward", "is_first", "is_last", "is_terminal")}
+        return {**{k: self._obs[k] for k in self._visible}, **flags, **action, **extras}
+
+    def wait(self) -> list[Episode]:
+        """Take the next observations; returns the episodes that have ended with them."""
+        if self._recording:
+            self._add_frame()
+        self._obs = obs = self.envs.step_wait()
+        first = obs["is_first"]
+        self._scores = np.where(first, 0.0, self._scores) + obs["reward"]
+        self._lengths = np.where(first, 0, self._lengths + 1)
+        for key, total in self._logs.items():
+            value = obs[key].reshape(len(first), -1).sum(-1)
+            self._logs[key] = np.where(first, 0.0, total) + value
+        self._begin_recording()
+        episodes = [self._finished(i) for i in np.flatnonzero(obs["is_last"])]
+        return episodes
+
+    def record(self) -> None:
+        """Record the first environment's next episode, or this one if it has just begun."""
+        self._wanted = True
+        self._begin_recording()
+
+    def _begin_recording(self) -> None:
+        if self._wanted and self._obs["is_first"][0]:
+            self._wanted, self._recording, self._frames = False, True, []
+
+    def _add_frame(self) -> None:
+        frame = self.envs.render() if len(self._frames) < VIDEO_FRAMES else None
+        if frame is not None:
+            self._frames.append(frame)
+
+    def _finished(self, index: int) -> Episode:
+        frames: list[np.ndarray] = []
+        if index == 0 and self._recording:
+            self._add_frame()
+            frames, self._frames, self._recording = self._frames, [], False
+        logs = {key.removeprefix(LOG_PREFIX): float(total[index]) for key, total in self._logs.items()}
+        return Episode(int(index), float(self._scores[index]), int(self._lengths[index]), logs, frames)
+
+
+def run_episodes(
+    collector: Collector, params: Any, count: int, on_step: Callable[[], None] | None = None
+) -> list[Episode]:
+    """Play `count` episodes. Every environment owes the same number, so short episodes are not over-represented."""
+    envs = collector.envs.num_envs
+    owed = [count // envs + (i < count % envs) for i in range(envs)]
+    episodes: list[Episode] = []
+    while any(owed):
+        collector.act(params)
+        for episode in collector.wait():
+            if owed[episode.env]:
+                owed[episode.env] -= 1
+                episodes.append(episode)
+        if on_step is not None:
+            on_step()
+    return episodes

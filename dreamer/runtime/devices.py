@@ -1,0 +1,59 @@
+"""Which device a run computes on, and the settings JAX needs before its first computation."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dreamer.config import RunConfig
+
+_BACKENDS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
+
+
+class DeviceError(RuntimeError):
+    """The wanted device is not there; the message says what is and what to install."""
+
+
+def choose_device(platform: str) -> jax.Device:
+    """The first device of the asked kind ("auto": the fastest kind present), made JAX's default."""
+    if platform == "auto":
+        device = jax.devices()[0]
+    else:
+        try:
+            device = jax.devices(_BACKENDS[platform])[0]
+        except RuntimeError as error:
+            found = sorted({d.platform for d in jax.devices()})
+            raise DeviceError(
+                f"expected a device of kind {platform!r} (--run.platform), found {found}; "
+                "install the extra for it, pip install 'dreamer[cuda12]' say, or use --run.platform auto"
+            ) from error
+    jax.config.update("jax_default_device", device)
+    return device
+
+
+def compute_dtype(config: RunConfig, device: jax.Device) -> Any:
+    """Dtype of activations: as configured; auto is bfloat16 on accelerators and float32 on the CPU."""
+    name = config.compute_dtype
+    if name == "auto":
+        name = "float32" if device.platform == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def keep_compiled_programs() -> None:
+    """Keep compiled programs in the user's cache folder, unless JAX was told another place or the folder is read-only.
+
+    A second start of the same configuration then takes seconds instead of the compile time.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dreamer" / "jax"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(root))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

@@ -1,0 +1,85 @@
+"""How good an agent is: episodes in environments of their own, by a run in progress or from its logdir."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from dreamer.agent import Agent
+from dreamer.config import Config
+from dreamer.envs import VectorEnv, best_score, human_normalized
+from dreamer.envs.vector import MakeEnv
+from dreamer.presets import CONFIG_FILE, load_config
+from dreamer.runtime.acting import load_agent
+from dreamer.runtime.collect import Collector, Episode, run_episodes
+from dreamer.runtime.display import Evaluation, evaluation_table
+from dreamer.runtime.setup import evaluation_envs
+from dreamer.runtime.video import save_gif
+
+
+class Evaluator:
+    """Evaluation inside a run: environments are made at the first evaluation and reused."""
+
+    def __init__(self, config: Config, agent: Agent, run_key: np.ndarray, make_env: MakeEnv | None) -> None:
+        self._config, self._agent, self._key, self._make_env = config, agent, run_key, make_env
+        self._envs: VectorEnv | None = None
+        self._rounds = 0
+
+    def __call__(self, params: Any, on_step: Any = None) -> list[Episode]:
+        """Play `run.eval_episodes` episodes with these weights."""
+        run = self._config.run
+        if self._envs is None:
+            self._envs = evaluation_envs(self._config, self._make_env, min(run.eval_envs, run.eval_episodes))
+        collector = Collector(self._agent, self._envs, self._key, "eval", sample=run.eval_policy == "sample")
+        # Rounds draw different actions; a million steps each keep their counters apart.
+        collector.counter = self._rounds * 1_000_000
+        self._rounds += 1
+        return run_episodes(collector, params, run.eval_episodes, on_step)
+
+    def close(self) -> None:
+        if self._envs is not None:
+            self._envs.close()
+
+
+def as_evaluation(config: Config, scores: list[float]) -> Evaluation:
+    """Scores beside what is known of the task. A user's own environment has no known best."""
+    try:
+        best = best_score(config.task, config.env)
+        human = human_normalized(config.task, float(np.mean(scores)))
+    except ValueError:
+        best = human = None
+    return Evaluation(config.task, scores, best, human)
+
+
+def evaluate_command(
+    logdir: str,
+    episodes: int,
+    video: str | None = None,
+    policy: str = "mode",
+    seed: int | None = None,
+    make_env: MakeEnv | None = None,
+    console: Console | None = None,
+) -> int:
+    """`dreamer eval`: load weights, play, print a table, write a video if asked. Returns the exit code."""
+    console = console or Console(highlight=False)
+    config = load_config([str(Path(logdir).resolve() / CONFIG_FILE)], {"logdir": logdir, "run.platform": "auto"})
+    agent, params, key = load_agent(config)
+    envs = evaluation_envs(config, make_env, min(config.run.eval_envs, episodes), seed)
+    try:
+        collector = Collector(agent, envs, key, "eval", sample=policy == "sample")
+        if video:
+            collector.record()
+        played = run_episodes(collector, params, episodes)
+    finally:
+        envs.close()
+    scores = [episode.score for episode in played]
+    console.print(evaluation_table([as_evaluation(config, scores)]))
+    frames = next((np.stack(e.frames) for e in played if e.frames), None)
+    if video and frames is not None:
+        console.print(f"video: {save_gif(video, frames, config.log.video_fps)}", soft_wrap=True)
+    elif video:
+        console.print(f"no video: {config.task} gives no images")
+    return 0

@@ -1,0 +1,58 @@
+"""When things happen: exact bookkeeping of the train ratio, and intervals in agent steps."""
+
+from __future__ import annotations
+
+import fractions
+from typing import Any
+
+
+class UpdateSchedule:
+    """How many updates are due: ``train_ratio / (B * T)`` per agent step, counted from the step training started at.
+
+    Counted in exact fractions from two integers, so it never drifts, also not over resumes, and training that
+    starts late has no debt to work off.
+    """
+
+    def __init__(self, train_ratio: float, batch_size: int, batch_length: int) -> None:
+        self._rate = fractions.Fraction(repr(train_ratio)) / (batch_size * batch_length)
+        self._start: int | None = None
+        self._updates = 0
+
+    @property
+    def started(self) -> bool:
+        return self._start is not None
+
+    def start(self, agent_steps: int) -> None:
+        """Training begins: updates are owed for steps after this one."""
+        self._start = agent_steps
+
+    def due(self, agent_steps: int) -> int:
+        """Updates owed at this step and not done yet."""
+        return 0 if self._start is None else int((agent_steps - self._start) * self._rate) - self._updates
+
+    def done(self, updates: int = 1) -> None:
+        self._updates += updates
+
+    def state(self) -> dict[str, Any]:
+        return {"start": self._start, "updates": self._updates}
+
+    def restore(self, state: dict[str, Any], agent_steps: int, rate_changed: bool) -> None:
+        """Go on from a checkpoint taken at `agent_steps`; with another train ratio, count anew from there."""
+        self._start, self._updates = state["start"], state["updates"]
+        if rate_changed and self.started:
+            self._start, self._updates = agent_steps, 0
+
+
+class Every:
+    """True once each `interval` agent steps; an interval of None never comes. The first is one interval in."""
+
+    def __init__(self, interval: int | None, agent_steps: int = 0) -> None:
+        self._interval = interval
+        self._last = 0 if interval is None else agent_steps // interval
+
+    def __call__(self, agent_steps: int) -> bool:
+        if self._interval is None:
+            return False
+        current = agent_steps // self._interval
+        fired, self._last = current > self._last, current
+        return fired

@@ -1,0 +1,148 @@
+"""What a run is made of, put together from its configuration; and what the start-up summary says of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from dreamer.agent import Agent, TrainState
+from dreamer.config import Config
+from dreamer.envs import VectorEnv, make_vector_env
+from dreamer.envs.vector import MakeEnv
+from dreamer.replay import Replay, bytes_per_step
+from dreamer.runtime.checkpoint import Checkpointer
+from dreamer.runtime.devices import choose_device, compute_dtype
+from dreamer.runtime.display import Row, device_row, format_bytes, parameters_row
+from dreamer.runtime.provenance import versions
+from dreamer.types import Space, Spaces, replay_fields
+
+
+def resolve_logdir(config: Config) -> Config:
+    """The configuration with a logdir: the one given, or a new folder under runs/ named after task, time and seed."""
+    if config.logdir:
+        return config
+    name = config.task.replace("/", "_").replace(":", "_")
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return dataclasses.replace(config, logdir=str(Path("runs") / f"{name}-{stamp}-seed{config.seed}"))
+
+
+def training_envs(config: Config, restarts: int, make_env: MakeEnv | None) -> VectorEnv:
+    """The training environments; each restart of the run gives them other seeds, or they would repeat themselves."""
+    seed = config.seed if restarts == 0 else int(np.random.SeedSequence([config.seed, restarts]).generate_state(1)[0])
+    return make_vector_env(config.task, config.env, config.env.num_envs, seed, training=True, make=make_env)
+
+
+def evaluation_envs(config: Config, make_env: MakeEnv | None, count: int, seed: int | None = None) -> VectorEnv:
+    seed = config.seed if seed is None else seed
+    return make_vector_env(config.task, config.env, count, seed, training=False, make=make_env)
+
+
+def make_agent(config: Config, observations: Spaces, actions: Spaces) -> Agent:
+    device = choose_device(config.run.platform)
+    return Agent(observations, actions, config, compute_dtype(config.run, device))
+
+
+def replay_capacity(config: Config) -> int:
+    """Steps to make room for: never more than the run collects, a little more than one sequence per environment."""
+    envs, length = config.env.num_envs, config.run.batch_length + 1
+    needed = min(config.replay.capacity, config.run.agent_steps + envs)
+    return max(math.ceil(needed / envs), length + 1) * envs
+
+
+def make_replay(config: Config, agent: Agent) -> Replay:
+    fields = replay_fields(agent.observations, agent.actions, agent.extras)
+    return Replay(
+        fields,
+        config.env.num_envs,
+        replay_capacity(config),
+        config.run.batch_length + 1,
+        config.seed,
+        online=config.replay.online,
+        latent_keys=tuple(agent.extras),
+    )
+
+
+def module_sizes(params: Mapping[str, Any]) -> dict[str, int]:
+    """Number of parameters of each module."""
+    modules = {**params["world_model"], **params["actor_critic"]}
+    return {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in modules.items()}
+
+
+def summary_rows(config: Config, agent: Agent, state: TrainState, replay: Replay, envs: VectorEnv) -> list[Row]:
+    """What will run."""
+    device = jax.tree.leaves(state["params"])[0].devices().pop()
+    found = versions()
+    per_step = bytes_per_step(replay.fields)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    disk = min(replay.capacity, config.run.agent_steps) * per_step + (config.run.checkpoint_keep + 1) * weights
+    observations = ", ".join(f"{k} {s.shape}" for k, s in agent.observations.items() if not k.startswith("log/"))
+    actions = ", ".join(f"{k} {s.classes or s.shape}" for k, s in agent.actions.items())
+    where = type(envs).__name__.removesuffix("VectorEnv").lower()
+    return [
+        device_row(device.platform, device.device_kind, config.run.platform),
+        Row(
+            "versions",
+            f"python {found['python']}, jax {found['jax']}, flax {found['flax']}, dreamer {found['dreamer']}",
+        ),
+        Row("task", f"{config.task}, {envs.num_envs} environments ({where}), seed {config.seed}"),
+        Row("spaces", f"{observations} -> {actions}"),
+        parameters_row(module_sizes(state["params"])),
+        Row("compute", f"{agent.dtype.name}, batch {config.run.batch_size} x {config.run.batch_length}"),
+        Row("updates", f"{config.updates_per_step:g} per agent step (train ratio {config.run.train_ratio:g})"),
+        Row(
+            "replay", f"{format_bytes(per_step)} per step, {format_bytes(replay.nbytes)} for {replay.capacity:,} steps"
+        ),
+        Row("disk", f"about {format_bytes(disk)} at the end"),
+        Row("logdir", config.logdir),
+    ]
+
+
+def spaces_to_json(spaces: Spaces) -> dict[str, Any]:
+    return {key: dataclasses.asdict(space) for key, space in spaces.items()}
+
+
+def spaces_from_json(data: Mapping[str, Any]) -> dict[str, Space]:
+    return {
+        key: Space(s["kind"], tuple(s["shape"]), None if s["classes"] is None else tuple(s["classes"]))
+        for key, s in data.items()
+    }
+
+
+#: Which parameters `from_checkpoint_parts` names.
+PARTS = {
+    "world_model": (("world_model",),),
+    "actor": (("actor_critic", "policy"),),
+    "critic": (("actor_critic", "value"),),
+}
+
+
+def warm_start(config: Config, state: TrainState) -> TrainState:
+    """`state` with the parts of another run's best, or newest, weights that the configuration names."""
+    if config.from_checkpoint is None:
+        return state
+    checkpointer = Checkpointer(config.from_checkpoint, read_only=True)
+    params = load_params(checkpointer, {"params": state["params"]})
+    names = list(PARTS) if "all" in config.from_checkpoint_parts else config.from_checkpoint_parts
+    merged = jax.tree.map(lambda x: x, state["params"])
+    for name in names:
+        for *parents, leaf in PARTS[name]:
+            target, source = merged, params
+            for parent in parents:
+                target, source = target[parent], source[parent]
+            target[leaf] = jax.device_put(source[leaf])
+    state = state | {"params": merged}
+    return state | {"slow_value": jax.tree.map(jax.numpy.array, merged["actor_critic"]["value"])}
+
+
+def load_params(checkpointer: Checkpointer, template: Mapping[str, Any] | None) -> Any:
+    """The best evaluated weights of a logdir or, where nothing was evaluated, those of its newest checkpoint."""
+    if checkpointer.best_score() is not None:
+        return checkpointer.restore_best(template)[1]["params"]
+    return checkpointer.restore(template, parts=("params",))[1]["params"]

@@ -1,0 +1,261 @@
+"""The training loop: act, dispatch the updates that are due, step the environments while the device works."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from dreamer.config import Config
+from dreamer.envs.vector import MakeEnv
+from dreamer.presets import CONFIG_FILE, save_config
+from dreamer.replay import ReplayError
+from dreamer.runtime.checkpoint import Checkpointer, CheckpointError, DamagedCheckpointError
+from dreamer.runtime.collect import Collector, Episode, NonFiniteActionError
+from dreamer.runtime.devices import keep_compiled_programs
+from dreamer.runtime.display import Display, evaluation_table, start_summary
+from dreamer.runtime.evaluate import Evaluator, as_evaluation
+from dreamer.runtime.learner import Learner, NonFiniteError
+from dreamer.runtime.lock import LogdirLock
+from dreamer.runtime.logging import Logger, Steps
+from dreamer.runtime.meters import Aggregator, Stopwatch
+from dreamer.runtime.provenance import versions
+from dreamer.runtime.report import open_loop_report
+from dreamer.runtime.schedule import Every, UpdateSchedule
+from dreamer.runtime.setup import (
+    make_agent,
+    make_replay,
+    resolve_logdir,
+    spaces_to_json,
+    summary_rows,
+    training_envs,
+    warm_start,
+)
+from dreamer.runtime.signals import StopRequest
+
+#: Exit code of a run whose numbers were not finite.
+NON_FINITE = 3
+
+
+def train(config: Config, make_env: MakeEnv | None = None) -> int:
+    """Run, or resume, the training that `config` describes; returns the exit code.
+
+    make_env: ``(index, seed) -> environment``, a Gymnasium or `dreamer.envs.Env` one, instead of `config.task`.
+    0: reached the end or was asked to stop (a checkpoint is saved); 3: a loss or an action was not finite.
+    """
+    config = resolve_logdir(config)
+    logdir = Path(config.logdir)
+    logdir.mkdir(parents=True, exist_ok=True)
+    console = Console(highlight=False)
+    keep_compiled_programs()
+    with LogdirLock(logdir), StopRequest() as stop:
+        run = Run(config, make_env, console)
+        try:
+            run.loop(stop)
+        except NonFiniteError as error:
+            path = error.dump(logdir)
+            console.print(f"[bold red]stopped:[/] {error}. Its batch is in {path}.", soft_wrap=True)
+            return NON_FINITE
+        except NonFiniteActionError as error:
+            console.print(f"[bold red]stopped:[/] {error} (after {run.steps.updates} updates).", soft_wrap=True)
+            return NON_FINITE
+        finally:
+            run.close()
+        if stop:
+            console.print(f"\nstopped; go on with: dreamer train --logdir {logdir}", soft_wrap=True)
+    return 0
+
+
+class Run:
+    """One run: its parts, its counters, and the loop."""
+
+    def __init__(self, config: Config, make_env: MakeEnv | None, console: Console) -> None:
+        self.config, self.logdir, self.console = config, Path(config.logdir), console
+        self.checkpointer = Checkpointer(self.logdir, config.run.checkpoint_keep, config.run.checkpoint_milestones)
+        resuming = self.checkpointer.latest() is not None
+        self.restarts = self._next_restart() if resuming else 0
+        self.envs = training_envs(config, self.restarts, make_env)
+        try:
+            self._build(make_env, resuming)
+        except BaseException:
+            self.envs.close()
+            raise
+
+    def _build(self, make_env: MakeEnv | None, resuming: bool) -> None:
+        config = self.config
+        self.agent = make_agent(config, self.envs.observation_spaces, self.envs.action_spaces)
+        self.replay = make_replay(config, self.agent)
+        self.schedule = UpdateSchedule(config.run.train_ratio, config.run.batch_size, config.run.batch_length)
+        self.logger = Logger(self.logdir, config.log.jsonl, config.log.tensorboard, config.log.video_fps)
+        self.agent_steps = self.updates = 0
+        state = self._restore() if resuming else warm_start(config, self.agent.init(config.seed))
+        run_key = np.asarray(state["key"])
+        self.learner = Learner(self.agent, state, self.replay, config.run.batch_size)
+        self.collector = Collector(self.agent, self.envs, run_key, "policy")
+        self.collector.counter = self.agent_steps // self.envs.num_envs
+        self.evaluator = Evaluator(config, self.agent, run_key, make_env)
+        self.display = Display(config.task, config.run.agent_steps, live=config.run.display, console=self.console)
+        self.metrics, self.watch = Aggregator(), Stopwatch()
+        save_config(config, self.logdir / CONFIG_FILE)
+        title = f"Resuming at agent step {self.agent_steps:,}" if resuming else "Training"
+        self.console.print(start_summary(title, summary_rows(config, self.agent, state, self.replay, self.envs)))
+
+    @property
+    def steps(self) -> Steps:
+        return Steps(self.agent_steps, self.agent_steps * self.config.repeat, self.updates)
+
+    def loop(self, stop: StopRequest) -> None:
+        """Until `run.agent_steps` or a request to stop."""
+        run, watch, start = self.config.run, self.watch, self.agent_steps
+        due_log, due_report = Every(run.log_every, start), Every(run.report_every, start)
+        due_eval, due_save = Every(run.eval_every, start), Every(run.checkpoint_every, start)
+        due_video = Every(self.config.log.video_every, start)
+        saved_at = time.monotonic()
+        if self.config.log.videos:
+            self.collector.record()
+        with self.display:
+            while self.agent_steps < run.agent_steps and not stop:
+                with watch.section("act"):
+                    step = self.collector.act(self.learner.params)
+                with watch.section("replay"):
+                    self.replay.add(step)
+                self.agent_steps += self.envs.num_envs
+                watch.count(policy=self.envs.num_envs)
+                self._update()
+                with watch.section("env"):
+                    episodes = self.collector.wait()
+                with watch.section("log"):
+                    self._log_episodes(episodes)
+                    if due_video(self.agent_steps) and self.config.log.videos:
+                        self.collector.record()
+                    if due_log(self.agent_steps):
+                        self._log_metrics()
+                    self.display.update(self.steps, "" if self.schedule.started else "filling replay")
+                if due_report(self.agent_steps) and self.config.log.videos:
+                    self.report()
+                if due_eval(self.agent_steps):
+                    self.evaluate()
+                if due_save(self.agent_steps) or time.monotonic() - saved_at > 60 * run.checkpoint_minutes:
+                    self.save()
+                    saved_at = time.monotonic()
+            self.learner.settle()
+            self._log_metrics()
+            self.save()
+        if not stop:
+            self._finish()
+
+    def _update(self) -> None:
+        """Dispatch the updates that are due."""
+        run = self.config.run
+        if not self.schedule.started and self.replay.starts >= run.batch_size * run.batch_length:
+            self.schedule.start(self.agent_steps)
+        for _ in range(self.schedule.due(self.agent_steps)):
+            with self.watch.section("update"):
+                metrics = self.learner.update()
+            self.metrics.add(metrics, "train/")
+            self.schedule.done()
+            self.updates += 1
+            self.watch.count(train=run.batch_size * run.batch_length)
+
+    def _log_episodes(self, episodes: list[Episode]) -> None:
+        for episode in episodes:
+            self.logger.episode(self.steps, episode.score, episode.length)
+            self.display.episode(episode.score)
+            self.metrics.add({"score": episode.score, "length": episode.length}, "episode/mean_")
+            self.metrics.add(episode.logs, "episode/")
+            if episode.frames:
+                self.logger.video(self.steps, "episode/video", np.stack(episode.frames))
+
+    def _log_metrics(self) -> None:
+        stats = {f"replay/{name}": value for name, value in self.replay.stats().items()}
+        self.logger.scalars(self.steps, {**self.metrics.result(), **stats, **self.watch.result()})
+
+    def report(self) -> None:
+        """Write the open-loop dream video and its errors."""
+        if self.learner.batch is None:
+            return
+        with self.watch.section("report"):
+            videos, errors = open_loop_report(self.agent, self.learner.state, self.learner.batch)
+            self.logger.scalars(self.steps, errors)
+            for name, frames in videos.items():
+                self.dream_video = self.logger.video(self.steps, name, frames)
+
+    def evaluate(self) -> list[float]:
+        """Play evaluation episodes, log them, keep the weights if they are the best so far. Returns the scores."""
+        with self.watch.section("eval"):
+            redraw = lambda: self.display.update(self.steps, "evaluating")  # noqa: E731
+            episodes = self.evaluator(self.learner.params, redraw)
+        scores = [episode.score for episode in episodes]
+        mean, best = float(np.mean(scores)), self.checkpointer.best_score()
+        values = {"eval/score": mean, "eval/score_std": float(np.std(scores))}
+        self.logger.scalars(self.steps, values | {"eval/length": float(np.mean([e.length for e in episodes]))})
+        if best is None or mean >= best:
+            self.checkpointer.save_best(mean, {"params": self.learner.params}, {"agent_steps": self.agent_steps})
+        return scores
+
+    def save(self) -> None:
+        """Save a checkpoint in the background. A disk that refuses is reported, and training goes on."""
+        with self.watch.section("checkpoint"):
+            self.learner.settle()
+            meta = {
+                "agent_steps": self.agent_steps,
+                "updates": self.updates,
+                "restarts": self.restarts,
+                "schedule": self.schedule.state(),
+                "train_ratio": self.config.run.train_ratio,
+                "observations": spaces_to_json(self.agent.observations),
+                "actions": spaces_to_json(self.agent.actions),
+                "offsets": self.logger.offsets(),
+                "versions": versions(),
+            }
+            try:
+                self.checkpointer.save(self.agent_steps, self.learner.state, meta, self.replay)
+            except CheckpointError as error:
+                self.console.print(f"[bold red]checkpoint failed:[/] {error}", soft_wrap=True)
+
+    def _restore(self) -> Any:
+        """Go on from the newest checkpoint: counters, training state, replay, log files."""
+        template = jax.eval_shape(self.agent.init, 0)
+        folder = self.checkpointer.replay_folder
+
+        def load_replay(meta: dict[str, Any]) -> None:
+            try:
+                self.replay.load(folder, meta["replay"])
+            except ReplayError as error:
+                raise DamagedCheckpointError(str(error)) from error
+
+        _, state, meta = self.checkpointer.restore(template, check=load_replay)
+        self.agent_steps, self.updates = meta["agent_steps"], meta["updates"]
+        changed = meta["train_ratio"] != self.config.run.train_ratio
+        self.schedule.restore(meta["schedule"], self.agent_steps, changed)
+        self.logger.truncate(meta["offsets"], self.steps)
+        return jax.device_put(state)
+
+    def _next_restart(self) -> int:
+        return int(self.checkpointer.restore(parts=())[2]["restarts"]) + 1
+
+    def _finish(self) -> None:
+        """What a person wants to see at the end."""
+        self.report()
+        if self.config.run.final_eval:
+            scores = self.evaluate()
+            self.console.print(evaluation_table([as_evaluation(self.config, scores)]))
+        video = getattr(self, "dream_video", None)
+        if video is not None:
+            self.console.print(f"dream video: {video}", soft_wrap=True)
+        if self.config.log.tensorboard:
+            self.console.print(f"curves and videos: tensorboard --logdir {self.logdir}", soft_wrap=True)
+
+    def close(self) -> None:
+        """Give everything back; an error of the last save is reported, not raised over another one."""
+        self.envs.close()
+        self.evaluator.close()
+        try:
+            self.checkpointer.wait()
+        except CheckpointError as error:
+            self.console.print(f"[bold red]checkpoint failed:[/] {error}", soft_wrap=True)
+        self.logger.close()
