@@ -10,7 +10,7 @@ from flax import nnx
 
 from dreamer.config import ActorCriticConfig, ModelConfig
 from dreamer.distributions import Distribution, MultiOneHot, Normal, OneHot, TwoHot
-from dreamer.networks import MLP, Linear
+from dreamer.networks import MLP, Linear, at_least_float32
 from dreamer.types import Space, Spaces
 from dreamer.world_model import TwoHotHead
 
@@ -43,11 +43,12 @@ class Policy(nnx.Module):
 
     def __init__(self, inputs: int, actions: Spaces, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         self.mlp = MLP(inputs, config.units, config.policy_layers, rngs=rngs)
-        self.heads = nnx.Dict({k: ActionHead(config.units, actions[k], config, rngs=rngs) for k in sorted(actions)})
+        self.keys = tuple(sorted(actions))
+        self.heads = nnx.Dict({k: ActionHead(config.units, actions[k], config, rngs=rngs) for k in self.keys})
 
     def __call__(self, x: jax.Array) -> dict[str, Distribution]:
         x = self.mlp(x)
-        return {key: head(x) for key, head in self.heads.items()}
+        return {key: self.heads[key](x) for key in self.keys}
 
     def sample(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """Actions (..., A) at least float32, one-hot where discrete; no gradient. The mode where key is None."""
@@ -179,7 +180,7 @@ class ActorCritic(nnx.Module):
         config = self.config
         last, terminal = batch["is_last"].astype(jnp.float32), batch["is_terminal"].astype(jnp.float32)
         live = (1 - terminal) * (1 - 1 / config.discount_horizon)
-        returns = lambda_return(batch["reward"].astype(jnp.float32), bootstrap, live, (1 - last) * config.lambda_)
+        returns = lambda_return(at_least_float32(batch["reward"]), bootstrap, live, (1 - last) * config.lambda_)
         slow_value = slow_critic(sg(features)).mode()
         dist = TwoHot(self.value(features).logits[:, :-1])
         return (1 - last)[:, :-1] * critic_loss(dist, returns, slow_value[:, :-1])

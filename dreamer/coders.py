@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from flax import nnx
 
 from dreamer.config import ModelConfig
 from dreamer.distributions import MultiOneHot, Output, SquaredError, symlog
-from dreamer.networks import MLP, BlockLinear, Conv, Dense, Linear, RMSNorm, max_pool, upsample
+from dreamer.networks import MLP, BlockLinear, Conv, Dense, Linear, RMSNorm, at_least_float32, max_pool, upsample
 from dreamer.types import LOG_PREFIX, Space, Spaces
 
 Observations = Mapping[str, jax.Array]
@@ -23,7 +24,10 @@ Observations = Mapping[str, jax.Array]
 def select_keys(spaces: Spaces, pattern: str, option: str) -> dict[str, Space]:
     """The observation spaces whose names match the regular expression `pattern`, in key order."""
     visible = {k: spaces[k] for k in sorted(spaces) if not k.startswith(LOG_PREFIX)}
-    chosen = {k: s for k, s in visible.items() if re.search(pattern, k)}
+    try:
+        chosen = {k: s for k, s in visible.items() if re.search(pattern, k)}
+    except re.error as error:
+        raise ValueError(f"expected {option} to be a regular expression, got {pattern!r}: {error}") from None
     if not chosen:
         raise ValueError(
             f"expected {option} to match at least one of {list(visible)}, got {pattern!r}, which matches none"
@@ -40,7 +44,7 @@ def one_hot(index: jax.Array, space: Space, dtype: jnp.dtype) -> jax.Array:
 
 
 def flatten_vectors(observations: Observations, spaces: Spaces) -> jax.Array:
-    """Vectors symlogged and discrete entries one-hot, concatenated in key order: float32 (..., width)."""
+    """Vectors symlogged and discrete entries one-hot, concatenated in key order: at least float32 (..., width)."""
     parts = []
     for key, space in spaces.items():
         value = observations[key]
@@ -48,8 +52,13 @@ def flatten_vectors(observations: Observations, spaces: Spaces) -> jax.Array:
             parts.append(one_hot(value, space, jnp.float32))
         else:
             batch = value.shape[: value.ndim - len(space.shape)]
-            parts.append(symlog(value.astype(jnp.float32)).reshape(*batch, -1))
+            parts.append(symlog(at_least_float32(value)).reshape(*batch, -1))
     return jnp.concatenate(parts, -1)
+
+
+def rematerialised(stage: Callable[[jax.Array], jax.Array], remat: bool) -> Callable[[jax.Array], jax.Array]:
+    """`stage`, recomputed in the backward pass if `remat`: less memory, more time, the same numbers."""
+    return jax.checkpoint(stage) if remat else stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +116,7 @@ class ImageEncoder(nnx.Module):
 
     def __init__(self, spaces: Spaces, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         self.geometry = image_geometry(spaces, config)
-        self.keys = tuple(spaces)
+        self.keys, self.remat = tuple(spaces), config.remat
         depths = self.geometry.depths(config)
         inputs = [sum(space.shape[-1] for space in spaces.values()), *depths]
         pairs = list(zip(inputs, depths, strict=False))
@@ -120,8 +129,9 @@ class ImageEncoder(nnx.Module):
         x = image.astype(dtype) / 255 - 0.5
         bottom, right = self.geometry.padding
         x = jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0)))
+        stage = lambda conv, norm, x: jax.nn.silu(norm(max_pool(conv(x))))  # noqa: E731
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = jax.nn.silu(norm(max_pool(conv(x))))
+            x = rematerialised(partial(stage, conv, norm), self.remat)(x)
         return x.reshape(x.shape[0], -1)
 
 
@@ -163,7 +173,7 @@ class ImageDecoder(nnx.Module):
                 f"to be a multiple of model.blocks = {config.blocks}; change model.depth or model.blocks"
             )
         self.channels = tuple((key, space.shape[-1]) for key, space in spaces.items())
-        self.start = (*self.geometry.map, depths[0])
+        self.start, self.remat = (*self.geometry.map, depths[0]), config.remat
         units = math.prod(self.start)
         latent = config.stoch * config.classes
         self.from_deter = BlockLinear(config.blocks, config.deter, units, rngs=rngs)
@@ -183,11 +193,13 @@ class ImageDecoder(nnx.Module):
         x = x.reshape(-1, height, width, depth)
         x = x + self.from_stoch_out(self.from_stoch(stoch)).reshape(-1, height, width, depth)
         x = jax.nn.silu(self.start_norm(x))
+        stage = lambda conv, norm, x: jax.nn.silu(norm(conv(upsample(x))))  # noqa: E731
         for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = jax.nn.silu(norm(conv(upsample(x))))
-        x = self.out(upsample(x))[:, : self.geometry.height, : self.geometry.width]
+            x = rematerialised(partial(stage, conv, norm), self.remat)(x)
+        x = rematerialised(lambda x: self.out(upsample(x)), self.remat)(x)
+        x = x[:, : self.geometry.height, : self.geometry.width]
         cuts = np.cumsum([c for _, c in self.channels])[:-1]
-        parts = jnp.split(jax.nn.sigmoid(x.astype(jnp.promote_types(x.dtype, jnp.float32))), cuts, -1)
+        parts = jnp.split(jax.nn.sigmoid(at_least_float32(x)), cuts, -1)
         return {key: part for (key, _), part in zip(self.channels, parts, strict=True)}
 
 
@@ -213,8 +225,8 @@ class Decoder(nnx.Module):
         outputs: dict[str, Output] = {}
         if self.mlp is not None:
             x = self.mlp(jnp.concatenate([deter, stoch], -1))
-            for key, head in self.heads.items():
-                outputs[key] = self._vector_output(head(x), self.spaces[key])
+            for key in (k for k, s in self.spaces.items() if s.kind != "image"):
+                outputs[key] = self._vector_output(self.heads[key](x), self.spaces[key])
         if self.cnn is not None:
             flat = self.cnn(deter.reshape(-1, deter.shape[-1]), stoch.reshape(-1, stoch.shape[-1]))
             for key, image in flat.items():
@@ -231,7 +243,7 @@ class Decoder(nnx.Module):
             elif space.kind == "discrete":
                 targets[key] = one_hot(value, space, jnp.float32)
             else:
-                targets[key] = value.astype(jnp.float32)
+                targets[key] = at_least_float32(value)
         return targets
 
     @staticmethod

@@ -208,13 +208,15 @@ class TwoHot:
         # Only two bins have weight, so gather their logits instead of building a (..., bins) target.
         gather = lambda index: jnp.take_along_axis(self.logits, index[..., None], -1)[..., 0]  # noqa: E731
         expected = (1 - share) * gather(below) + share * gather(above)
-        return jax.nn.logsumexp(self.logits, -1) - expected
+        loss = jax.nn.logsumexp(self.logits, -1) - expected
+        # The bin search takes NaN for a number beyond the last bin; a broken target must show in the loss.
+        return jnp.where(jnp.isnan(target), target, loss)
 
 
 class SquaredError:
     """A point prediction (..., *event) scored by the sum of squares, without 1/2, over the last `rank` axes.
 
-    With `squash=symlog` the prediction lives in symlog space: the target is squashed, the mode is unsquashed.
+    With `symlog_space` the prediction lives in symlog space: the loss squashes the target, the mode is unsquashed.
     """
 
     def __init__(self, prediction: jax.Array, rank: int, symlog_space: bool = False) -> None:
