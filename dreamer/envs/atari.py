@@ -19,7 +19,8 @@ from dreamer.envs.atari_scores import SCORES
 from dreamer.envs.interface import TaskError, Transition, as_rgb, nearest, transition
 from dreamer.types import Space
 
-GRAY = np.array([0.299, 0.587, 0.114])
+#: Shares of red, green and blue in gray, in thousandths: whole numbers, so that every machine rounds alike (down).
+GRAY = np.array([299, 587, 114], np.int32)
 
 
 class Atari:
@@ -29,6 +30,9 @@ class Atari:
         import ale_py
         from ale_py import roms
 
+        rom = roms.get_rom_path(name)
+        if rom is None:
+            raise TaskError(f"expected a game whose ROM is in ale-py, got {name!r}; `dreamer envs atari` lists them")
         self.config = config
         self.rng = np.random.default_rng(seed)
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
@@ -36,7 +40,7 @@ class Atari:
         # The emulator reads these when it loads a game.
         self._ale.setInt("random_seed", int(self.rng.integers(2**31)))
         self._ale.setFloat("repeat_action_probability", config.sticky)
-        self._ale.loadROM(roms.get_rom_path(name))
+        self._ale.loadROM(rom)
         minimal = config.actions == "minimal"
         self._actions = self._ale.getMinimalActionSet() if minimal else self._ale.getLegalActionSet()
         self._noop = ale_py.Action.NOOP
@@ -93,7 +97,7 @@ class Atari:
         height, width = self.config.size
         pooled = Image.fromarray(np.maximum.reduce(list(self._screens)))
         image = np.array(pooled.resize((width, height), Image.Resampling.BILINEAR))
-        return (image @ GRAY).astype(np.uint8)[..., None] if self.config.gray else image
+        return (image @ GRAY // 1000).astype(np.uint8)[..., None] if self.config.gray else image
 
 
 def make(name: str, config: EnvConfig, seed: int) -> Atari:

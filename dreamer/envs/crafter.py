@@ -48,7 +48,7 @@ class Crafter:
     def close(self) -> None:
         """Nothing is held."""
 
-    def _observation(self, image: np.ndarray, reward: float, achievements: Mapping[str, int]) -> dict[str, np.ndarray]:
+    def _observation(self, image: np.ndarray, reward: float, achievements: Mapping[str, int]) -> Transition:
         logs = {f"log/achievement_{name}": np.float32(achievements[name]) for name in self._achievements}
         return {"image": image, "log/reward": np.float32(reward), **logs}
 

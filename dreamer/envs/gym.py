@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.envs.registration import load_env_creator
+from gymnasium.envs.registration import EnvSpec, load_env_creator
 from PIL import Image
 
 from dreamer.config import EnvConfig, GymConfig
@@ -116,16 +117,13 @@ def _resize(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 def make(name: str, config: EnvConfig, seed: int) -> GymEnv:
     """`name` is a Gymnasium id; with ``module:id`` the module is imported first, which registers the id."""
-    check(name)
-    spec = gymnasium.spec(name)
-    modes = getattr(load_env_creator(spec.entry_point), "metadata", {}).get("render_modes", ())
     kwargs = dict(config.gym.kwargs)
-    if "rgb_array" in modes:
-        kwargs.setdefault("render_mode", "rgb_array")
     try:
+        if "rgb_array" in _render_modes(name):
+            kwargs.setdefault("render_mode", "rgb_array")
         env = gymnasium.make(name, disable_env_checker=True, **kwargs)
-    except gymnasium.error.DependencyNotInstalled as error:
-        raise TaskError(f"could not make gym_{name}: {error}") from error
+    except (gymnasium.error.DependencyNotInstalled, ModuleNotFoundError, TypeError) as error:  # TypeError: kwargs
+        raise TaskError(f"could not make gym_{name} with {kwargs}: {error}") from error
     try:
         return GymEnv(env, config.gym, seed)
     except TaskError:
@@ -133,14 +131,21 @@ def make(name: str, config: EnvConfig, seed: int) -> GymEnv:
         raise
 
 
-def check(name: str) -> None:
-    """TaskError unless Gymnasium knows the id."""
+def _render_modes(name: str) -> Sequence[str]:
+    entry = check(name).entry_point
+    creator = load_env_creator(entry) if isinstance(entry, str) else entry
+    return getattr(creator, "metadata", {}).get("render_modes", ())
+
+
+def check(name: str) -> EnvSpec:
+    """Gymnasium's entry for the id, its module imported first if one is named. TaskError if there is none."""
+    module, _, env_id = name.rpartition(":")
     try:
-        gymnasium.spec(name)
+        if module:
+            importlib.import_module(module)
+        return gymnasium.spec(env_id)
     except ModuleNotFoundError as error:
-        raise TaskError(
-            f"expected the importable module {name.split(':')[0]!r} for gym_{name} ({error}); install it"
-        ) from error
+        raise TaskError(f"expected an importable module {module!r} for gym_{name} ({error}); install it") from error
     except gymnasium.error.Error as error:
         raise TaskError(f"expected a Gymnasium id after gym_, got {name!r}: {error}") from error
 

@@ -27,7 +27,7 @@ import numpy as np
 from dreamer.types import TRANSITION_FIELDS, Space, Spaces
 
 #: One environment's transition: observation keys plus reward, is_first, is_last, is_terminal; no batch axis.
-Transition = dict[str, np.ndarray]
+Transition = dict[str, np.ndarray | np.generic]
 #: The same for N environments: every entry is (N, ...).
 Batch = dict[str, np.ndarray]
 
@@ -48,8 +48,11 @@ class Env(Protocol):
     action_spaces       Keys of an action; a single action has the key ``action``. Continuous actions are in [-1, 1].
     """
 
-    observation_spaces: Spaces
-    action_spaces: Spaces
+    @property
+    def observation_spaces(self) -> Spaces: ...
+
+    @property
+    def action_spaces(self) -> Spaces: ...
 
     def reset(self) -> Transition:
         """Begin a new episode: ``is_first``, reward 0."""
@@ -71,8 +74,12 @@ class VectorEnv(Protocol):
     """N environments stepped together, resetting by themselves. Returned arrays are fresh: callers may keep them."""
 
     num_envs: int
-    observation_spaces: Spaces
-    action_spaces: Spaces
+
+    @property
+    def observation_spaces(self) -> Spaces: ...
+
+    @property
+    def action_spaces(self) -> Spaces: ...
 
     def reset(self) -> Batch:
         """First transitions of new episodes in all environments."""
@@ -94,7 +101,7 @@ class VectorEnv(Protocol):
 
 
 def transition(
-    observation: Mapping[str, np.ndarray],
+    observation: Mapping[str, np.ndarray | np.generic],
     reward: float = 0.0,
     is_first: bool = False,
     is_last: bool = False,

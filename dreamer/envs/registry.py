@@ -28,7 +28,7 @@ class Suite:
     description: str
     make: Callable[[str, EnvConfig, int], Env]
     tasks: Callable[[], Sequence[str]]
-    check: Callable[[str], None] | None = None
+    check: Callable[[str], object] | None = None
     package: tuple[str, str] | None = None
     process: Callable[[EnvConfig], bool] = lambda config: True
     best_score: Callable[[str, EnvConfig], float] | None = None

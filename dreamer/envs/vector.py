@@ -24,7 +24,7 @@ import numpy as np
 from dreamer.config import EnvConfig
 from dreamer.envs import worker
 from dreamer.envs.gym import GymEnv
-from dreamer.envs.interface import Batch, Env, EnvError, TaskError, VectorEnv, batch_fields, check_spaces
+from dreamer.envs.interface import Batch, Env, EnvError, TaskError, Transition, VectorEnv, batch_fields, check_spaces
 from dreamer.envs.registry import check_task, limited, make_env, split_task
 from dreamer.envs.wrappers import AutoReset
 from dreamer.types import Spaces
@@ -61,15 +61,14 @@ def make_vector_env(
         makers = [functools.partial(adopt, make, config, index, one) for index, one in enumerate(seeds)]
         slow = False
     where = config.workers if config.workers != "auto" else "process" if slow and num_envs > 1 else "inline"
-    return {"inline": InlineVectorEnv, "process": ProcessVectorEnv}[where](makers, task)
+    return ProcessVectorEnv(makers, task) if where == "process" else InlineVectorEnv(makers, task)
 
 
 def adopt(make: MakeEnv, config: EnvConfig, index: int, seed: int) -> Env:
     """A user's environment behind our interface."""
-    env = make(index, seed)
-    if isinstance(env, gymnasium.Env):
-        env = GymEnv(env, config.gym, seed)
-    elif not isinstance(env, Env):
+    made = make(index, seed)
+    env = GymEnv(made, config.gym, seed) if isinstance(made, gymnasium.Env) else made
+    if not isinstance(env, Env):
         raise TaskError(
             "expected make_env(index, seed) to return a gymnasium.Env or an object with observation_spaces, "
             f"action_spaces, reset, step, render and close, got {type(env).__name__}"
@@ -119,7 +118,7 @@ class InlineVectorEnv:
         while self._runners:
             self._runners.pop().env.close()
 
-    def _collect(self, advance: Callable[[AutoReset, int], Mapping[str, np.ndarray]]) -> Batch:
+    def _collect(self, advance: Callable[[AutoReset, int], Transition]) -> Batch:
         """Fresh arrays (N, ...) of what every environment returns."""
         fields = batch_fields(self.observation_spaces)
         batch = {key: np.empty((self.num_envs, *shape), dtype) for key, (shape, dtype) in fields.items()}
@@ -205,7 +204,7 @@ class ProcessVectorEnv:
                     "capture only what can be pickled, or run environments in this process: --env.workers inline"
                 ) from error
             ours, theirs = context.Pipe()
-            args = (theirs, pickled, index, self.num_envs)
+            args = (theirs, pickled, index, self.num_envs, dict(os.environ))
             process = context.Process(target=worker.run, args=args, name=f"{self.task}-{index}")
             self._conns.append(ours)
             with _no_main_module():

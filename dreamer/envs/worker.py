@@ -7,6 +7,7 @@ imports nothing heavy, because every worker starts with it.
 from __future__ import annotations
 
 import mmap
+import os
 import signal
 import traceback
 from collections.abc import Callable, Mapping
@@ -48,8 +49,13 @@ def _bytes(shape: tuple[int, ...], dtype: np.dtype, num_envs: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def run(conn: Connection, maker: bytes, index: int, num_envs: int) -> None:
-    """Serve one environment until told to close or until the parent is gone. `maker`: cloudpickled () -> Env."""
+def run(conn: Connection, maker: bytes, index: int, num_envs: int, environ: dict[str, str]) -> None:
+    """Serve one environment until told to close or until the parent is gone.
+
+    maker    Cloudpickled () -> Env.
+    environ  The parent's environment variables now; the server that this process comes from may be older.
+    """
+    os.environ.update(environ)
     # Ctrl-C and SIGTERM reach the whole process group: the parent decides when its environments end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -73,13 +79,13 @@ def _serve(conn: Connection, make: Callable[[], Env], index: int, num_envs: int)
         transitions, actions = block_fields(env.observation_spaces, env.action_spaces)
         views = block_views(block, {**transitions, **actions}, num_envs)
         results = {key: views[key][index : index + 1] for key in transitions}
-        inputs = {key: views[key][index] for key in actions}
+        inputs = {key: views[key][index : index + 1] for key in actions}
         runner = AutoReset(env)
         while (message := conn.recv_bytes()) != b"close":
             if message == b"render":
                 conn.send(("ok", env.render()))
                 continue
-            action = {key: value.copy() for key, value in inputs.items()}
+            action = {key: np.array(slot[0]) for key, slot in inputs.items()}
             result = runner.reset() if message == b"reset" else runner.step(action)
             for key, slot in results.items():
                 slot[0] = result[key]
