@@ -15,7 +15,7 @@ from flax import nnx
 
 from dreamer.config import ModelConfig
 from dreamer.distributions import MultiOneHot, Output, SquaredError, symlog
-from dreamer.networks import MLP, BlockLinear, Conv, Dense, Linear, RMSNorm, at_least_float32, max_pool, upsample
+from dreamer.networks import MLP, BlockLinear, Conv, Dense, Linear, RMSNorm, at_least_float32, max_pool
 from dreamer.types import LOG_PREFIX, Space, Spaces
 
 Observations = Mapping[str, jax.Array]
@@ -193,10 +193,10 @@ class ImageDecoder(nnx.Module):
         x = x.reshape(-1, height, width, depth)
         x = x + self.from_stoch_out(self.from_stoch(stoch)).reshape(-1, height, width, depth)
         x = jax.nn.silu(self.start_norm(x))
-        stage = lambda conv, norm, x: jax.nn.silu(norm(conv(upsample(x))))  # noqa: E731
+        stage = lambda conv, norm, x: jax.nn.silu(norm(conv.upsampled(x)))  # noqa: E731
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = rematerialised(partial(stage, conv, norm), self.remat)(x)
-        x = rematerialised(lambda x: self.out(upsample(x)), self.remat)(x)
+        x = rematerialised(lambda x: self.out.upsampled(x), self.remat)(x)
         x = x[:, : self.geometry.height, : self.geometry.width]
         cuts = np.cumsum([c for _, c in self.channels])[:-1]
         parts = jnp.split(jax.nn.sigmoid(at_least_float32(x)), cuts, -1)

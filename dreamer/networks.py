@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 #: 1 / (standard deviation of a unit normal truncated to [-2, 2]); makes the drawn weights have variance 1 / fan_in.
@@ -24,7 +25,7 @@ def initial_weights(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, scale: 
 
 def at_least_float32(x: jax.Array) -> jax.Array:
     """Raise the precision of `x` to float32; float64 passes through, so that float64 oracles work."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
 class Linear(nnx.Module):
@@ -66,16 +67,18 @@ class BlockLinear(nnx.Module):
 
 
 class Conv(nnx.Module):
-    """Stride-1 same-padded 2D convolution, (..., H, W, inputs) -> (..., H, W, outputs), with bias."""
+    """Stride-1 same-padded 2D convolution, (M, H, W, inputs) -> (M, H, W, outputs), with bias."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, *, rngs: nnx.Rngs) -> None:
         self.kernel = initial_weights(rngs, (kernel, kernel, inputs, outputs), kernel * kernel * inputs, 1.0)
         self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = self.kernel[...].astype(x.dtype)
-        y = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        return y + self.bias[...].astype(x.dtype)
+        return conv(x, self.kernel[...].astype(x.dtype)) + self.bias[...].astype(x.dtype)
+
+    def upsampled(self, x: jax.Array) -> jax.Array:
+        """This convolution of `x` upsampled by 2: (M, H, W, inputs) -> (M, 2H, 2W, outputs)."""
+        return upsample_conv(x, self.kernel[...].astype(x.dtype)) + self.bias[...].astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -111,6 +114,31 @@ class MLP(nnx.Module):
         for layer in self.layers:
             x = layer(x)
         return x
+
+
+def conv(x: jax.Array, kernel: jax.Array, padding: str | list[tuple[int, int]] = "SAME") -> jax.Array:
+    """Stride-1 convolution of x (M, H, W, I) with a kernel (h, w, I, O)."""
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """``conv(upsample(x), kernel)``, exactly, in about a third of the arithmetic: (M, H, W, I) -> (M, 2H, 2W, O).
+
+    Neighbouring output pixels read the same input pixel through several kernel taps. Adding these taps up first
+    leaves one small convolution (3x3 for 5x5) with four groups of outputs, one for each pixel of a 2x2 cell::
+
+        output pixel 2i + a reads upsampled pixels 2i + a + t - p, that is input pixels i + (a + t - p) // 2
+    """
+    size = kernel.shape[0]
+    phase, tap = np.arange(2)[:, None], np.arange(size)[None]
+    offset = (phase + tap - (size - 1) // 2) // 2
+    low, high = int(offset.min()), int(offset.max())
+    merge = jnp.asarray(offset[..., None] == np.arange(low, high + 1), kernel.dtype)
+    phases = jnp.einsum("atm,bun,tuio->mniabo", merge, merge, kernel)
+    m, height, width, _ = x.shape
+    y = conv(x, phases.reshape(*phases.shape[:3], -1), [(-low, high)] * 2)
+    y = y.reshape(m, height, width, 2, 2, -1).transpose(0, 1, 3, 2, 4, 5)
+    return y.reshape(m, 2 * height, 2 * width, -1)
 
 
 def max_pool(x: jax.Array) -> jax.Array:
