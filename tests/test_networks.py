@@ -77,6 +77,13 @@ def test_conv_against_loops(size: int) -> None:
     np.testing.assert_allclose(layer(jnp.asarray(x)), oracle, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7])
+def test_upsampled_convolution_is_a_convolution_of_the_upsampled_image(size: int) -> None:
+    layer, x = Conv(2, 3, size, rngs=rngs()), jnp.asarray(normal(2, 3, 4, 2))
+    layer.bias[...] = jnp.asarray(normal(3))
+    np.testing.assert_allclose(layer.upsampled(x), layer(upsample(x)), rtol=1e-4, atol=1e-5)
+
+
 def test_dense_is_linear_then_rmsnorm_then_silu() -> None:
     layer, x = Dense(3, 4, rngs=rngs()), normal(5, 3)
     layer.norm.scale[...] = jnp.asarray(normal(4))
