@@ -248,8 +248,8 @@ def save_config(config: Config, path: Path | str) -> None:
     """Writes the whole configuration; `load_config([path])` gives exactly the same one. Atomic."""
     yaml = YAML(typ="safe", pure=True)
     yaml.Representer = _Representer
-    yaml.default_flow_style = False  # type: ignore[assignment]
-    yaml.sort_base_mapping_type_on_output = False
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.width = 1_000_000
     yaml.allow_unicode = False  # as escapes: the emitter confuses some line separators
     path = Path(path)
