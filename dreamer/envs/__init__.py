@@ -1,6 +1,8 @@
 """Environments: one interface (`interface.py`), one file per suite, one table of names (`registry.py`)."""
 
+from dreamer.envs.inline import InlineVectorEnv
 from dreamer.envs.interface import Batch, Env, EnvError, TaskError, Transition, VectorEnv, transition
+from dreamer.envs.processes import ProcessVectorEnv
 from dreamer.envs.registry import (
     SUITES,
     Suite,
@@ -11,7 +13,7 @@ from dreamer.envs.registry import (
     make_env,
     suites,
 )
-from dreamer.envs.vector import InlineVectorEnv, ProcessVectorEnv, env_seed, make_vector_env
+from dreamer.envs.vector import env_seed, make_vector_env
 
 __all__ = [
     "SUITES",

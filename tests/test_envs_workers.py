@@ -1,0 +1,307 @@
+"""Worker processes and what goes wrong: errors that say what to do, and no process or memory left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import psutil
+import pytest
+from fake_envs import Crashing, Imports, Nested, Scripted, Spaced
+
+from dreamer.config import EnvConfig
+from dreamer.envs import (
+    EnvError,
+    InlineVectorEnv,
+    ProcessVectorEnv,
+    TaskError,
+    check_task,
+    make_env,
+    make_vector_env,
+    suites,
+)
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = [(1.0, False, False)] * 50
+WORKERS = ["inline", "process"]
+
+
+def own(make: Any, workers: str, num_envs: int = 2) -> InlineVectorEnv | ProcessVectorEnv:
+    return make_vector_env("own", EnvConfig(workers=workers), num_envs, 0, True, make)
+
+
+def step(env: Any, action: int = 0) -> dict[str, np.ndarray]:
+    env.step_async({"action": np.full(env.num_envs, action, np.int32)})
+    return env.step_wait()
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ("atary_pong", ["suite_name", "toy, atari", "atari_pong"]),
+        ("pong", ["suite_name", "'pong'"]),
+        ("toy_cach", ["did you mean toy_catch?"]),
+        ("atari100k_james_bond", ["did you mean", "jamesbond"]),
+        ("dmc_cartpole_swngup", ["did you mean dmc_cartpole_swingup", "dreamer envs"]),
+        ("dmc_lqr_2_1", ["expected a task of the suite 'dmc'"]),
+        ("crafter_rewrd", ["crafter_reward"]),
+        ("gym_CartPol-v1", ["CartPole"]),
+        ("gym_CartPole-v77", ["CartPole-v77", "v1"]),
+        ("gym_no_such_package:My-v0", ["importable module 'no_such_package'", "install"]),
+    ],
+)
+def test_unknown_tasks_name_the_nearest(task: str, words: list[str]) -> None:
+    for attempt in (lambda: check_task(task), lambda: make_env(task, EnvConfig(), 0)):
+        with pytest.raises(TaskError) as error:
+            attempt()
+        for word in words:
+            assert word in str(error.value)
+
+
+@pytest.mark.parametrize(("task", "extra"), [("crafter_reward", "crafter"), ("dmc_walker_walk", "dmc")])
+def test_a_missing_package_names_the_extra(task: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(TaskError, match=rf"pip install 'dreamer\[{extra}\]'"):
+        check_task(task)
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_a_crash_names_task_environment_and_cause(workers: str) -> None:
+    env = own(lambda index, seed: Crashing() if index == 1 else Scripted(SCRIPT), workers)
+    env.reset()
+    step(env)
+    step(env)
+    with pytest.raises(EnvError, match="own, environment 1 failed: ZeroDivisionError: the third step") as error:
+        step(env)
+    if workers == "process":
+        assert "fake_envs.py" in str(error.value) and "Traceback" in str(error.value)
+    else:
+        assert isinstance(error.value.__cause__, ZeroDivisionError)
+    env.close()
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_an_environment_that_cannot_be_made(workers: str) -> None:
+    def broken(index: int, seed: int) -> Any:
+        raise FileNotFoundError(f"level {index}")
+
+    with pytest.raises(EnvError, match="own, environment 0 failed: FileNotFoundError: level 0"):
+        own(broken, workers)
+    with pytest.raises(TaskError, match=r"expected make_env\(index, seed\) to return a gymnasium.Env .* got str"):
+        own(lambda index, seed: "nothing", workers)
+    with pytest.raises(TaskError, match="expected equal spaces in all environments"):
+        own(lambda index, seed: Scripted(SCRIPT) if index else Nested(), workers)
+    unbounded = gymnasium.spaces.Box(-np.inf, np.inf, (1,))
+    with pytest.raises(TaskError, match="^expected finite action bounds"):
+        own(lambda index, seed: Spaced(unbounded, unbounded), workers)
+
+
+class WrongShape(Scripted):
+    def _observation(self, action: int) -> np.ndarray:
+        return np.zeros((3, 1), np.float32)
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_observations_must_fit_their_space(workers: str) -> None:
+    env = own(lambda index, seed: WrongShape(SCRIPT), workers)
+    with pytest.raises(EnvError, match=r"expected observation 'vector' of shape \(3,\).*got \(3, 1\)"):
+        env.reset()
+    env.close()
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_calls_out_of_order_and_wrong_actions(workers: str) -> None:
+    env = own(lambda index, seed: Scripted(SCRIPT), workers)
+    env.reset()
+    with pytest.raises(EnvError, match="step_async before step_wait"):
+        env.step_wait()
+    with pytest.raises(EnvError, match="one row per environment"):
+        env.step_async({"action": np.zeros(3, np.int32)})
+    with pytest.raises(EnvError, match="expected actions of shapes"):
+        env.step_async({"move": np.zeros(2, np.int32)})
+    assert step(env)["reward"].tolist() == [1, 1]
+    env.close()
+
+
+def test_what_cannot_be_pickled_is_refused_with_a_way_out() -> None:
+    lock = threading.Lock()
+
+    def make(index: int, seed: int) -> Scripted:
+        with lock:
+            return Scripted(SCRIPT)
+
+    with pytest.raises(TaskError, match="--env.workers inline"):
+        own(make, "process")
+    own(make, "inline").close()
+
+
+@pytest.fixture
+def process_env() -> Iterator[ProcessVectorEnv]:
+    env = own(lambda index, seed: Scripted(SCRIPT), "process")
+    assert isinstance(env, ProcessVectorEnv)
+    env.reset()
+    yield env
+    env.close()
+
+
+def test_a_killed_worker_is_an_error_that_names_it(process_env: ProcessVectorEnv) -> None:
+    pid = process_env._processes[1].pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(EnvError, match=r"own, environment 1: its worker process ended .* exit code -9"):
+        step(process_env)
+    with pytest.raises(EnvError, match="closed"):
+        step(process_env)
+
+
+def test_workers_ignore_ctrl_c_and_sigterm(process_env: ProcessVectorEnv) -> None:
+    """Both reach the whole process group; the run's own process decides what then happens."""
+    for process in process_env._processes:
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGINT)
+        os.kill(process.pid, signal.SIGTERM)
+    assert step(process_env)["reward"].tolist() == [1, 1]
+
+
+def test_close_ends_all_workers() -> None:
+    env = own(lambda index, seed: Scripted(SCRIPT), "process", num_envs=3)
+    pids = [process.pid for process in env._processes]  # type: ignore[union-attr]
+    assert all(psutil.pid_exists(pid) for pid in pids)
+    env.step_async({"action": np.zeros(3, np.int32)})  # even with a step under way
+    env.close()
+    env.close()
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+def test_workers_import_neither_jax_nor_the_main_script() -> None:
+    env = own(lambda index, seed: Imports(SCRIPT), "process")
+    assert env.reset()["vector"].tolist() == [[0, 0, 0]] * 2
+    env.close()
+
+
+def test_workers_see_the_environment_variables_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reads(Scripted):
+        def _observation(self, action: int) -> np.ndarray:
+            return np.full(3, float(os.environ.get("LEVEL_OF_TEST", "0")), np.float32)
+
+    monkeypatch.setenv("LEVEL_OF_TEST", "7")
+    env = own(lambda index, seed: Reads(SCRIPT), "process")
+    assert env.reset()["vector"].tolist() == [[7, 7, 7]] * 2
+    env.close()
+
+
+def test_slow_suites_get_processes_and_fast_ones_none() -> None:
+    config = EnvConfig()
+    slow = {name for name, suite in suites().items() if suite.process(config)}
+    assert slow == {"atari", "atari100k", "crafter"}
+    assert suites()["dmc"].process(EnvConfig(dmc={"pixels": True}))
+    alone = make_vector_env("atari_pong", config, 1, 0, True)
+    assert isinstance(alone, InlineVectorEnv), "one environment gains nothing from a process"
+    alone.close()
+    several = make_vector_env("atari_pong", config, 2, 0, True)
+    assert isinstance(several, ProcessVectorEnv)
+    several.close()
+
+
+MAIN = """
+import sys
+import gymnasium, numpy as np
+from dreamer.config import EnvConfig
+from dreamer.envs import make_vector_env
+
+class Mine(gymnasium.Env):
+    observation_space = gymnasium.spaces.Box(-1, 1, (1,))
+    action_space = gymnasium.spaces.Discrete(2)
+    def reset(self, seed=None, options=None):
+        return np.zeros(1, np.float32), {}
+    def step(self, action):
+        return np.ones(1, np.float32), offset + action, False, False, {}
+
+offset = 3
+env = make_vector_env("mine", EnvConfig(workers="process"), 2, 0, True, lambda index, seed: Mine())
+env.reset()
+env.step_async({"action": np.array([0, 1], np.int32)})
+print(env.step_wait()["reward"].tolist(), *[process.pid for process in env._processes], flush=True)
+"""
+
+
+def start(tmp_path: Path, code: str) -> subprocess.Popen:
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-W", "error", str(script)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ, cwd=tmp_path
+    )
+
+
+def gone(pids: list[int], seconds: float = 20) -> bool:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_plain_script_needs_no_main_guard_and_leaves_nothing(tmp_path: Path) -> None:
+    """Classes of the script reach the workers, the exit without close() is quiet, and no worker outlives it."""
+    process = start(tmp_path, MAIN)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and err == ""
+    assert out.startswith("[3.0, 4.0]")
+    assert gone([int(word) for word in out.split("]")[1].split()])
+
+
+def test_no_worker_outlives_a_killed_parent(tmp_path: Path) -> None:
+    process = start(tmp_path, MAIN + "\nimport time\ntime.sleep(60)\n")
+    assert process.stdout is not None and process.stderr is not None
+    pids = [int(word) for word in process.stdout.readline().split("]")[1].split()]
+    assert len(pids) == 2 and all(psutil.pid_exists(pid) for pid in pids)
+    process.kill()
+    process.communicate(timeout=30)
+    assert gone(pids)
+
+
+def test_an_error_in_the_script_does_not_hang_it(tmp_path: Path) -> None:
+    process = start(tmp_path, MAIN + "\nraise KeyError('the script failed')\n")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and "the script failed" in err
+    assert gone([int(word) for word in out.split("]")[1].split()])
+
+
+def run(code: str, **environ: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-W", "error", "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, env={**os.environ, **environ})
+
+
+def test_environments_import_nothing_heavy() -> None:
+    heavy = ("jax", "flax", "dm_control", "mujoco", "crafter")
+    result = run(f"import sys, dreamer.envs; print([name for name in {heavy} if name in sys.modules])")
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_a_missing_renderer_names_the_packages() -> None:
+    code = """
+from dreamer.config import EnvConfig
+from dreamer.envs import TaskError, make_env
+env = make_env("dmc_cartpole_swingup", EnvConfig(), 0)
+env.reset()
+assert env.render() is None  # the state needs no renderer
+try:
+    make_env("dmc_cartpole_swingup", EnvConfig(dmc={"pixels": True}), 0)
+except TaskError as error:
+    print(error)
+"""
+    result = run(code, MUJOCO_GL="disabled")
+    for word in ("libegl1", "libosmesa6", "MUJOCO_GL=disabled", "--env.dmc.pixels false"):
+        assert word in result.stdout, result.stderr
