@@ -15,7 +15,7 @@ from flax import nnx
 
 from dreamer.config import ModelConfig
 from dreamer.distributions import MultiOneHot, Output, SquaredError, symlog
-from dreamer.networks import MLP, BlockLinear, Conv, Dense, Linear, RMSNorm, at_least_float32, max_pool
+from dreamer.networks import MLP, BlockLinear, Conv, Dense, Linear, RMSNorm, at_least_float32
 from dreamer.types import LOG_PREFIX, Space, Spaces
 
 Observations = Mapping[str, jax.Array]
@@ -129,7 +129,7 @@ class ImageEncoder(nnx.Module):
         x = image.astype(dtype) / 255 - 0.5
         bottom, right = self.geometry.padding
         x = jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0)))
-        stage = lambda conv, norm, x: jax.nn.silu(norm(max_pool(conv(x))))  # noqa: E731
+        stage = lambda conv, norm, x: jax.nn.silu(norm(conv.pooled(x)))  # noqa: E731
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = rematerialised(partial(stage, conv, norm), self.remat)(x)
         return x.reshape(x.shape[0], -1)

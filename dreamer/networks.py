@@ -76,6 +76,10 @@ class Conv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         return conv(x, self.kernel[...].astype(x.dtype)) + self.bias[...].astype(x.dtype)
 
+    def pooled(self, x: jax.Array) -> jax.Array:
+        """The 2x2 maximum of this convolution: (M, H, W, inputs) -> (M, H/2, W/2, outputs)."""
+        return conv_pool(x, self.kernel[...].astype(x.dtype)) + self.bias[...].astype(x.dtype)
+
     def upsampled(self, x: jax.Array) -> jax.Array:
         """This convolution of `x` upsampled by 2: (M, H, W, inputs) -> (M, 2H, 2W, outputs)."""
         return upsample_conv(x, self.kernel[...].astype(x.dtype)) + self.bias[...].astype(x.dtype)
@@ -119,6 +123,28 @@ class MLP(nnx.Module):
 def conv(x: jax.Array, kernel: jax.Array, padding: str | list[tuple[int, int]] = "SAME") -> jax.Array:
     """Stride-1 convolution of x (M, H, W, I) with a kernel (h, w, I, O)."""
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def conv_pool(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """``max_pool(conv(x, kernel))``, exactly: (M, H, W, I) -> (M, H/2, W/2, O), H and W even.
+
+    With the pixels of each 2x2 cell laid out as channels, one smaller convolution gives the four outputs of a cell
+    side by side: the few channels of images fill the machine's vectors better, and the maximum runs along them::
+
+        output pixel 2i + a reads input pixels 2i + a + t - p, that is pixel b of cell i + o, 2o + b = a + t - p
+    """
+    size = kernel.shape[0]
+    pixel = np.arange(2)[:, None] + np.arange(size)[None] - (size - 1) // 2
+    cell, within = pixel // 2, pixel % 2
+    low, high = int(cell.min()), int(cell.max())
+    same_cell = cell[..., None, None] == np.arange(low, high + 1)[:, None]
+    moved = jnp.asarray(same_cell & (within[..., None, None] == np.arange(2)), kernel.dtype)
+    cells = jnp.einsum("atmb,cund,tuio->mnbdiaco", moved, moved, kernel)
+    m, height, width, inputs = x.shape
+    x = x.reshape(m, height // 2, 2, width // 2, 2, inputs).transpose(0, 1, 3, 2, 4, 5)
+    x = x.reshape(m, height // 2, width // 2, 4 * inputs)
+    y = conv(x, cells.reshape(*cells.shape[:2], 4 * inputs, -1), [(-low, high)] * 2)
+    return y.reshape(*y.shape[:3], 4, -1).max(3)
 
 
 def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
