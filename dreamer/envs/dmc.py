@@ -1,7 +1,7 @@
 """DeepMind Control: state vectors or pixels. A task is ``domain_task``, such as ``cartpole_swingup``.
 
 Pixels need OpenGL without a screen. If MUJOCO_GL is unset it becomes ``egl`` or ``osmesa``, whichever library the
-system has. Debian packages: libegl1 libopengl0 libgl1-mesa-dri (egl) or libosmesa6 (osmesa).
+system has. Debian packages: libegl1 libgl1 libgl1-mesa-dri (egl) or libosmesa6 (osmesa).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NAMES = {f"{domain}_{task}": (domain, task) for domain, names in TASKS.items() f
 CAMERAS = {"quadruped": 2}
 NO_RENDERER = (
     "could not render DeepMind Control with MUJOCO_GL={backend} ({cause}). Install a headless OpenGL, on Debian and "
-    "Ubuntu `apt-get install libegl1 libopengl0 libgl1-mesa-dri` (MUJOCO_GL=egl) or `apt-get install libosmesa6` "
+    "Ubuntu `apt-get install libegl1 libgl1 libgl1-mesa-dri` (MUJOCO_GL=egl) or `apt-get install libosmesa6` "
     "(MUJOCO_GL=osmesa); or observe the state: --env.dmc.pixels false"
 )
 
