@@ -9,9 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dreamer.runtime.acting import Agent
     from dreamer.config import Config
     from dreamer.presets import load_config
+    from dreamer.runtime.acting import Agent
     from dreamer.runtime.train import train
 
 __version__ = "0.1.0"

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dreamer.config import ActorCriticConfig, ModelConfig
-from dreamer.distributions import Distribution, MultiOneHot, Normal, OneHot, TwoHot
+from dreamer.distributions import Distribution, MultiOneHot, Normal, OneHot, TwoHot, sum_of
 from dreamer.networks import MLP, Linear, at_least_float32
 from dreamer.types import Space, Spaces
 from dreamer.world_model import TwoHotHead
@@ -144,7 +144,7 @@ class ActorCritic(nnx.Module):
             width = dist.mode().shape[-1]
             log_prob = log_prob + dist.log_prob(dream.actions[..., offset : offset + width])
             offset += width
-        entropy = sum(entropies.values())
+        entropy = sum_of(list(entropies.values()))
         losses = {"policy": -weight[:, :-1] * (log_prob * advantage + config.entropy * entropy)}
         first = TwoHot(value_dist.logits[:, :-1])
         losses["value"] = weight[:, :-1] * critic_loss(first, returns, slow_value[:, :-1])

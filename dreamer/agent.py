@@ -8,14 +8,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx, serialization
 
 from dreamer.actor_critic import ActorCritic, Dream
 from dreamer.coders import one_hot
 from dreamer.config import Config
+from dreamer.distributions import sum_of
 from dreamer.optimizer import make_optimizer, root_mean_square, update_slow
-from dreamer.rssm import State, feature
+from dreamer.rssm import RSSM, State, feature
 from dreamer.types import Field, Spaces
 from dreamer.world_model import WorldModel
 
@@ -29,7 +31,7 @@ Batch = Mapping[str, jax.Array]
 STREAMS = {"init": 0, "policy": 1, "train": 2, "eval": 3, "report": 4}
 
 
-def stream_key(run_key: jax.Array, stream: str, counter: int | jax.Array) -> jax.Array:
+def stream_key(run_key: jax.Array | np.ndarray, stream: str, counter: int | jax.Array) -> jax.Array:
     """The key number `counter` of a named stream. run_key: raw key data, uint32, as checkpoints store it."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(run_key), STREAMS[stream]), counter)
 
@@ -211,7 +213,7 @@ class Agent:
         if set(scales) != set(losses):
             raise ValueError(f"loss terms {sorted(losses)} and their scales {sorted(scales)} differ")
         means = {name: term.mean() for name, term in losses.items()}
-        total = sum(scales[name] * mean for name, mean in means.items())
+        total = sum_of([scales[name] * mean for name, mean in means.items()])
         metrics.update(observed.metrics)
         for name, space in self.actions.items():
             # An action without a choice (all entries of one class) has no randomness to measure.
@@ -230,7 +232,7 @@ class Agent:
         x = sg(feature(path))
         return Dream(x, sg(actions), sg(world_model.reward(x).mode()), sg(world_model.cont(x).mode()))
 
-    def split_batch(self, rssm: nnx.Module, batch: Batch) -> tuple[State, jax.Array, dict[str, jax.Array]]:
+    def split_batch(self, rssm: RSSM, batch: Batch) -> tuple[State, jax.Array, dict[str, jax.Array]]:
         """(context state (B, ...), actions (B, T, A) that led to each trained step, trained steps (B, T, ...))::
 
         stored step      0 (context)   1        2      ...  T

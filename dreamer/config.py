@@ -17,7 +17,7 @@ _STRICT = ConfigDict(extra="forbid", validate_default=True)
 
 def option(default: Any, meaning: str, unit: str | None = None, resume: bool = False, **limits: Any) -> Any:
     """One option. `resume`: may change when a run is resumed. `limits`: pydantic's ge, gt, le, lt."""
-    extra = {"unit": unit, "resume": resume}
+    extra: dict[str, Any] = {"unit": unit, "resume": resume}
     if callable(default):
         return Field(default_factory=default, description=meaning, json_schema_extra=extra, **limits)
     return Field(default=default, description=meaning, json_schema_extra=extra, **limits)

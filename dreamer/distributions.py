@@ -6,6 +6,7 @@ Every head output has ``loss(target) -> (...)`` and ``mode()``; those that are s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -39,6 +40,11 @@ def draw_class(key: jax.Array, probs: jax.Array) -> jax.Array:
 def draw_normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
     """Standard normal noise."""
     return jax.random.normal(key, shape, dtype)
+
+
+def sum_of(terms: Sequence[jax.Array]) -> jax.Array:
+    """The sum of at least one array, in order."""
+    return functools.reduce(jnp.add, terms)
 
 
 class Distribution(Protocol):
@@ -122,13 +128,13 @@ class MultiOneHot:
 
     def log_prob(self, value: jax.Array) -> jax.Array:
         values = jnp.split(value, self.cuts, -1)
-        return sum(part.log_prob(v) for part, v in zip(self.parts, values, strict=True))
+        return sum_of([part.log_prob(v) for part, v in zip(self.parts, values, strict=True)])
 
     def loss(self, target: jax.Array) -> jax.Array:
         return -self.log_prob(sg(target))
 
     def entropy(self) -> jax.Array:
-        return sum(part.entropy() for part in self.parts)
+        return sum_of([part.entropy() for part in self.parts])
 
 
 class Normal:

@@ -27,7 +27,8 @@ sg = jax.lax.stop_gradient
 
 #: A model state: deter (..., D) and stoch (..., S, K), the latter one-hot with straight-through gradients.
 State = dict[str, jax.Array]
-Policy = Callable[[State, jax.Array], jax.Array]
+#: (state, key) -> action (..., A); key None: the most likely action.
+Policy = Callable[[State, jax.Array | None], jax.Array]
 
 
 def feature(state: State) -> jax.Array:

@@ -24,7 +24,8 @@ class NonFiniteActionError(RuntimeError):
 
 @dataclasses.dataclass
 class Episode:
-    """A finished episode: undiscounted sum of rewards, number of actions, sums of `log/` keys, frames if recorded."""
+    """A finished episode: undiscounted sum of rewards, number of actions, mean and maximum over its steps of each
+    `log/` key, frames if recorded."""
 
     env: int
     score: float
@@ -57,7 +58,9 @@ class Collector:
         self._obs = envs.reset()
         count = envs.num_envs
         self._scores, self._lengths = np.zeros(count), np.zeros(count, int)
-        self._logs = {key: np.zeros(count) for key in envs.observation_spaces if key.startswith(LOG_PREFIX)}
+        self._logged = [key for key in envs.observation_spaces if key.startswith(LOG_PREFIX)]
+        self._log_sum = {key: np.zeros(count) for key in self._logged}
+        self._log_max = {key: np.zeros(count) for key in self._logged}
         self._frames: list[np.ndarray] = []
         self._wanted = self._recording = False
 
@@ -71,23 +74,24 @@ class Collector:
         wrong = [k for k, v in action.items() if v.dtype.kind == "f" and not np.isfinite(v).all()]
         if wrong:
             raise NonFiniteActionError(f"the policy gave actions that are not finite: {', '.join(wrong)}")
+        if self._recording:
+            self._add_frame()
         self.envs.step_async(action)
         flags = {k: v for k, v in self._obs.items() if k in ("reward", "is_first", "is_last", "is_terminal")}
         return {**{k: self._obs[k] for k in self._visible}, **flags, **action, **extras}
 
     def wait(self) -> list[Episode]:
         """Take the next observations; returns the episodes that have ended with them."""
-        if self._recording:
-            self._add_frame()
         self._obs = obs = self.envs.step_wait()
         first = obs["is_first"]
         self._scores = np.where(first, 0.0, self._scores) + obs["reward"]
         self._lengths = np.where(first, 0, self._lengths + 1)
-        for key, total in self._logs.items():
+        for key in self._logged:
             value = obs[key].reshape(len(first), -1).sum(-1)
-            self._logs[key] = np.where(first, 0.0, total) + value
+            self._log_sum[key] = np.where(first, 0.0, self._log_sum[key]) + value
+            self._log_max[key] = np.where(first, value, np.maximum(self._log_max[key], value))
         self._begin_recording()
-        episodes = [self._finished(i) for i in np.flatnonzero(obs["is_last"])]
+        episodes = [self._finished(int(i)) for i in np.flatnonzero(obs["is_last"])]
         return episodes
 
     def record(self) -> None:
@@ -109,8 +113,13 @@ class Collector:
         if index == 0 and self._recording:
             self._add_frame()
             frames, self._frames, self._recording = self._frames, [], False
-        logs = {key.removeprefix(LOG_PREFIX): float(total[index]) for key, total in self._logs.items()}
-        return Episode(int(index), float(self._scores[index]), int(self._lengths[index]), logs, frames)
+        steps = int(self._lengths[index])
+        logs: dict[str, float] = {}
+        for key in self._logged:
+            name = key.removeprefix(LOG_PREFIX)
+            logs[f"{name}/mean"] = float(self._log_sum[key][index]) / (steps + 1)
+            logs[f"{name}/max"] = float(self._log_max[key][index])
+        return Episode(index, float(self._scores[index]), steps, logs, frames)
 
 
 def run_episodes(

@@ -25,7 +25,9 @@ class NonFiniteError(RuntimeError):
     def dump(self, logdir: Path) -> Path:
         """Write the batch of the failed update; returns the file."""
         path = logdir / f"nonfinite-update-{self.update}.npz"
-        plain = {k: v.astype(np.float32) if v.dtype.name == "bfloat16" else v for k, v in self.batch.items()}
+        plain: dict[str, Any] = {
+            k: v.astype(np.float32) if v.dtype.name == "bfloat16" else v for k, v in self.batch.items()
+        }
         np.savez_compressed(path, **plain)
         return path
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,8 @@ from rich.console import Console
 
 from dreamer.config import Config
 from dreamer.envs.vector import MakeEnv
-from dreamer.presets import CONFIG_FILE, save_config
-from dreamer.replay import ReplayError
-from dreamer.runtime.checkpoint import Checkpointer, CheckpointError, DamagedCheckpointError
+from dreamer.presets import CONFIG_FILE, check_resume, save_config, stored_config
+from dreamer.runtime.checkpoint import Checkpointer, CheckpointError
 from dreamer.runtime.collect import Collector, Episode, NonFiniteActionError
 from dreamer.runtime.devices import keep_compiled_programs
 from dreamer.runtime.display import Display, evaluation_table, start_summary
@@ -49,6 +50,9 @@ def train(config: Config, make_env: MakeEnv | None = None) -> int:
     """
     config = resolve_logdir(config)
     logdir = Path(config.logdir)
+    stored = stored_config(logdir)
+    if stored is not None:
+        check_resume(stored, config)
     logdir.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False)
     keep_compiled_programs()
@@ -92,6 +96,7 @@ class Run:
         self.schedule = UpdateSchedule(config.run.train_ratio, config.run.batch_size, config.run.batch_length)
         self.logger = Logger(self.logdir, config.log.jsonl, config.log.tensorboard, config.log.video_fps)
         self.agent_steps = self.updates = 0
+        self.dream_video: Path | None = None
         state = self._restore() if resuming else warm_start(config, self.agent.init(config.seed))
         run_key = np.asarray(state["key"])
         self.learner = Learner(self.agent, state, self.replay, config.run.batch_size)
@@ -194,11 +199,12 @@ class Run:
         values = {"eval/score": mean, "eval/score_std": float(np.std(scores))}
         self.logger.scalars(self.steps, values | {"eval/length": float(np.mean([e.length for e in episodes]))})
         if best is None or mean >= best:
-            self.checkpointer.save_best(mean, {"params": self.learner.params}, {"agent_steps": self.agent_steps})
+            weights, meta = {"params": self.learner.params}, {"agent_steps": self.agent_steps}
+            self._try_saving(lambda: self.checkpointer.save_best(mean, weights, meta))
         return scores
 
     def save(self) -> None:
-        """Save a checkpoint in the background. A disk that refuses is reported, and training goes on."""
+        """Save a checkpoint in the background."""
         with self.watch.section("checkpoint"):
             self.learner.settle()
             meta = {
@@ -212,22 +218,21 @@ class Run:
                 "offsets": self.logger.offsets(),
                 "versions": versions(),
             }
-            try:
-                self.checkpointer.save(self.agent_steps, self.learner.state, meta, self.replay)
-            except CheckpointError as error:
-                self.console.print(f"[bold red]checkpoint failed:[/] {error}", soft_wrap=True)
+            self._try_saving(lambda: self.checkpointer.save(self.agent_steps, self.learner.state, meta, self.replay))
+
+    def _try_saving(self, save: Callable[[], None]) -> None:
+        """A disk that refuses is reported, and training goes on."""
+        try:
+            save()
+        except CheckpointError as error:
+            self.console.print(f"[bold red]checkpoint failed:[/] {error}", soft_wrap=True)
 
     def _restore(self) -> Any:
         """Go on from the newest checkpoint: counters, training state, replay, log files."""
         template = jax.eval_shape(self.agent.init, 0)
         folder = self.checkpointer.replay_folder
 
-        def load_replay(meta: dict[str, Any]) -> None:
-            try:
-                self.replay.load(folder, meta["replay"])
-            except ReplayError as error:
-                raise DamagedCheckpointError(str(error)) from error
-
+        load_replay = lambda meta: self.replay.load(folder, meta["replay"])  # noqa: E731
         _, state, meta = self.checkpointer.restore(template, check=load_replay)
         self.agent_steps, self.updates = meta["agent_steps"], meta["updates"]
         changed = meta["train_ratio"] != self.config.run.train_ratio
@@ -244,18 +249,15 @@ class Run:
         if self.config.run.final_eval:
             scores = self.evaluate()
             self.console.print(evaluation_table([as_evaluation(self.config, scores)]))
-        video = getattr(self, "dream_video", None)
-        if video is not None:
-            self.console.print(f"dream video: {video}", soft_wrap=True)
+        if self.dream_video is not None:
+            self.console.print(f"dream video: {self.dream_video}", soft_wrap=True)
         if self.config.log.tensorboard:
-            self.console.print(f"curves and videos: tensorboard --logdir {self.logdir}", soft_wrap=True)
+            viewer = Path(sys.executable).with_name("tensorboard")
+            self.console.print(f"curves and videos: {viewer} --logdir {self.logdir}", soft_wrap=True)
 
     def close(self) -> None:
-        """Give everything back; an error of the last save is reported, not raised over another one."""
+        """Give everything back."""
         self.envs.close()
         self.evaluator.close()
-        try:
-            self.checkpointer.wait()
-        except CheckpointError as error:
-            self.console.print(f"[bold red]checkpoint failed:[/] {error}", soft_wrap=True)
+        self._try_saving(self.checkpointer.wait)
         self.logger.close()
