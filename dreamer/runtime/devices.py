@@ -48,7 +48,7 @@ def keep_compiled_programs() -> None:
 
     A second start of the same configuration then takes seconds instead of the compile time.
     """
-    if jax.config.read("jax_compilation_cache_dir") is not None:
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dreamer" / "jax"
     try:
