@@ -15,6 +15,7 @@ from flax import nnx, serialization
 from dreamer.actor_critic import ActorCritic, Dream
 from dreamer.coders import one_hot
 from dreamer.config import Config
+from dreamer.networks import Draws
 from dreamer.distributions import sum_of
 from dreamer.optimizer import make_optimizer, root_mean_square, update_slow
 from dreamer.rssm import RSSM, State, feature
@@ -33,7 +34,8 @@ STREAMS = {"init": 0, "policy": 1, "train": 2, "eval": 3, "report": 4}
 
 def stream_key(run_key: jax.Array | np.ndarray, stream: str, counter: int | jax.Array) -> jax.Array:
     """The key number `counter` of a named stream. run_key: raw key data, uint32, as checkpoints store it."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.wrap_key_data(run_key), STREAMS[stream]), counter)
+    key = jax.random.wrap_key_data(jnp.asarray(run_key))
+    return jax.random.fold_in(jax.random.fold_in(key, STREAMS[stream]), counter)
 
 
 def text_keys(tree: Any) -> Any:
@@ -112,7 +114,9 @@ class Agent:
     def _init(self, seed: int | jax.Array) -> TrainState:
         """A fresh TrainState; `seed` is the run's."""
         run_key = jax.random.key_data(jax.random.key(seed))
-        rngs = nnx.Rngs(params=stream_key(run_key, "init", 0))
+        # At least as many draws as there are weights; biases and norm scales need none.
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.numbered))
+        rngs: Any = Draws(stream_key(run_key, "init", 0), count)
         model = DreamerModel(self.observations, self.actions, self.config, rngs=rngs)
         params = text_keys(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
         return {
