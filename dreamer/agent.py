@@ -15,8 +15,8 @@ from flax import nnx, serialization
 from dreamer.actor_critic import ActorCritic, Dream
 from dreamer.coders import one_hot
 from dreamer.config import Config
-from dreamer.networks import Draws
 from dreamer.distributions import sum_of
+from dreamer.networks import Draws
 from dreamer.optimizer import make_optimizer, root_mean_square, update_slow
 from dreamer.rssm import RSSM, State, feature
 from dreamer.types import Field, Spaces

@@ -7,6 +7,8 @@ out-scale, biases 0, norm scales 1.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,9 +19,26 @@ TRUNCATED_NORMAL_GAIN = 1.1368
 RMS_EPSILON = 1e-4
 
 
-def initial_weights(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, scale: float) -> nnx.Param:
+class Draws:
+    """Stands in for `nnx.Rngs` while a whole model is built: truncated normals drawn at once, handed out in turn.
+
+    XLA compiles one long draw about ten times faster than the model's many short ones.
+    """
+
+    def __init__(self, key: jax.Array, count: int) -> None:
+        self.values, self.used = jax.random.truncated_normal(key, -2.0, 2.0, (count,), jnp.float32), 0
+
+    def take(self, shape: tuple[int, ...]) -> jax.Array:
+        start, self.used = self.used, self.used + math.prod(shape)
+        return self.values[start : self.used].reshape(shape)
+
+
+def initial_weights(rngs: nnx.Rngs | Draws, shape: tuple[int, ...], fan_in: int, scale: float) -> nnx.Param:
     """Truncated-normal weights of variance ``scale^2 / fan_in``, float32 of `shape`."""
-    draw = jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape, jnp.float32)
+    if isinstance(rngs, Draws):
+        draw = rngs.take(shape)
+    else:
+        draw = jax.random.truncated_normal(rngs.params(), -2.0, 2.0, shape, jnp.float32)
     return nnx.Param(draw * (TRUNCATED_NORMAL_GAIN * scale / fan_in**0.5))
 
 
