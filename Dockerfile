@@ -15,7 +15,7 @@ ARG ACCELERATOR=cuda12
 ARG EXTRAS=dmc,crafter
 
 WORKDIR /opt/dreamer
-COPY pyproject.toml constraints.txt LICENSE ./
+COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY dreamer ./dreamer
 COPY configs ./configs
 RUN pip install --no-cache-dir -c constraints.txt ".[${ACCELERATOR}${EXTRAS:+,${EXTRAS}}]"

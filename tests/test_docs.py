@@ -1,0 +1,267 @@
+"""The documents say only what is there: commands that parse, files, names, options and metrics that exist."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import re
+import shlex
+import tomllib
+from pathlib import Path
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+
+import dreamer
+from dreamer import cli
+from dreamer.agent import Agent
+from dreamer.envs.registry import SUITES, check_task
+from dreamer.presets import load_config, preset_names
+from dreamer.replay import Replay
+from dreamer.runtime.collect import Episode
+from dreamer.runtime.logging import Logger, Steps
+from dreamer.runtime.meters import Aggregator, Stopwatch
+from dreamer.runtime.signals import StopRequest
+from dreamer.runtime.train import Run
+from dreamer.schema import options, sections
+from dreamer.types import Space, replay_fields
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+
+#: What looks like a file of ours and is one of a run's folder, of the reader, or a prefix of keys.
+NOT_OURS = {"config.yaml", "my.yaml", "eval.gif", "log/"}
+#: Options of docker.
+FOREIGN_OPTIONS = {"gpus", "rm"}
+
+every_document = pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """Fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), flags=re.M | re.S)
+
+
+def spans(path: Path) -> list[str]:
+    """Inline code."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S))
+
+
+def commands(path: Path) -> list[list[str]]:
+    """Words of every line in shell blocks, comments and settings of variables left out."""
+    lines = [shlex.split(line, comments=True) for block in blocks(path, "sh") for line in block.splitlines()]
+    return [words[next(i for i, w in enumerate(words) if "=" not in w) :] for words in lines if words]
+
+
+def program(words: list[str]) -> tuple[str, list[str]] | None:
+    """(command, arguments) where a line runs `dreamer`, through a script or in a container; else None."""
+    if words[0] == "./scripts/train":
+        return "train", words[1:]
+    if words[0] == "dreamer" or words[:2] == ["docker", "run"]:
+        at = words.index("dreamer")
+        return words[at + 1], words[at + 2 :]
+    return None
+
+
+@every_document
+def test_commands_parse(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yaml").write_text("seed: 1\n")
+    for words in commands(path):
+        match program(words):
+            case ("train", arguments):
+                config = cli.train_config(arguments)
+                if "my_" not in config.task:
+                    check_task(config.task)
+            case ("eval", arguments):
+                cli._eval_parser().parse_args(arguments)
+            case ("envs", arguments):
+                assert set(arguments) <= set(SUITES), words
+            case None:
+                known = {"pip", "docker", "tensorboard", "apt-get"}
+                assert words[0] in known or (ROOT / words[0]).is_file(), words
+            case other:
+                raise AssertionError(f"{other} is no command of the program")
+
+
+@every_document
+def test_options_and_presets_exist(path):
+    known = {*options(), "configs", "help", "slow", *FOREIGN_OPTIONS}
+    known |= {name.removeprefix("--") for a in cli._eval_parser()._actions for name in a.option_strings}
+    text = "\n".join([*blocks(path, "sh"), *spans(path)])
+    for name in re.findall(r"(?<![\w-])--([a-z][\w.]*)", text):
+        assert name in known or name.startswith("env.gym.kwargs."), f"{path.name}: --{name}"
+    for names in re.findall(r"--configs((?: [\w./]+)+)", text):
+        for name in names.split():
+            assert name in preset_names() or name.endswith(".yaml"), f"{path.name}: preset {name}"
+    for group in re.findall(r"(?:\.|dreamer)\[([a-z0-9,]+)\]|DREAMER_EXTRAS=([a-z0-9,]+)", text):
+        assert set("".join(group).split(",")) <= EXTRAS, group
+
+
+@every_document
+def test_links_and_files_exist(path):
+    text = path.read_text()
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", text) + re.findall(r'src="([^"]+)"', text)
+    for target in targets:
+        assert "://" in target or (path.parent / target).exists(), f"{path.name} links to {target}"
+    for span in spans(path):
+        name, _, test = span.partition("::")
+        if not re.fullmatch(r"[\w./-]+(\.(py|ya?ml|toml|md|txt|gif)|/)", name) or name in NOT_OURS:
+            continue
+        places = [folder / name for folder in (ROOT, ROOT / "dreamer", ROOT / "docs") if (folder / name).exists()]
+        assert places, f"{path.name}: {span}"
+        assert not test or f"def {test}(" in places[0].read_text(), f"{path.name}: {span}"
+
+
+def resolves(name: str) -> bool:
+    """Whether a dotted name is a module of the package or something in one."""
+    parts = name.removeprefix("dreamer.").split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(["dreamer", *parts[:cut]]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[cut:]:
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+    return hasattr(dreamer, parts[0]) and all(hasattr(getattr(dreamer, parts[0]), part) for part in parts[1:])
+
+
+@every_document
+def test_dotted_names_exist(path):
+    """`rssm.RSSM.step`, `run.train_ratio`: code or options, if the first part is one of ours."""
+    ours = {p.stem for p in (ROOT / "dreamer").iterdir()} | {name.split(".")[0] for name in sections()} | {"dreamer"}
+    for span in spans(path):
+        if re.fullmatch(r"[a-z]\w*(\.\w+)+(\(\))?", span) and span.split(".")[0] in ours - {""}:
+            name = span.removesuffix("()")
+            if re.search(r"\.(py|ya?ml|toml|md|gif|jsonl)$", name):
+                continue
+            assert name in options() or name in sections() or resolves(name), f"{path.name}: {span}"
+
+
+@every_document
+def test_python_examples_use_what_is_public(path):
+    for block in blocks(path, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "dreamer":
+                assert node.attr in dreamer.__all__
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "agent":
+                assert hasattr(dreamer.Agent, node.attr)
+
+
+def test_the_picture_of_the_house_is_complete():
+    """Every module has its line in docs/architecture.md, and every line its module."""
+    (picture,) = (b for b in blocks(ROOT / "docs" / "architecture.md", "text") if b.startswith("dreamer/"))
+    shown, folder = set(), ""
+    for line in picture.splitlines()[1:]:
+        indent, name = re.match(r"([* ] +)(\S+)", line).groups()
+        if name.endswith("/"):
+            folder = name
+        else:
+            shown.add((folder if len(indent) == 4 else "") + name)
+    files = {str(p.relative_to(ROOT / "dreamer")) for p in (ROOT / "dreamer").rglob("*.py")}
+    assert shown == {name for name in files if not name.endswith(("__init__.py", "__main__.py"))}
+
+
+def test_the_table_of_presets_says_what_they_set():
+    text = (ROOT / "docs" / "environments.md").read_text()
+    rows = re.findall(r"^\| `--configs (\w+)` \| [^|]+ \| ([\d,]+) \| (\d+) \| (\d+) \|$", text, flags=re.M)
+    expected = {p.stem for p in (ROOT / "configs" / "presets").glob("*.yaml")}
+    assert {row[0] for row in rows} == expected
+    for name, steps, ratio, envs in rows:
+        config = load_config([name])
+        said = (int(steps.replace(",", "")), float(ratio), int(envs))
+        assert said == (config.run.agent_steps, config.run.train_ratio, config.env.num_envs), name
+
+
+# --- Metrics -----------------------------------------------------------------------------------
+
+OBSERVATIONS = {"image": Space("image", (16, 16, 3)), "position": Space("vector", (2,))}
+ACTIONS = {"action": Space("discrete", (), (3,)), "push": Space("vector", (2,))}
+STANDS_FOR = {"<key>": "image|position", "<action>": "action|push", "<name>": "wood"}
+
+
+class Recorder:
+    """A sink that notes the names of videos."""
+
+    def __init__(self) -> None:
+        self.videos: set[str] = set()
+
+    def video(self, steps, name, gif, height, width):
+        self.videos.add(name)
+
+    def __getattr__(self, name):
+        return lambda *arguments: None
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> set[str]:
+    """Every name that a run writes: the loop's own logging over a learner whose updates are only traced."""
+    logdir, recorder = tmp_path_factory.mktemp("run"), Recorder()
+    config = load_config(["debug"])
+    agent = Agent(OBSERVATIONS, ACTIONS, config)
+    fields = replay_fields(OBSERVATIONS, ACTIONS, agent.extras)
+    shape = (config.run.batch_size, config.run.batch_length + 1)
+    batch = {k: jax.ShapeDtypeStruct((*shape, *f.shape), f.dtype) for k, f in fields.items()}
+    metrics = jax.eval_shape(agent.train_step, jax.eval_shape(agent.init, 0), batch)[2]
+
+    frames = np.zeros((2, 8, 8, 3), np.uint8)
+    episode = Episode(0, 1.0, 2, {"wood/mean": 0.0, "wood/max": 0.0}, [frames[0]])
+    images, vectors = np.zeros((2, 8, 16, 16, 3), np.float32), np.zeros((2, 8, 2), np.float32)
+    seen = {"image": images, "position": vectors}
+    run = mock.MagicMock()
+    run.config, run.logdir, run.steps = config, logdir, Steps(0, 0, 0)
+    run.logger = Logger(logdir, tensorboard=False, sinks=(recorder,))
+    run.metrics, run.watch = Aggregator(), Stopwatch()
+    run.replay = Replay(fields, 1, 100, 9, seed=0)
+    run.schedule.due.return_value, run.updates = 1, 0
+    run.learner.update.return_value = {name: np.float32(1) for name in metrics}
+    run.learner.state = {"key": np.zeros(2, np.uint32), "updates": 0, "params": None}
+    run.learner.batch = {"reward": np.zeros((2, 9))}
+    run.agent.report.return_value = {"true": seen, "pred": seen}
+    run.evaluator.return_value = [episode]
+    run.checkpointer.best_score.return_value, run.stop = None, StopRequest()
+    for section in re.findall(r'\.section\("(\w+)"\)', (ROOT / "dreamer" / "runtime" / "train.py").read_text()):
+        with run.watch.section(section):
+            pass
+    Run._update(run)
+    Run._log_episodes(run, [episode])
+    Run._log_metrics(run)
+    Run.report(run)
+    Run.evaluate(run)
+    run.logger.close()
+    lines = [json.loads(line) for file in logdir.glob("*.jsonl") for line in file.read_text().splitlines()]
+    return recorder.videos.union(*lines)
+
+
+def documented() -> set[str]:
+    """Names in the first column of the tables of docs/metrics.md."""
+    rows = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "metrics.md").read_text(), flags=re.M)
+    assert len(rows) == len(set(rows)), "a name is defined twice"
+    return set(rows)
+
+
+def pattern(name: str) -> str:
+    for stands, names in STANDS_FOR.items():
+        name = name.replace(stands, f"({names})")
+    return name
+
+
+def test_every_metric_is_documented(written):
+    known = [pattern(name) for name in documented()]
+    assert {name for name in written if not any(re.fullmatch(p, name) for p in known)} == set()
+
+
+def test_every_documented_metric_is_written(written):
+    assert {name for name in documented() if not any(re.fullmatch(pattern(name), w) for w in written)} == set()
+
+
+def test_the_run_above_is_not_empty(written):
+    assert {"train/loss/dyn", "train/rand/action", "episode/score", "eval/score", "fps/policy"} <= written
+    assert {"time/eval", "report/dream/image", "episode/video", "replay/ratio", "step"} <= written
