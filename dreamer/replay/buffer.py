@@ -224,6 +224,23 @@ class Replay:
             self.clear()
             raise
 
+    def close_open_episodes(self) -> int:
+        """Mark the end of episodes that were abandoned: `is_last`, not terminal, where no step of theirs can follow.
+
+        For a run that goes on after `load`, whose environments begin anew: the newest step of each environment, and
+        whatever earlier resumes have cut (chunk files are never rewritten, so those are found again). Returns how
+        many steps were marked.
+        """
+        marked = 0
+        for env, (tail, head) in enumerate(zip(self._ring.tail, self._ring.head, strict=True)):
+            slots = self._ring.slots(env, np.arange(tail, head))
+            first, last = (self._storage.take(name, slots) for name in ("is_first", "is_last"))
+            begins_next = np.append(first[1:], True)[: len(first)]
+            cut = slots[begins_next & ~last]
+            self._storage.put(cut, {"is_last": np.ones(len(cut), bool)})
+            marked += len(cut)
+        return marked
+
     def clear(self) -> None:
         """Forget all steps and counts. The random stream goes on, and files on disk stay."""
         self._ring.reset()

@@ -78,6 +78,10 @@ class HostStorage:
         """
         return {name: array.take(slots, axis=0) for name, array in self._arrays.items()}
 
+    def take(self, name: str, slots: np.ndarray) -> np.ndarray:
+        """One field at `slots` (M,), a fresh array (M, ...)."""
+        return self._arrays[name].take(slots, axis=0)
+
     def pieces(self, name: str, start: int, count: int, low: int, high: int) -> Iterator[np.ndarray]:
         """Views of `count` slots of one field from `start` on, wrapping from slot `high` to slot `low`."""
         first = min(count, high - start)
