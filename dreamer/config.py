@@ -271,7 +271,7 @@ class Config:
 
     @property
     def repeat(self) -> int:
-        """Environment frames per agent step, of the task's suite."""
+        """Environment frames per agent step, of the task's suite; a user's own environment goes by Gymnasium's."""
         suite = self.task.split("_", 1)[0]
         suite = {"atari100k": "atari"}.get(suite, suite)
-        return getattr(getattr(self.env, suite, None), "repeat", 1)
+        return getattr(getattr(self.env, suite, self.env.gym), "repeat", 1)

@@ -12,14 +12,11 @@ import numpy as np
 from dreamer.agent import Agent, stream_key
 from dreamer.envs import VectorEnv
 from dreamer.envs.interface import Batch
-from dreamer.types import LOG_PREFIX, Spaces
+from dreamer.runtime.nonfinite import NonFiniteActionError, not_finite
+from dreamer.types import LOG_PREFIX, TRANSITION_FIELDS
 
 #: Most frames of a recorded episode.
 VIDEO_FRAMES = 600
-
-
-class NonFiniteActionError(RuntimeError):
-    """The policy gave NaN or infinity."""
 
 
 @dataclasses.dataclass
@@ -32,10 +29,6 @@ class Episode:
     length: int
     logs: dict[str, float]
     frames: list[np.ndarray]
-
-
-def zero_actions(spaces: Spaces, envs: int) -> Batch:
-    return {key: np.zeros((envs, *space.shape), space.dtype) for key, space in spaces.items()}
 
 
 class Collector:
@@ -71,14 +64,12 @@ class Collector:
         self._carry, action, extras = self._agent.policy(params, self._carry, seen, key)
         action, extras = jax.device_get((action, extras))
         self.counter += 1
-        wrong = [k for k, v in action.items() if v.dtype.kind == "f" and not np.isfinite(v).all()]
-        if wrong:
-            raise NonFiniteActionError(f"the policy gave actions that are not finite: {', '.join(wrong)}")
+        if not_finite({**action, **extras}):
+            raise NonFiniteActionError(self.counter * self.envs.num_envs, {**seen, **action, **extras})
         if self._recording:
             self._add_frame()
         self.envs.step_async(action)
-        flags = {k: v for k, v in self._obs.items() if k in ("reward", "is_first", "is_last", "is_terminal")}
-        return {**{k: self._obs[k] for k in self._visible}, **flags, **action, **extras}
+        return {**{k: self._obs[k] for k in (*self._visible, *TRANSITION_FIELDS)}, **action, **extras}
 
     def wait(self) -> list[Episode]:
         """Take the next observations; returns the episodes that have ended with them."""
@@ -123,9 +114,12 @@ class Collector:
 
 
 def run_episodes(
-    collector: Collector, params: Any, count: int, on_step: Callable[[], None] | None = None
+    collector: Collector, params: Any, count: int, on_step: Callable[[], bool] | None = None
 ) -> list[Episode]:
-    """Play `count` episodes. Every environment owes the same number, so short episodes are not over-represented."""
+    """Play `count` episodes, fewer if `on_step`, called after each step, gives True to stop.
+
+    Every environment owes the same number, so short episodes are not over-represented.
+    """
     envs = collector.envs.num_envs
     owed = [count // envs + (i < count % envs) for i in range(envs)]
     episodes: list[Episode] = []
@@ -135,6 +129,6 @@ def run_episodes(
             if owed[episode.env]:
                 owed[episode.env] -= 1
                 episodes.append(episode)
-        if on_step is not None:
-            on_step()
+        if on_step is not None and on_step():
+            break
     return episodes

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from rich import box
@@ -68,6 +69,15 @@ class Display:
         """A training episode has ended with this score."""
         self._scores.append(score)
         self._history.add(score)
+
+    def state(self) -> dict[str, Any]:
+        """Running statistics of the episodes, JSON-able."""
+        return {"recent": list(self._scores), "history": self._history.state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on with the statistics of `state`."""
+        self._scores.extend(state["recent"])
+        self._history.restore(state["history"])
 
     def update(self, steps: Steps, status: str = "") -> None:
         """Where the run is now; cheap enough for every step. status: a word or two, "evaluating" say."""
@@ -291,6 +301,13 @@ class _History:
         if len(self._means) == _POINTS:
             self._means = [(a + b) / 2 for a, b in zip(self._means[::2], self._means[1::2], strict=True)]
             self._size *= 2
+
+    def state(self) -> dict[str, Any]:
+        return {"count": self.count, "size": self._size, "means": list(self._means), "open": list(self._open)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.count, self._size = int(state["count"]), int(state["size"])
+        self._means, self._open = list(state["means"]), list(state["open"])
 
     def values(self) -> list[float]:
         return self._means + ([float(np.mean(self._open))] if self._open else [])

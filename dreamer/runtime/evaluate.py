@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 
 from dreamer.agent import Agent
 from dreamer.config import Config
-from dreamer.envs import VectorEnv, best_score, human_normalized
+from dreamer.envs import TaskError, VectorEnv, best_score, human_normalized
 from dreamer.envs.vector import MakeEnv
 from dreamer.presets import CONFIG_FILE, load_config
 from dreamer.runtime.acting import load_agent
 from dreamer.runtime.collect import Collector, Episode, run_episodes
 from dreamer.runtime.display import Evaluation, evaluation_table
-from dreamer.runtime.setup import evaluation_envs
+from dreamer.runtime.setup import check_spaces_as_trained, evaluation_envs, is_listed
 from dreamer.runtime.video import save_gif
 
 
@@ -26,17 +28,18 @@ class Evaluator:
     def __init__(self, config: Config, agent: Agent, run_key: np.ndarray, make_env: MakeEnv | None) -> None:
         self._config, self._agent, self._key, self._make_env = config, agent, run_key, make_env
         self._envs: VectorEnv | None = None
-        self._rounds = 0
+        #: Evaluations so far; each draws actions of its own.
+        self.rounds = 0
 
-    def __call__(self, params: Any, on_step: Any = None) -> list[Episode]:
-        """Play `run.eval_episodes` episodes with these weights."""
+    def __call__(self, params: Any, on_step: Callable[[], bool] | None = None) -> list[Episode]:
+        """Play `run.eval_episodes` episodes with these weights; fewer if `on_step` gives True to stop."""
         run = self._config.run
         if self._envs is None:
             self._envs = evaluation_envs(self._config, self._make_env, min(run.eval_envs, run.eval_episodes))
         collector = Collector(self._agent, self._envs, self._key, "eval", sample=run.eval_policy == "sample")
         # Rounds draw different actions; a million steps each keep their counters apart.
-        collector.counter = self._rounds * 1_000_000
-        self._rounds += 1
+        collector.counter = self.rounds * 1_000_000
+        self.rounds += 1
         return run_episodes(collector, params, run.eval_episodes, on_step)
 
     def close(self) -> None:
@@ -45,11 +48,11 @@ class Evaluator:
 
 
 def as_evaluation(config: Config, scores: list[float]) -> Evaluation:
-    """Scores beside what is known of the task. A user's own environment has no known best."""
+    """Scores beside what is known of the task: nothing of a user's own environment."""
     try:
         best = best_score(config.task, config.env)
         human = human_normalized(config.task, float(np.mean(scores)))
-    except ValueError:
+    except TaskError:
         best = human = None
     return Evaluation(config.task, scores, best, human)
 
@@ -66,9 +69,17 @@ def evaluate_command(
     """`dreamer eval`: load weights, play, print a table, write a video if asked. Returns the exit code."""
     console = console or Console(highlight=False)
     config = load_config([str(Path(logdir).resolve() / CONFIG_FILE)], {"logdir": logdir, "run.platform": "auto"})
+    if make_env is None and not is_listed(config.task):
+        raise TaskError(
+            f"the run in {logdir} was trained with an environment function of its own (task {config.task!r}); play it "
+            f"from Python: dreamer.runtime.evaluate.evaluate_command({logdir!r}, {episodes}, make_env=FUNCTION)"
+        )
     agent, params, key = load_agent(config)
+    if seed is not None:
+        key = np.asarray(jax.random.key_data(jax.random.key(seed)))
     envs = evaluation_envs(config, make_env, min(config.run.eval_envs, episodes), seed)
     try:
+        check_spaces_as_trained(agent, envs)
         collector = Collector(agent, envs, key, "eval", sample=policy == "sample")
         if video:
             collector.record()

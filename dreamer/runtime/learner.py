@@ -4,32 +4,15 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from dreamer.agent import Agent, TrainState
-from dreamer.replay import Replay, Selection
-
-
-class NonFiniteError(RuntimeError):
-    """An update gave NaN or infinity; the message names the terms and the update."""
-
-    def __init__(self, update: int, terms: dict[str, float], batch: dict[str, np.ndarray]) -> None:
-        bad = ", ".join(f"{name} = {value}" for name, value in terms.items()) or "the weights"
-        super().__init__(f"update {update} was not finite: {bad}")
-        self.update, self.terms, self.batch = update, terms, batch
-
-    def dump(self, logdir: Path) -> Path:
-        """Write the batch of the failed update; returns the file."""
-        path = logdir / f"nonfinite-update-{self.update}.npz"
-        plain: dict[str, Any] = {
-            k: v.astype(np.float32) if v.dtype.name == "bfloat16" else v for k, v in self.batch.items()
-        }
-        np.savez_compressed(path, **plain)
-        return path
+from dreamer.replay import Replay, ReplayError, Selection
+from dreamer.runtime.nonfinite import NonFiniteUpdateError
 
 
 @dataclasses.dataclass
@@ -56,7 +39,7 @@ class Learner:
         self._finite = jax.jit(agent.finite)
         self._next: tuple[Selection, dict[str, np.ndarray], Any] | None = None
         self._pending: collections.deque[_Dispatched] = collections.deque()
-        #: The batch of the newest update, on the host, for reports.
+        #: The batch of the newest update (B, T+1, ...), on the host, for reports.
         self.batch: dict[str, np.ndarray] | None = None
 
     @property
@@ -79,8 +62,28 @@ class Learner:
         while self._pending:
             self._land(self._pending.popleft())
 
+    def prefetched(self) -> dict[str, Any] | None:
+        """Positions of the batch that waits for the next update, JSON-able; None: there is none."""
+        if self._next is None:
+            return None
+        selection = self._next[0]
+        return {name: getattr(selection, name).tolist() for name in ("env", "row", "online")}
+
+    def prefetch(self, positions: Mapping[str, Any] | None) -> None:
+        """Let the batch at these positions be the next, after a resume: new data in it would not be drawn again."""
+        if positions is None:
+            return
+        env, row = (np.array(positions[name], np.int64) for name in ("env", "row"))
+        selection = Selection(env, row, np.array(positions["online"], bool), self.replay.length)
+        try:
+            self._next = self._fetch(selection)
+        except ReplayError:  # A replay that is smaller now holds it no more.
+            self._next = None
+
     def _draw(self) -> tuple[Selection, dict[str, np.ndarray], Any]:
-        selection = self.replay.select(self._batch_size)
+        return self._fetch(self.replay.select(self._batch_size))
+
+    def _fetch(self, selection: Selection) -> tuple[Selection, dict[str, np.ndarray], Any]:
         batch = self.replay.gather(selection)
         return selection, batch, jax.device_put(batch)
 
@@ -90,5 +93,5 @@ class Learner:
             metrics = {k: float(v) for k, v in jax.device_get(done.metrics).items()}
             terms = {k: v for k, v in metrics.items() if k.startswith("loss/") and not np.isfinite(v)}
             terms |= {k: metrics[k] for k in ("opt/grad_norm", "opt/param_rms") if not np.isfinite(metrics[k])}
-            raise NonFiniteError(int(metrics["opt/updates"]), terms, done.batch)
+            raise NonFiniteUpdateError(int(metrics["opt/updates"]), terms, done.batch)
         self.replay.write(done.selection, latents)

@@ -14,14 +14,14 @@ import numpy as np
 
 from dreamer.agent import Agent, TrainState
 from dreamer.config import Config
-from dreamer.envs import VectorEnv, make_vector_env
+from dreamer.envs import TaskError, VectorEnv, make_vector_env, suites
 from dreamer.envs.vector import MakeEnv
-from dreamer.replay import Replay, bytes_per_step
-from dreamer.runtime.checkpoint import Checkpointer
+from dreamer.presets import ConfigError
+from dreamer.replay import Replay, ReplayError, bytes_per_step
 from dreamer.runtime.devices import choose_device, compute_dtype
 from dreamer.runtime.display import Row, device_row, format_bytes, parameters_row
 from dreamer.runtime.provenance import versions
-from dreamer.types import Space, Spaces, replay_fields
+from dreamer.types import LOG_PREFIX, Space, Spaces, replay_fields
 
 
 def resolve_logdir(config: Config) -> Config:
@@ -31,6 +31,23 @@ def resolve_logdir(config: Config) -> Config:
     name = config.task.replace("/", "_").replace(":", "_")
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     return dataclasses.replace(config, logdir=str(Path("runs") / f"{name}-{stamp}-seed{config.seed}"))
+
+
+#: The task of a run whose environments come from a function of the user's, unless the user gave it a name.
+OWN_TASK = "make_env"
+
+
+def is_listed(task: str) -> bool:
+    """Whether the task's name is one of a suite of ours."""
+    return task.partition("_")[0] in suites()
+
+
+def name_own_task(config: Config) -> Config:
+    """The configuration for a user's own environment, which must not go by the name of one of ours.
+
+    Its frames count as those of a Gymnasium environment do: agent steps times `env.gym.repeat`.
+    """
+    return dataclasses.replace(config, task=OWN_TASK) if is_listed(config.task) else config
 
 
 def training_envs(config: Config, restarts: int, make_env: MakeEnv | None) -> VectorEnv:
@@ -57,16 +74,20 @@ def replay_capacity(config: Config) -> int:
 
 
 def make_replay(config: Config, agent: Agent) -> Replay:
+    """An empty replay; ConfigError if it cannot fit into this machine's memory."""
     fields = replay_fields(agent.observations, agent.actions, agent.extras)
-    return Replay(
-        fields,
-        config.env.num_envs,
-        replay_capacity(config),
-        config.run.batch_length + 1,
-        config.seed,
-        online=config.replay.online,
-        latent_keys=tuple(agent.extras),
-    )
+    try:
+        return Replay(
+            fields,
+            config.env.num_envs,
+            replay_capacity(config),
+            config.run.batch_length + 1,
+            config.seed,
+            online=config.replay.online,
+            latent_keys=tuple(agent.extras),
+        )
+    except ReplayError as error:
+        raise ConfigError(str(error)) from error
 
 
 def module_sizes(params: Mapping[str, Any]) -> dict[str, int]:
@@ -115,34 +136,14 @@ def spaces_from_json(data: Mapping[str, Any]) -> dict[str, Space]:
     }
 
 
-#: Which parameters `from_checkpoint_parts` names.
-PARTS = {
-    "world_model": (("world_model",),),
-    "actor": (("actor_critic", "policy"),),
-    "critic": (("actor_critic", "value"),),
-}
-
-
-def warm_start(config: Config, state: TrainState) -> TrainState:
-    """`state` with the parts of another run's best, or newest, weights that the configuration names."""
-    if config.from_checkpoint is None:
-        return state
-    checkpointer = Checkpointer(config.from_checkpoint, read_only=True)
-    params = load_params(checkpointer, {"params": state["params"]})
-    names = list(PARTS) if "all" in config.from_checkpoint_parts else config.from_checkpoint_parts
-    merged = jax.tree.map(lambda x: x, state["params"])
-    for name in names:
-        for *parents, leaf in PARTS[name]:
-            target, source = merged, params
-            for parent in parents:
-                target, source = target[parent], source[parent]
-            target[leaf] = jax.device_put(source[leaf])
-    state = state | {"params": merged}
-    return state | {"slow_value": jax.tree.map(jax.numpy.array, merged["actor_critic"]["value"])}
-
-
-def load_params(checkpointer: Checkpointer, template: Mapping[str, Any] | None) -> Any:
-    """The best evaluated weights of a logdir or, where nothing was evaluated, those of its newest checkpoint."""
-    if checkpointer.best_score() is not None:
-        return checkpointer.restore_best(template)[1]["params"]
-    return checkpointer.restore(template, parts=("params",))[1]["params"]
+def check_spaces_as_trained(agent: Agent, envs: VectorEnv) -> None:
+    """TaskError if the agent cannot play in these environments because they see or do something else."""
+    for what, trained, found in (
+        ("observations", agent.observations, envs.observation_spaces),
+        ("actions", agent.actions, envs.action_spaces),
+    ):
+        ours, theirs = (
+            {k: s for k, s in spaces.items() if not k.startswith(LOG_PREFIX)} for spaces in (trained, found)
+        )
+        if ours != theirs:
+            raise TaskError(f"expected the {what} that the agent was trained with, {ours}, got {theirs}")

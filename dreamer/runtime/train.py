@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -16,27 +17,29 @@ from dreamer.config import Config
 from dreamer.envs.vector import MakeEnv
 from dreamer.presets import CONFIG_FILE, check_resume, save_config, stored_config
 from dreamer.runtime.checkpoint import Checkpointer, CheckpointError
-from dreamer.runtime.collect import Collector, Episode, NonFiniteActionError
+from dreamer.runtime.collect import Collector, Episode
 from dreamer.runtime.devices import keep_compiled_programs
 from dreamer.runtime.display import Display, evaluation_table, start_summary
 from dreamer.runtime.evaluate import Evaluator, as_evaluation
-from dreamer.runtime.learner import Learner, NonFiniteError
+from dreamer.runtime.learner import Learner
 from dreamer.runtime.lock import LogdirLock
 from dreamer.runtime.logging import Logger, Steps
 from dreamer.runtime.meters import Aggregator, Stopwatch
+from dreamer.runtime.nonfinite import NonFiniteError
 from dreamer.runtime.provenance import versions
 from dreamer.runtime.report import open_loop_report
 from dreamer.runtime.schedule import Every, UpdateSchedule
 from dreamer.runtime.setup import (
     make_agent,
     make_replay,
+    name_own_task,
     resolve_logdir,
     spaces_to_json,
     summary_rows,
     training_envs,
-    warm_start,
 )
 from dreamer.runtime.signals import StopRequest
+from dreamer.runtime.weights import warm_start
 
 #: Exit code of a run whose numbers were not finite.
 NON_FINITE = 3
@@ -48,7 +51,7 @@ def train(config: Config, make_env: MakeEnv | None = None) -> int:
     make_env: ``(index, seed) -> environment``, a Gymnasium or `dreamer.envs.Env` one, instead of `config.task`.
     0: reached the end or was asked to stop (a checkpoint is saved); 3: a loss or an action was not finite.
     """
-    config = resolve_logdir(config)
+    config = resolve_logdir(config if make_env is None else name_own_task(config))
     logdir = Path(config.logdir)
     stored = stored_config(logdir)
     if stored is not None:
@@ -61,16 +64,14 @@ def train(config: Config, make_env: MakeEnv | None = None) -> int:
         try:
             run.loop(stop)
         except NonFiniteError as error:
-            path = error.dump(logdir)
-            console.print(f"[bold red]stopped:[/] {error}. Its batch is in {path}.", soft_wrap=True)
-            return NON_FINITE
-        except NonFiniteActionError as error:
-            console.print(f"[bold red]stopped:[/] {error} (after {run.steps.updates} updates).", soft_wrap=True)
+            console.print(f"[bold red]stopped:[/] {error} (after {run.updates} updates).", soft_wrap=True)
+            console.print(f"Its numbers are in {error.dump(logdir)}; checkpoints are as they were.", soft_wrap=True)
             return NON_FINITE
         finally:
             run.close()
         if stop:
-            console.print(f"\nstopped; go on with: dreamer train --logdir {logdir}", soft_wrap=True)
+            again = f"dreamer train --logdir {shlex.quote(str(logdir))}"
+            console.print(f"\nstopped; go on with: {again if make_env is None else 'the same call'}", soft_wrap=True)
     return 0
 
 
@@ -97,14 +98,16 @@ class Run:
         self.logger = Logger(self.logdir, config.log.jsonl, config.log.tensorboard, config.log.video_fps)
         self.agent_steps = self.updates = 0
         self.dream_video: Path | None = None
-        state = self._restore() if resuming else warm_start(config, self.agent.init(config.seed))
+        self.metrics, self.watch = Aggregator(), Stopwatch()
+        self.display = Display(config.task, config.run.agent_steps, live=config.run.display, console=self.console)
+        state, meta = self._restore() if resuming else self._begin()
         run_key = np.asarray(state["key"])
         self.learner = Learner(self.agent, state, self.replay, config.run.batch_size)
+        self.learner.prefetch(meta.get("next_batch"))
         self.collector = Collector(self.agent, self.envs, run_key, "policy")
         self.collector.counter = self.agent_steps // self.envs.num_envs
         self.evaluator = Evaluator(config, self.agent, run_key, make_env)
-        self.display = Display(config.task, config.run.agent_steps, live=config.run.display, console=self.console)
-        self.metrics, self.watch = Aggregator(), Stopwatch()
+        self.evaluator.rounds = meta.get("evaluations", 0)
         save_config(config, self.logdir / CONFIG_FILE)
         title = f"Resuming at agent step {self.agent_steps:,}" if resuming else "Training"
         self.console.print(start_summary(title, summary_rows(config, self.agent, state, self.replay, self.envs)))
@@ -115,6 +118,7 @@ class Run:
 
     def loop(self, stop: StopRequest) -> None:
         """Until `run.agent_steps` or a request to stop."""
+        self.stop = stop
         run, watch, start = self.config.run, self.watch, self.agent_steps
         due_log, due_report = Every(run.log_every, start), Every(run.report_every, start)
         due_eval, due_save = Every(run.eval_every, start), Every(run.checkpoint_every, start)
@@ -190,18 +194,27 @@ class Run:
                 self.dream_video = self.logger.video(self.steps, name, frames)
 
     def evaluate(self) -> list[float]:
-        """Play evaluation episodes, log them, keep the weights if they are the best so far. Returns the scores."""
+        """Play evaluation episodes, log them, keep the weights if they are the best so far.
+
+        Returns the scores; none if the run was asked to stop meanwhile.
+        """
         with self.watch.section("eval"):
-            redraw = lambda: self.display.update(self.steps, "evaluating")  # noqa: E731
-            episodes = self.evaluator(self.learner.params, redraw)
+            episodes = self.evaluator(self.learner.params, self._evaluating)
+        if self.stop:
+            return []
         scores = [episode.score for episode in episodes]
         mean, best = float(np.mean(scores)), self.checkpointer.best_score()
         values = {"eval/score": mean, "eval/score_std": float(np.std(scores))}
         self.logger.scalars(self.steps, values | {"eval/length": float(np.mean([e.length for e in episodes]))})
-        if best is None or mean >= best:
+        if np.isfinite(mean) and (best is None or mean >= best):
             weights, meta = {"params": self.learner.params}, {"agent_steps": self.agent_steps}
             self._try_saving(lambda: self.checkpointer.save_best(mean, weights, meta))
         return scores
+
+    def _evaluating(self) -> bool:
+        """Between two steps of an evaluation; whether to give it up."""
+        self.display.update(self.steps, "evaluating")
+        return bool(self.stop)
 
     def save(self) -> None:
         """Save a checkpoint in the background."""
@@ -215,6 +228,9 @@ class Run:
                 "train_ratio": self.config.run.train_ratio,
                 "observations": spaces_to_json(self.agent.observations),
                 "actions": spaces_to_json(self.agent.actions),
+                "next_batch": self.learner.prefetched(),
+                "evaluations": self.evaluator.rounds,
+                "episodes": self.display.state(),
                 "offsets": self.logger.offsets(),
                 "versions": versions(),
             }
@@ -227,8 +243,13 @@ class Run:
         except CheckpointError as error:
             self.console.print(f"[bold red]checkpoint failed:[/] {error}", soft_wrap=True)
 
-    def _restore(self) -> Any:
-        """Go on from the newest checkpoint: counters, training state, replay, log files."""
+    def _begin(self) -> tuple[Any, dict[str, Any]]:
+        """(fresh training state, no meta data); what an attempt that left no checkpoint has recorded is forgotten."""
+        self.logger.truncate(dict.fromkeys(self.logger.offsets(), 0), self.steps)
+        return warm_start(self.config, self.agent.init(self.config.seed)), {}
+
+    def _restore(self) -> tuple[Any, dict[str, Any]]:
+        """(training state, meta data) of the newest checkpoint; counters, replay and log files go on from there."""
         template = jax.eval_shape(self.agent.init, 0)
         folder = self.checkpointer.replay_folder
 
@@ -237,8 +258,10 @@ class Run:
         self.agent_steps, self.updates = meta["agent_steps"], meta["updates"]
         changed = meta["train_ratio"] != self.config.run.train_ratio
         self.schedule.restore(meta["schedule"], self.agent_steps, changed)
+        self.replay.close_open_episodes()
+        self.display.restore(meta["episodes"])
         self.logger.truncate(meta["offsets"], self.steps)
-        return jax.device_put(state)
+        return jax.device_put(state), meta
 
     def _next_restart(self) -> int:
         return int(self.checkpointer.restore(parts=())[2]["restarts"]) + 1
@@ -246,8 +269,7 @@ class Run:
     def _finish(self) -> None:
         """What a person wants to see at the end."""
         self.report()
-        if self.config.run.final_eval:
-            scores = self.evaluate()
+        if self.config.run.final_eval and (scores := self.evaluate()):
             self.console.print(evaluation_table([as_evaluation(self.config, scores)]))
         if self.dream_video is not None:
             self.console.print(f"dream video: {self.dream_video}", soft_wrap=True)
