@@ -1,0 +1,148 @@
+"""The world model's loss: KL terms and continue targets by hand, and which loss trains which part of the agent."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from learner_data import CHEAP, B, T, fixed_class, fixed_normal, perturb, random_batch, small_config
+
+from dreamer import distributions
+from dreamer.agent import Agent
+from dreamer.types import Space
+from dreamer.world_model import Observed
+
+OBSERVATIONS = {"position": Space("vector", (3,))}
+ACTIONS = {"action": Space("discrete", (), (3,))}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fixed_draws() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(distributions, "draw_class", fixed_class)
+        patch.setattr(distributions, "draw_normal", fixed_normal)
+        yield
+
+
+@pytest.fixture(scope="module")
+def agent() -> Agent:
+    # Without free nats every KL has a gradient.
+    return Agent(OBSERVATIONS, ACTIONS, small_config(loss=dict(free_nats=0)))
+
+
+@pytest.fixture(scope="module")
+def params(agent: Agent) -> Any:
+    return perturb(agent.init(0)["params"])
+
+
+def observe(agent: Agent, params: Any, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Losses, states and logits of the world model on a batch."""
+
+    def forward(params: Any, batch: dict[str, jax.Array]) -> dict[str, Any]:
+        world_model = agent._merge(params).world_model
+        seen: Observed = world_model.loss(*agent.split_batch(world_model.rssm, batch), jax.random.key(0))
+        return {"losses": seen.losses, "posterior": seen.posterior, "prior": seen.prior, "metrics": seen.metrics}
+
+    return jax.device_get(jax.jit(forward, compiler_options=CHEAP)(params, batch))
+
+
+def spelled_out_kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """Sum over variables and classes of p ln(p / q), 1 % uniform in both, one (B, T) entry after the other."""
+    total = np.zeros(p.shape[:2])
+    for index in np.ndindex(p.shape[:3]):
+        mixes = []
+        for logits in (np.float64(p[index]), np.float64(q[index])):
+            odds = np.exp(logits - logits.max())
+            mixes.append(0.99 * odds / odds.sum() + 0.01 / len(odds))
+        total[index[:2]] += sum(a * math.log(a / b) for a, b in zip(*mixes, strict=True))
+    return total
+
+
+def test_kl_terms_spelled_out(agent: Agent, params: Any) -> None:
+    seen = observe(agent, params, random_batch(agent))
+    kl = spelled_out_kl(seen["posterior"], seen["prior"])
+    assert kl.min() > 0
+    np.testing.assert_allclose(seen["losses"]["dyn"], kl, rtol=1e-3)
+    np.testing.assert_allclose(seen["losses"]["rep"], kl, rtol=1e-3)
+
+
+def test_free_nats_are_for_each_state_and_not_for_the_mean(agent: Agent, params: Any) -> None:
+    batch = random_batch(agent)
+    kl = np.float64(observe(agent, params, batch)["losses"]["dyn"])
+    middle = float(np.median(kl))
+    free = Agent(OBSERVATIONS, ACTIONS, small_config(loss=dict(free_nats=middle)))
+    losses = observe(free, params, batch)["losses"]
+    for term in ("dyn", "rep"):
+        np.testing.assert_allclose(losses[term], np.maximum(kl, middle), rtol=1e-4)
+    assert (kl < middle).any() and losses["dyn"].mean() > max(kl.mean(), middle)
+
+
+def test_continue_target_and_first_predictions(agent: Agent) -> None:
+    """Before training the reward is exactly 0; the continue loss is a cross entropy with (1 - terminal) gamma."""
+    params = agent.init(0)["params"]
+    cont = params["world_model"]["cont"]["out"]
+    cont["kernel"], cont["bias"] = jnp.zeros_like(cont["kernel"]), jnp.full_like(cont["bias"], 1.5)
+    batch = random_batch(agent)
+    batch["is_terminal"][0, 1] = True
+    losses = observe(agent, params, batch)["losses"]
+    target = np.where(batch["is_terminal"][:, 1:], 0, 1 - 1 / 333)
+    assert target[0, 0] == 0 and (target != 0).sum() == B * T - 1
+    expected = target * np.log1p(np.exp(-1.5)) + (1 - target) * np.log1p(np.exp(1.5))
+    np.testing.assert_allclose(losses["con"], expected, rtol=1e-5)
+    # Uniform logits: ln 31 wherever the target lies.
+    np.testing.assert_allclose(losses["rew"], math.log(31), rtol=1e-5)
+
+
+PARTS = {
+    "encoder": ("world_model", "encoder"),
+    "posterior": ("world_model", "rssm", "posterior_logits"),
+    "dynamics": ("world_model", "rssm", "gates"),
+    "prior": ("world_model", "rssm", "prior_logits"),
+    "decoder": ("world_model", "objective"),
+    "reward": ("world_model", "reward"),
+    "cont": ("world_model", "cont"),
+    "policy": ("actor_critic", "policy"),
+    "value": ("actor_critic", "value"),
+}
+FILTER = {"encoder", "posterior", "dynamics"}
+TRAINS = {
+    "position": FILTER | {"decoder"},
+    "rew": FILTER | {"reward"},
+    "con": FILTER | {"cont"},
+    "dyn": FILTER | {"prior"},
+    "rep": FILTER,
+    "policy": {"policy"},
+    "value": {"value"},
+    "repval": FILTER | {"value"},
+}
+
+
+def test_each_loss_trains_exactly_its_parts(agent: Agent, params: Any) -> None:
+    """The truth table above. `dyn` reaches the encoder through the deterministic state; `rep` never the prior."""
+    state, batch = agent.init(0), random_batch(agent)
+    slow = perturb(state["slow_value"], seed=1)
+    assert set(agent.loss_scales) == set(TRAINS)
+    scales = agent.loss_scales
+
+    def total(params: Any, scales: dict[str, jax.Array]) -> jax.Array:
+        agent.loss_scales = scales
+        return agent.loss(params, slow, state["return_scale"], batch, jax.random.key(0))[0]
+
+    slope = jax.jit(jax.grad(total), compiler_options=CHEAP)
+    try:
+        for term, trained in TRAINS.items():
+            grads = slope(params, {k: jnp.float32(k == term) for k in TRAINS})
+            moved = set()
+            for part, path in PARTS.items():
+                tree = grads
+                for name in path:
+                    tree = tree[name]
+                moved |= {part} if any(np.asarray(leaf).any() for leaf in jax.tree.leaves(tree)) else set()
+            assert moved == trained, term
+    finally:
+        agent.loss_scales = scales
