@@ -54,6 +54,7 @@ class Collector:
         self._logged = [key for key in envs.observation_spaces if key.startswith(LOG_PREFIX)]
         self._log_sum = {key: np.zeros(count) for key in self._logged}
         self._log_max = {key: np.zeros(count) for key in self._logged}
+        self._account()
         self._frames: list[np.ndarray] = []
         self._wanted = self._recording = False
 
@@ -64,7 +65,8 @@ class Collector:
         self._carry, action, extras = self._agent.policy(params, self._carry, seen, key)
         action, extras = jax.device_get((action, extras))
         self.counter += 1
-        if not_finite({**action, **extras}):
+        # An observation that is not finite shows in the action a step later at the earliest.
+        if not_finite({**seen, **action, **extras}):
             raise NonFiniteActionError(self.counter * self.envs.num_envs, {**seen, **action, **extras})
         if self._recording:
             self._add_frame()
@@ -73,17 +75,20 @@ class Collector:
 
     def wait(self) -> list[Episode]:
         """Take the next observations; returns the episodes that have ended with them."""
-        self._obs = obs = self.envs.step_wait()
-        first = obs["is_first"]
+        self._obs = self.envs.step_wait()
+        self._account()
+        self._begin_recording()
+        return [self._finished(int(i)) for i in np.flatnonzero(self._obs["is_last"])]
+
+    def _account(self) -> None:
+        """Count the current observations in the statistics of their episodes."""
+        obs, first = self._obs, self._obs["is_first"]
         self._scores = np.where(first, 0.0, self._scores) + obs["reward"]
         self._lengths = np.where(first, 0, self._lengths + 1)
         for key in self._logged:
             value = obs[key].reshape(len(first), -1).sum(-1)
             self._log_sum[key] = np.where(first, 0.0, self._log_sum[key]) + value
             self._log_max[key] = np.where(first, value, np.maximum(self._log_max[key], value))
-        self._begin_recording()
-        episodes = [self._finished(int(i)) for i in np.flatnonzero(obs["is_last"])]
-        return episodes
 
     def record(self) -> None:
         """Record the first environment's next episode, or this one if it has just begun."""

@@ -43,7 +43,7 @@ class NonFiniteActionError(NonFiniteError):
     def __init__(self, agent_steps: int, step: Mapping[str, np.ndarray]) -> None:
         """step: observations, actions and policy extras, (N, ...) each."""
         super().__init__(
-            f"the policy's step was not finite: NaN or infinity in {', '.join(not_finite(step))}",
+            f"a step of the policy was not finite: NaN or infinity in {', '.join(not_finite(step))}",
             f"action-{agent_steps}",
             step,
         )

@@ -1,0 +1,81 @@
+"""Tiny configurations, agents that are compiled once for all tests of a process, and a runnable collection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium
+import jax
+import numpy as np
+import pytest
+
+from dreamer.agent import Agent
+from dreamer.config import Config, EnvConfig
+from dreamer.envs import VectorEnv, make_vector_env
+from dreamer.presets import load_config
+from dreamer.replay import Replay
+from dreamer.runtime.collect import Collector, Episode
+from dreamer.runtime.devices import choose_device
+from dreamer.types import Spaces, replay_fields
+
+QUIET: dict[str, Any] = {"run.display": False, "run.platform": "cpu", "log.tensorboard": False, "log.videos": False}
+
+_agents: dict[str, Agent] = {}
+
+
+def tiny_config(**overrides: Any) -> Config:
+    """The debug preset, quiet; `run__batch_size=4` means run.batch_size."""
+    return load_config(["debug"], QUIET | {name.replace("__", "."): value for name, value in overrides.items()})
+
+
+def tiny_agent(observations: Spaces, actions: Spaces, config: Config | None = None) -> Agent:
+    """An agent; the same object for the same spaces, networks and losses: it holds nothing but compiled functions."""
+    config = config or tiny_config()
+    parts = (config.model, config.loss, config.actor_critic, config.optimizer)
+    name = repr((sorted(observations.items()), sorted(actions.items()), parts))
+    if name not in _agents:
+        _agents[name] = Agent(observations, actions, config)
+    return _agents[name]
+
+
+def share_agents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the runs of this process use the agents of `tiny_agent`."""
+
+    def make_agent(config: Config, observations: Spaces, actions: Spaces) -> Agent:
+        choose_device(config.run.platform)
+        return tiny_agent(observations, actions, config)
+
+    for module in ("train", "acting"):
+        monkeypatch.setattr(f"dreamer.runtime.{module}.make_agent", make_agent)
+
+
+def vector_env(make: Callable[[int, int], gymnasium.Env], num_envs: int = 1, workers: str = "inline") -> VectorEnv:
+    return make_vector_env("own", EnvConfig(workers=workers), num_envs, 0, True, make)
+
+
+class Collection:
+    """Environments, a tiny agent with fresh weights, its collector, and a replay of sequences of `length` steps."""
+
+    def __init__(self, envs: VectorEnv, length: int = 9, sample: bool = True, seed: int = 0) -> None:
+        self.agent = tiny_agent(envs.observation_spaces, envs.action_spaces)
+        self.state = self.agent.init(seed)
+        self.collector = Collector(self.agent, envs, np.asarray(self.state["key"]), "policy", sample)
+        fields = replay_fields(envs.observation_spaces, envs.action_spaces, self.agent.extras)
+        self.replay = Replay(fields, envs.num_envs, 1000 * envs.num_envs, length, seed)
+
+    def steps(self, count: int) -> list[Episode]:
+        """Collect; returns the episodes that ended."""
+        episodes = []
+        for _ in range(count):
+            self.replay.add(self.collector.act(self.state["params"]))
+            episodes += self.collector.wait()
+        return episodes
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two trees of arrays are equal bit for bit."""
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        return False
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(np.asarray(x), np.asarray(y), equal_nan=False) for x, y in pairs)
