@@ -197,26 +197,28 @@ class TwoHot:
         self.bins = jnp.asarray(twohot_bins(logits.shape[-1]), self.logits.dtype)
 
     def mode(self) -> jax.Array:
-        """Expected value (...), summed from the middle outwards on both sides so uniform logits give exactly 0."""
-        weighted = jax.nn.softmax(self.logits, -1) * self.bins
+        """Expected value (...); symmetric logits give exactly 0.
+
+        Bins reach 5e8, so the odds of b and -b are subtracted *before* they are multiplied by anything: a compiler
+        may round only one of two products (fused multiply-add), and what that leaves of 5e8 is as large as a reward.
+        """
+        odds = jnp.exp(self.logits - sg(self.logits.max(-1, keepdims=True)))
         middle = self.bins.shape[0] // 2
-        return weighted[..., middle] + (weighted[..., :middle][..., ::-1] + weighted[..., middle + 1 :]).sum(-1)
+        balance = odds[..., middle + 1 :] - odds[..., :middle][..., ::-1]
+        return (balance * self.bins[middle + 1 :]).sum(-1) / odds.sum(-1)
 
     def loss(self, target: jax.Array) -> jax.Array:
-        """Cross entropy (...) with the target (...) spread linearly over its two neighbouring bins."""
-        target = sg(target).astype(self.logits.dtype)
-        last = self.bins.shape[0] - 1
-        above = jnp.clip(jnp.searchsorted(self.bins, target, side="right"), 0, last)
-        below = jnp.clip(jnp.searchsorted(self.bins, target, side="right") - 1, 0, last)
-        to_below, to_above = jnp.abs(self.bins[below] - target), jnp.abs(self.bins[above] - target)
-        outside = below == above
-        share = jnp.where(outside, 1.0, to_below / jnp.where(outside, 1.0, to_below + to_above))
-        # Only two bins have weight, so gather their logits instead of building a (..., bins) target.
-        gather = lambda index: jnp.take_along_axis(self.logits, index[..., None], -1)[..., 0]  # noqa: E731
-        expected = (1 - share) * gather(below) + share * gather(above)
-        loss = jax.nn.logsumexp(self.logits, -1) - expected
-        # The bin search takes NaN for a number beyond the last bin; a broken target must show in the loss.
-        return jnp.where(jnp.isnan(target), target, loss)
+        """Cross entropy (...) with the target (...) spread linearly over its two neighbouring bins.
+
+        The weight of a bin is a hat over its neighbours, ``max(0, min(rise, fall))``; beyond the last bin it has all.
+        """
+        bins = self.bins
+        target = jnp.clip(sg(target).astype(bins.dtype), bins[0], bins[-1])[..., None]
+        # Dense on purpose: gathering two logits would make the gradient a scatter, which is slow everywhere.
+        before, after = jnp.append(2 * bins[0], bins[:-1]), jnp.append(bins[1:], 2 * bins[-1])
+        rise, fall = (target - before) / (bins - before), (after - target) / (after - bins)
+        weights = jnp.clip(jnp.minimum(rise, fall), 0, 1)
+        return -(weights * jax.nn.log_softmax(self.logits, -1)).sum(-1)
 
 
 class SquaredError:

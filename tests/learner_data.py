@@ -35,7 +35,7 @@ def small_config(
         run=dict(batch_size=B, batch_length=T),
         loss=loss or {},
         actor_critic=dict(horizon=3) | (actor_critic or {}),
-        optimizer=dict(learning_rate=3e-3, warmup=3) | (optimizer or {}),
+        optimizer=dict(learning_rate=1e-2, warmup=3) | (optimizer or {}),
     )
 
 

@@ -1,0 +1,439 @@
+"""The whole agent: every kind of space, one compilation each, determinism, acting and training alike, precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from learner_data import (
+    BEHAVIOUR_TERMS,
+    CHEAP,
+    WORLD_TERMS,
+    B,
+    T,
+    fixed_class,
+    fixed_normal,
+    perturb,
+    random_batch,
+    small_config,
+)
+
+from dreamer import distributions
+from dreamer.agent import Agent
+from dreamer.types import Space
+
+OBSERVATIONS = {
+    "image": Space("image", (8, 8, 1)),
+    "position": Space("vector", (2, 2)),
+    "mass": Space("vector", ()),
+    "item": Space("discrete", (), (3,)),
+    "tools": Space("discrete", (2,), (2, 4)),
+    "hidden": Space("vector", (2,)),
+    "log/note": Space("vector", (1,)),
+}
+ACTIONS = {
+    "act": Space("discrete", (), (3,)),
+    "many": Space("discrete", (2,), (2, 4)),
+    "walk": Space("vector", (2,)),
+}
+VECTOR = {"position": Space("vector", (3,))}
+DISCRETE = {"action": Space("discrete", (), (3,))}
+
+METRICS = {
+    *("adv", "adv_mag", "adv_std", "rew", "con", "val", "slowval", "weight", "tar"),
+    *("ret", "ret_min", "ret_max", "ret_rate", "dyn_ent", "rep_ent"),
+    *("opt/loss", "opt/grad_norm", "opt/grad_rms", "opt/update_rms", "opt/param_rms", "opt/updates"),
+}
+
+
+def expected_metrics(agent: Agent) -> set[str]:
+    """Every metric an update of this agent must report."""
+    recon = {k for k in agent.observations if not k.startswith("log/")}
+    names = METRICS | {f"loss/{k}" for k in recon | WORLD_TERMS | BEHAVIOUR_TERMS}
+    names |= {f"ent/{k}" for k in agent.actions}
+    return names | {f"rand/{k}" for k, s in agent.actions.items() if s.kind == "discrete"}
+
+
+def copy(tree: Any) -> Any:
+    """A state that may be donated while the original lives on."""
+    return jax.tree.map(jnp.copy, tree)
+
+
+def fixed_draws() -> pytest.MonkeyPatch:
+    """From now on every draw is fixed, until `undo`. Functions traced meanwhile keep the fixed draws."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(distributions, "draw_class", fixed_class)
+    patch.setattr(distributions, "draw_normal", fixed_normal)
+    return patch
+
+
+@pytest.fixture
+def fixed() -> Iterator[None]:
+    patch = fixed_draws()
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def mixed() -> Agent:
+    """Everything at once. The encoder does not read `hidden`; the decoder predicts it."""
+    return Agent(OBSERVATIONS, ACTIONS, small_config(dict(encoder_keys="^(?!hidden)")))
+
+
+@pytest.fixture(scope="module")
+def start(mixed: Agent) -> Any:
+    """A perturbed state: heads predict something, and the prior is sure of what the posterior doubts."""
+    state = mixed.init(0)
+    params = perturb(state["params"])
+    bias = params["world_model"]["rssm"]["prior_logits"]["bias"]
+    params["world_model"]["rssm"]["prior_logits"]["bias"] = jnp.where(jnp.arange(bias.size) % 4 == 0, 6.0, bias)
+    return state | {"params": params}
+
+
+# Spaces
+
+SPACES = {
+    "84x84 gray, discrete": ({"image": Space("image", (84, 84, 1))}, DISCRETE),
+    "210x160 colour, continuous": ({"image": Space("image", (210, 160, 3))}, {"action": Space("vector", (2,))}),
+    "32x48 colour, several choices": (
+        {"image": Space("image", (32, 48, 3)), "position": Space("vector", (2,))},
+        {"action": Space("discrete", (3,), (2, 1, 5))},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_images_of_any_size_train(name: str) -> None:
+    agent = Agent(*SPACES[name], small_config())
+    step = jax.jit(agent._train_step, compiler_options=CHEAP)
+    state, latents, metrics = step(agent.init(0), random_batch(agent))
+    assert set(metrics) == expected_metrics(agent)
+    assert all(np.isfinite(v) for v in metrics.values()), metrics
+    assert agent.finite(metrics)
+    assert latents["deter"].shape == (B, T, 16) and latents["stoch"].shape == (B, T, 4)
+    assert state["updates"] == 1
+
+
+OTHER_SPACES = {
+    "vector": (VECTOR, DISCRETE),
+    "scalar": ({"mass": Space("vector", ())}, {"action": Space("vector", ())}),
+    "choice": ({"item": Space("discrete", (), (7,))}, DISCRETE),
+    "choices": ({"tools": Space("discrete", (2, 2), (2, 3, 4, 2))}, {"action": Space("discrete", (2,), (2, 2))}),
+    "two images": ({"a": Space("image", (32, 48, 1)), "b": Space("image", (32, 48, 3))}, ACTIONS),
+    "tuple": ({"0": Space("vector", (2,)), "1": Space("discrete", (), (2,))}, {"0/act": ACTIONS["act"]}),
+    "names of dict methods": (
+        {"items": Space("vector", (2,)), "keys": Space("vector", (1,))},
+        {"values": ACTIONS["act"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_SPACES)
+def test_an_update_can_be_built_for_every_kind_of_space(name: str) -> None:
+    """Traced, not computed: shapes, dtypes and metric names of a whole update."""
+    agent = Agent(*OTHER_SPACES[name], small_config())
+    state = jax.eval_shape(agent._init, 0)
+    new, latents, metrics = jax.eval_shape(agent._train_step, state, random_batch(agent))
+    assert set(metrics) == expected_metrics(agent)
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+    assert shapes(new) == shapes(state)
+    assert {k: (v.shape[2:], v.dtype) for k, v in latents.items()} == {
+        k: (field.shape, field.dtype) for k, field in agent.extras.items()
+    }
+
+
+def test_everything_at_once_trains(mixed: Agent) -> None:
+    _, _, metrics = mixed.train_step(mixed.init(0), random_batch(mixed))
+    assert set(metrics) == expected_metrics(mixed)
+    assert all(np.isfinite(v) for v in metrics.values()), metrics
+    # New heads are nearly uniform, new critics say 0.
+    for action in ("act", "many"):
+        assert 0.99 < metrics[f"rand/{action}"] <= 1.00001
+    assert metrics["val"] == metrics["slowval"] == metrics["rew"] == 0
+
+
+def test_an_action_without_a_choice_has_no_randomness_to_report() -> None:
+    agent = Agent(VECTOR, {"action": Space("discrete", (), (1,))}, small_config())
+    _, _, metrics = jax.eval_shape(agent._train_step, jax.eval_shape(agent._init, 0), random_batch(agent))
+    assert "ent/action" in metrics and "rand/action" not in metrics
+
+
+def test_observations_named_like_a_loss_term_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"named unlike the loss terms .*got \['policy', 'rew'\].*model.decoder_keys"):
+        Agent({k: Space("vector", (1,)) for k in ("policy", "rew", "x")}, DISCRETE, small_config())
+    Agent({k: Space("vector", (1,)) for k in ("policy", "x")}, DISCRETE, small_config(dict(decoder_keys="x")))
+
+
+# Acting
+
+
+def observation(agent: Agent, envs: int, seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    obs = {k: np.stack([s.sample(rng) for _ in range(envs)]) for k, s in agent.observations.items()}
+    return obs | {"is_first": np.zeros(envs, bool)}
+
+
+def test_actions_come_as_the_environments_take_them(mixed: Agent, start: Any) -> None:
+    carry, action, extras = mixed.policy(
+        start["params"], mixed.init_policy(5), observation(mixed, 5), jax.random.key(0)
+    )
+    assert {k: (v.shape, v.dtype) for k, v in action.items()} == {
+        "act": ((5,), jnp.int32),
+        "many": ((5, 2), jnp.int32),
+        "walk": ((5, 2), jnp.float32),
+    }
+    assert (0 <= action["act"]).all() and (action["act"] < 3).all()
+    assert (0 <= action["many"]).all() and (action["many"] < np.array([2, 4])).all()
+    assert {k: (v.shape, v.dtype) for k, v in extras.items()} == {
+        k: ((5, *field.shape), field.dtype) for k, field in mixed.extras.items()
+    }
+    # The carry remembers the action as the networks read it: one-hots side by side in key order.
+    flat = np.asarray(carry["action"])
+    np.testing.assert_array_equal(flat[:, :3].argmax(-1), action["act"])
+    np.testing.assert_array_equal(flat[:, 3:5].argmax(-1), action["many"][:, 0])
+    np.testing.assert_array_equal(flat[:, 5:9].argmax(-1), action["many"][:, 1])
+    np.testing.assert_array_equal(flat[:, 9:], action["walk"])
+
+
+def test_without_a_key_the_policy_is_deterministic_and_with_one_it_samples(mixed: Agent, start: Any) -> None:
+    obs = observation(mixed, 8)
+
+    def act(key: jax.Array | None) -> dict[str, np.ndarray]:
+        return jax.device_get(mixed.policy(start["params"], mixed.init_policy(8), obs, key)[1])
+
+    one, two = act(None), act(None)
+    assert all(np.array_equal(one[k], two[k]) for k in ACTIONS)
+    same, again, other = act(jax.random.key(1)), act(jax.random.key(1)), act(jax.random.key(2))
+    assert all(np.array_equal(same[k], again[k]) for k in ACTIONS)
+    assert (same["walk"] != other["walk"]).any() and (same["walk"] != one["walk"]).any()
+
+
+def test_environments_do_not_see_each_other(mixed: Agent, start: Any) -> None:
+    """Without a key: what one environment shows changes its own action only."""
+    obs = observation(mixed, 8)
+    other = observation(mixed, 8, seed=1)
+    changed = {k: np.where((np.arange(8) == 3).reshape(-1, *[1] * (v.ndim - 1)), other[k], v) for k, v in obs.items()}
+    changed["position"][3] += 50
+    outputs = [
+        jax.device_get(mixed.policy(start["params"], mixed.init_policy(8), o, None)[1]["walk"]) for o in (obs, changed)
+    ]
+    np.testing.assert_array_equal((outputs[0] != outputs[1]).any(-1), np.arange(8) == 3)
+
+
+@pytest.mark.usefixtures("fixed")
+def test_acting_and_training_compute_the_same_states() -> None:
+    """A sequence is acted, stored, replayed: the world model filters it into the states the policy had."""
+    agent = Agent(VECTOR, {"a": ACTIONS["act"], "b": ACTIONS["walk"]}, small_config())
+    params = perturb(agent.init(0)["params"])
+    carry, steps, rng = agent.init_policy(B), [], np.random.default_rng(0)
+    is_first = np.zeros((B, T + 2), bool)
+    is_first[:, :2] = True  # the context step's stored latents are rounded; from the first step on nothing is
+    is_first[1, 4] = True
+    for t in range(T + 2):
+        obs = {"position": rng.normal(0, 2, (B, 3)).astype(np.float32), "is_first": is_first[:, t]}
+        carry, action, extras = agent.policy(params, carry, obs, jax.random.key(t))
+        steps.append(jax.device_get({**obs, **action, **extras, "state": carry["deter"]}))
+    batch = {k: np.stack([step[k] for step in steps], 1) for k in steps[0]}
+    states = batch.pop("state")
+    batch |= {k: np.zeros((B, T + 2), bool) for k in ("is_last", "is_terminal")}
+    batch |= {"reward": np.zeros((B, T + 2), np.float32)}
+
+    @jax.jit
+    def filtered(params: Any, batch: Any) -> Any:
+        world_model = agent._merge(params).world_model
+        return world_model.loss(*agent.split_batch(world_model.rssm, batch), jax.random.key(0)).states
+
+    replayed = filtered(params, batch)
+    np.testing.assert_allclose(replayed["deter"], states[:, 1:], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(replayed["stoch"].argmax(-1), batch["stoch"][:, 1:])
+    assert len(np.unique(batch["a"])) > 1 and np.ptp(states) > 0.1
+    # The check can fail: actions shifted by one step give other states.
+    shifted = filtered(params, batch | {"a": np.roll(batch["a"], 1, 1), "b": np.roll(batch["b"], 1, 1)})
+    assert np.abs(np.asarray(shifted["deter"]) - states[:, 1:]).max() > 1e-2
+
+
+# Compilation and memory
+
+
+def test_every_function_compiles_once(mixed: Agent) -> None:
+    state, carry = mixed.init(3), mixed.init_policy(3)
+    before = mixed.policy._cache_size()
+    for i in range(3):
+        state, _, _ = mixed.train_step(state, random_batch(mixed, seed=i))
+        carry, _, _ = mixed.policy(state["params"], carry, observation(mixed, 3, i), jax.random.key(i))
+    assert mixed.train_step._cache_size() == 1
+    assert mixed.policy._cache_size() == before + 1
+    assert mixed.init._cache_size() == 1
+
+
+def test_the_old_state_is_donated(mixed: Agent) -> None:
+    """No second copy of weights and optimizer is alive after an update, nor of the policy's carry after a step."""
+    state, carry = mixed.init(0), mixed.init_policy(3)
+    new, _, _ = mixed.train_step(state, random_batch(mixed))
+    for part in ("params", "slow_value", "opt"):
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state[part])), part
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
+    mixed.policy(new["params"], carry, observation(mixed, 3), jax.random.key(0))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(carry))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new["params"]))
+
+
+def test_updates_are_deterministic_and_each_draws_anew(mixed: Agent, start: Any) -> None:
+    batch = random_batch(mixed)
+    one, _, first = mixed.train_step(copy(start), batch)
+    two, _, second = mixed.train_step(copy(start), batch)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(one["params"]), jax.device_get(two["params"]))
+    assert {k: float(v) for k, v in first.items()} == {k: float(v) for k, v in second.items()}
+    # The learning rate of the first update is 0; only the counter, and so the random draws, differ in the next.
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(one["params"]), jax.device_get(start["params"]))
+    _, _, third = mixed.train_step(one, batch)
+    assert third["loss/policy"] != first["loss/policy"]
+
+
+# Broken numbers
+
+
+@pytest.mark.parametrize(
+    "key, broken, sound",
+    [
+        ("reward", {"rew", "repval"}, {"con", "dyn", "rep", "policy", "value", "position", "image", "hidden"}),
+        ("hidden", {"hidden"}, {"rew", "con", "dyn", "rep", "policy", "value", "repval", "position", "image"}),
+        ("position", {"position", "image", "rew", "dyn", "rep", "policy", "value"}, set()),
+        ("walk", {"image", "rew", "dyn", "rep", "policy"}, set()),
+    ],
+)
+def test_a_broken_number_shows_in_the_losses_it_touches(
+    mixed: Agent, start: Any, key: str, broken: set[str], sound: set[str]
+) -> None:
+    batch = random_batch(mixed)
+    batch[key][1, 2] = np.nan
+    _, _, metrics = mixed.train_step(copy(start), batch)
+    wrong = {k.removeprefix("loss/") for k, v in metrics.items() if k.startswith("loss/") and not np.isfinite(v)}
+    assert broken <= wrong and not wrong & sound
+    assert not mixed.finite(metrics)
+
+
+# Options that change memory, not numbers
+
+
+@pytest.mark.usefixtures("fixed")
+def test_rematerialisation_and_accumulation_change_no_number() -> None:
+    """Three agents, one batch. Each slice of an accumulated batch takes its own return percentiles.
+
+    So the return scale is kept still here; all else is the same mean of the same numbers.
+    """
+    still: dict[str, Any] = dict(return_rate=1e-30)
+    agents = {
+        "plain": Agent(VECTOR, DISCRETE, small_config(actor_critic=still)),
+        "remat": Agent(VECTOR, DISCRETE, small_config(dict(remat=True), actor_critic=still)),
+        "accumulate": Agent(VECTOR, DISCRETE, small_config(actor_critic=still, optimizer=dict(accumulate=2))),
+    }
+    state = agents["plain"].init(0)
+    state |= {"params": perturb(state["params"]), "slow_value": perturb(state["slow_value"], 1)}
+    state |= {"return_scale": {"low": jnp.float32(-1), "high": jnp.float32(2)}}
+    batch = random_batch(agents["plain"])
+
+    def update(agent: Agent) -> tuple:
+        def gradients(state: Any, batch: Any) -> tuple:
+            if agent.config.optimizer.accumulate == 1:
+                return agent._gradients(state, batch, jax.random.key(0))
+            parts = jax.tree.map(lambda x: x.reshape(2, 1, *x.shape[1:]), batch)
+            return agent._accumulate(state, parts, jax.random.split(jax.random.key(0)))
+
+        return jax.device_get(jax.jit(gradients, compiler_options=CHEAP)(state, batch))
+
+    grads, (scale, latents, metrics) = update(agents["plain"])
+    for name in ("remat", "accumulate"):
+        other, (other_scale, other_latents, other_metrics) = update(agents[name])
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads, other)
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), latents, other_latents)
+        assert scale == other_scale
+        for key in (k for k in metrics if k.startswith(("loss/", "opt/", "ent/"))):
+            np.testing.assert_allclose(other_metrics[key], metrics[key], rtol=1e-4, atol=1e-6)
+
+
+def test_an_accumulated_update_can_be_built() -> None:
+    agent = Agent(VECTOR, DISCRETE, small_config(optimizer=dict(accumulate=2)))
+    state = jax.eval_shape(agent._init, 0)
+    _, latents, metrics = jax.eval_shape(agent._train_step, state, random_batch(agent))
+    assert latents["deter"].shape == (B, T, 16) and set(metrics) == expected_metrics(agent)
+
+
+@pytest.mark.usefixtures("fixed")
+def test_imagining_from_the_last_steps_only() -> None:
+    """After a reset the past is forgotten: the last two steps of a sequence teach what a sequence of two steps does."""
+    behaviour = [f"loss/{k}" for k in sorted(BEHAVIOUR_TERMS)] + ["adv", "tar", "weight", "ret", "ent/action"]
+    every = Agent(VECTOR, DISCRETE, small_config())
+    last = Agent(VECTOR, DISCRETE, small_config(actor_critic=dict(imagine_last=2)))
+    state = every.init(0)
+    params = perturb(state["params"])
+    long = random_batch(every)
+    long["is_first"][:, -2] = True
+    short = {k: v[:, -3:] for k, v in long.items()}
+    key = jax.random.key(0)
+
+    def metrics(agent: Agent, batch: Any) -> dict[str, float]:
+        loss = jax.jit(agent.loss, compiler_options=CHEAP)
+        return loss(params, state["slow_value"], state["return_scale"], batch, key)[1][2]
+
+    from_last, from_short = metrics(last, long), metrics(every, short)
+    for name in behaviour:
+        np.testing.assert_allclose(from_last[name], from_short[name], rtol=1e-4, atol=1e-6)
+    # The world model learns from all steps.
+    for name in sorted(WORLD_TERMS | {"position"} - {"con"}):
+        assert abs(from_last[f"loss/{name}"] - from_short[f"loss/{name}"]) > 1e-3
+
+
+# Precision
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_dtypes_under_strict_promotion(dtype: jnp.dtype) -> None:
+    """No implicit promotion anywhere in the loss; whatever is kept or summed up is float32 in either precision."""
+    agent = Agent(OBSERVATIONS, ACTIONS, small_config(), dtype)
+    state, batch, key = jax.eval_shape(agent._init, 0), random_batch(agent), jax.random.key(0)
+    args = (state["params"], state["slow_value"], state["return_scale"], batch, key)
+    with jax.numpy_dtype_promotion("strict"):
+        (loss, (scale, latents, metrics)), grads = jax.eval_shape(jax.value_and_grad(agent.loss, has_aux=True), *args)
+        carry = agent.init_policy(3)
+        carry, _, extras = jax.eval_shape(agent._policy, state["params"], carry, observation(agent, 3), key)
+    kept = {"state": [state[k] for k in ("params", "slow_value", "return_scale")], "grads": grads, "scale": scale}
+    kept |= {"losses": {k: v for k, v in metrics.items() if k.startswith(("loss/", "adv", "ret"))}, "loss": loss}
+    for name, tree in kept.items():
+        assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype(jnp.float32)}, name
+    assert {leaf.dtype for leaf in jax.tree.leaves(state["opt"])} == {jnp.dtype(jnp.float32), jnp.dtype(jnp.int32)}
+    assert {v.dtype for v in carry.values()} == {jnp.dtype(dtype)}
+    for found in (latents, extras):
+        assert {k: v.dtype for k, v in found.items()} == {k: field.dtype for k, field in agent.extras.items()}
+    shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
+    assert shapes(grads) == shapes(state["params"])
+
+
+@pytest.mark.usefixtures("fixed")
+def test_bfloat16_activations_give_nearly_the_same_losses() -> None:
+    agents = [Agent(VECTOR, DISCRETE, small_config(), dtype) for dtype in (jnp.float32, jnp.bfloat16)]
+    state, batch = agents[0].init(0), random_batch(agents[0])
+    args = (state["params"], state["slow_value"], state["return_scale"], batch, jax.random.key(0))
+    one, two = (jax.jit(agent.loss, compiler_options=CHEAP)(*args)[1][2] for agent in agents)
+    for name in ("position", "rew", "con", "dyn", "rep", "value"):
+        np.testing.assert_allclose(two[f"loss/{name}"], one[f"loss/{name}"], rtol=0.03)
+
+
+# Learning
+
+
+def test_updates_on_one_batch_lower_every_loss_of_the_world_model(mixed: Agent, start: Any) -> None:
+    batch, state = random_batch(mixed), copy(start)
+    history = []
+    for _ in range(80):
+        state, _, metrics = mixed.train_step(state, batch)
+        history.append({k: float(v) for k, v in metrics.items() if k.startswith("loss/")})
+    mean = lambda part: {k: np.mean([h[k] for h in part]) for k in part[0]}  # noqa: E731
+    early, late = mean(history[:5]), mean(history[-5:])
+    world = WORLD_TERMS | {k for k in OBSERVATIONS if not k.startswith("log/")}
+    ratios = {k: late[f"loss/{k}"] / early[f"loss/{k}"] for k in world}
+    assert all(ratio < 0.8 for ratio in ratios.values()), ratios
