@@ -306,9 +306,9 @@ def test_an_observation_that_is_not_finite_is_named(tmp_path: Any) -> None:
     with pytest.raises(NonFiniteActionError, match="NaN or infinity in vector$") as caught:
         collection.steps(1)
     assert len(collection.replay) == 2
-    stored = np.load(caught.value.dump(tmp_path))
-    assert np.isnan(stored["vector"]).all()
-    assert {"vector", "is_first", "action", "deter", "stoch"} <= set(stored)
+    with np.load(caught.value.dump(tmp_path)) as stored:
+        assert np.isnan(stored["vector"]).all()
+        assert {"vector", "is_first", "action", "deter", "stoch"} <= set(stored)
 
 
 def test_an_action_that_is_not_finite_is_named() -> None:

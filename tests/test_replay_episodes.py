@@ -88,3 +88,64 @@ def test_latents_of_a_sequence_over_episode_ends_land_on_their_own_steps(replay)
     batch = replay.gather(Selection(np.array([0]), np.array([0]), np.array([False]), 9))
     assert batch["stoch"][0, 1:, 0].tolist() == batch["obs"][0, 1:, 0].tolist()
     assert batch["stoch"][0, 0, 0] == 0
+
+
+def small_replay(num_envs: int = 2, rows: int = 6) -> Replay:
+    fields = replay_fields({"obs": Space("vector", ())}, {"action": Space("discrete", (), (2,))}, {})
+    return Replay(fields, num_envs, num_envs * rows, 3, seed=0, latent_keys=())
+
+
+def add_flags(replay: Replay, *rows: list[str]) -> None:
+    """One string for each step, one letter for each environment: f(irst), l(ast), t(erminal), or a dot."""
+    for row in rows:
+        flags = np.array(list(row))
+        replay.add(
+            {
+                "obs": np.zeros(len(row), np.float32),
+                "action": np.zeros(len(row), np.int32),
+                "reward": np.zeros(len(row), np.float32),
+                "is_first": flags == "f",
+                "is_last": (flags == "l") | (flags == "t"),
+                "is_terminal": flags == "t",
+            }
+        )
+
+
+def flags_of(replay: Replay, env: int, row: int, length: int) -> tuple[list, list]:
+    batch = replay.gather(Selection(np.array([env]), np.array([row]), np.array([False]), length))
+    return batch["is_last"][0].astype(int).tolist(), batch["is_terminal"][0].astype(int).tolist()
+
+
+def test_episodes_that_a_stop_has_cut_get_an_end(tmp_path):
+    replay = small_replay()
+    # Environment 0 stops in the middle of an episode, environment 1 right after a terminal end.
+    add_flags(replay, "ff", "..", "l.", "f.", ".t")
+    manifest = replay.save(tmp_path)
+
+    resumed = small_replay()
+    resumed.load(tmp_path, manifest)
+    assert resumed.close_open_episodes() == 1
+    add_flags(resumed, "ff")
+    assert flags_of(resumed, 0, 0, 6) == ([0, 0, 1, 0, 1, 0], [0, 0, 0, 0, 0, 0])
+    assert flags_of(resumed, 1, 0, 6) == ([0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 0])
+
+
+def test_cuts_of_earlier_stops_are_found_again_after_the_ring_has_wrapped(tmp_path):
+    replay = small_replay()
+    add_flags(replay, "ff", "..", "..", "..")
+    replay.save(tmp_path)
+    replay.close_open_episodes()
+    add_flags(replay, "ff", "..", ".l", ".f")  # chunk files still say that row 3 is no last one
+    manifest = replay.save(tmp_path)
+
+    resumed = small_replay()
+    resumed.load(tmp_path, manifest)
+    assert flags_of(resumed, 0, 2, 6) == ([0, 0, 0, 0, 0, 0], [0] * 6)
+    assert resumed.close_open_episodes() == 4
+    assert flags_of(resumed, 0, 2, 6) == ([0, 1, 0, 0, 0, 1], [0] * 6)
+    assert flags_of(resumed, 1, 2, 6) == ([0, 1, 0, 0, 1, 1], [0] * 6)
+    assert resumed.close_open_episodes() == 0
+
+
+def test_an_empty_replay_has_no_open_episode():
+    assert small_replay().close_open_episodes() == 0

@@ -1,0 +1,243 @@
+"""Batches to the device, latents back: in this order, in these rows, the same numbers every time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from fake_envs import Script, Scripted
+from tiny_runs import Collection, same, vector_env
+
+from dreamer.replay import Selection
+from dreamer.runtime.learner import Learner
+from dreamer.runtime.nonfinite import NonFiniteUpdateError
+
+SCRIPTS: list[Script] = [
+    [(1.0, False, False), (2.0, False, False), (3.0, True, False)],
+    [(0.0, False, False)] * 7 + [(5.0, False, True)],
+]
+BATCH, LENGTH = 2, 8
+
+
+def collected(steps: int = 40, seed: int = 0) -> Collection:
+    collection = Collection(vector_env(lambda index, seed: Scripted(*SCRIPTS), 2), LENGTH + 1, seed=seed)
+    collection.steps(steps)
+    return collection
+
+
+def learner_of(collection: Collection) -> Learner:
+    # A run's own state: the collection keeps the one it acts with.
+    return Learner(collection.agent, collection.agent.init(0), collection.replay, BATCH)
+
+
+@pytest.fixture
+def collection() -> Collection:
+    return collected()
+
+
+@pytest.fixture
+def learner(collection: Collection) -> Learner:
+    return learner_of(collection)
+
+
+def spy(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Selection]]:
+    """The order of gathering and writing back, with the selections."""
+    events: list[tuple[str, Selection]] = []
+
+    def watch(name: str, method: Callable[..., Any]) -> None:
+        def call(selection: Selection, *rest: Any) -> Any:
+            events.append((name, selection))
+            return method(selection, *rest)
+
+        monkeypatch.setattr(learner.replay, name, call)
+
+    watch("gather", learner.replay.gather)
+    watch("write", learner.replay.write)
+    return events
+
+
+def test_latents_of_an_update_land_before_the_batch_after_the_next_is_gathered(
+    learner: Learner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = spy(learner, monkeypatch)
+    for _ in range(4):
+        learner.update()
+    gathered = [selection for name, selection in events if name == "gather"]
+    order = [(name, gathered.index(selection)) for name, selection in events]
+    # Batch 1 is on its way while update 0 runs; latents of update 0 are there before batch 2 is gathered; and so on.
+    assert order == [
+        ("gather", 0), ("gather", 1),
+        ("write", 0), ("gather", 2),
+        ("write", 1), ("gather", 3),
+        ("write", 2), ("gather", 4),
+    ]  # fmt: skip
+    learner.settle()
+    assert [(name, gathered.index(selection)) for name, selection in events[len(order) :]] == [("write", 3)]
+
+
+def test_settling_between_updates_changes_no_order_of_writes_and_batches(
+    learner: Learner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = spy(learner, monkeypatch)
+    for _ in range(4):
+        learner.update()
+        learner.settle()
+    gathered = [selection for name, selection in events if name == "gather"]
+    writes = [i for i, (name, _) in enumerate(events) if name == "write"]
+    for update, position in enumerate(writes):
+        before = [s for name, s in events[:position] if name == "gather"]
+        assert len(before) == update + 2
+        assert events[position][1] is gathered[update]
+
+
+def test_latents_land_in_their_own_rows(collection: Collection, monkeypatch: pytest.MonkeyPatch) -> None:
+    learner, agent, replay = learner_of(collection), collection.agent, collection.replay
+    everything = Selection(np.arange(2), np.zeros(2, int), np.zeros(2, bool), 40)
+    before = replay.gather(everything)
+    returned: list[tuple[Selection, dict[str, np.ndarray]]] = []
+    write = replay.write
+    monkeypatch.setattr(replay, "write", lambda s, v: (returned.append((s, v)), write(s, v))[1])
+    learner.update()
+    learner.settle()
+    ((selection, latents),) = returned
+    expected = {key: before[key].copy() for key in ("deter", "stoch")}
+    for b in range(BATCH):
+        env, row = selection.env[b], selection.row[b]
+        for t in range(LENGTH):
+            for key, values in expected.items():
+                values[env, row + 1 + t] = latents[key][b, t]
+    after = replay.gather(everything)
+    assert np.abs(after["deter"].astype(np.float32) - before["deter"].astype(np.float32)).max() > 0
+    for key, values in expected.items():
+        np.testing.assert_array_equal(after[key], values)
+    for key in ("vector", "reward", "action", "is_first", "is_last", "is_terminal"):
+        np.testing.assert_array_equal(after[key], before[key])
+    # And they are the posterior that this batch has under the weights from before the update.
+    state = agent.init(0)
+    batch = {key: value[selection.env[:, None], selection.rows] for key, value in before.items()}
+    again = agent.train_step(state, batch)[1]
+    np.testing.assert_array_equal(latents["deter"], np.asarray(again["deter"]))
+
+
+def test_the_weights_change_and_the_counter_counts(learner: Learner) -> None:
+    start = jax.device_get(learner.params)
+    for count in range(1, 4):
+        metrics = learner.update()
+        assert int(metrics["opt/updates"]) == count
+    assert int(learner.state["updates"]) == 3
+    # The very first update has a learning rate of 0, those after it not.
+    assert not same(jax.device_get(learner.params), start)
+
+
+def test_the_same_seed_gives_the_same_numbers_bit_for_bit() -> None:
+    def run() -> tuple[Any, list[Any], dict[str, np.ndarray]]:
+        collection = collected(30)
+        learner = learner_of(collection)
+        metrics = []
+        for _ in range(10):
+            collection.steps(2)
+            metrics.append(learner.update())
+        learner.settle()
+        everything = Selection(np.arange(2), np.zeros(2, int), np.zeros(2, bool), 50)
+        return jax.device_get(learner.state), jax.device_get(metrics), collection.replay.gather(everything)
+
+    first, second = run(), run()
+    assert same(first[0], second[0])
+    assert same(first[1], second[1])
+    assert same(first[2], second[2])
+
+
+def test_checkpoints_and_a_waiting_device_change_no_number() -> None:
+    def run(settle: bool) -> Any:
+        learner = learner_of(collected())
+        for _ in range(5):
+            learner.update()
+            if settle:
+                learner.settle()
+                jax.block_until_ready(learner.state)
+        learner.settle()
+        return jax.device_get(learner.state)
+
+    assert same(run(True), run(False))
+
+
+def poison(collection: Collection, key: str, env: int = 0, row: int = 20) -> None:
+    """Store NaN in one field of one step."""
+    replay = collection.replay
+    slot = replay._ring.slots(env, np.array([row]))
+    shape = replay.fields[key].shape
+    replay._storage.put(slot, {key: np.full((1, *shape), np.nan, replay.fields[key].dtype)})
+
+
+@pytest.mark.parametrize(("key", "term"), [("reward", "loss/rew = nan"), ("vector", "loss/vector = nan")])
+def test_nan_in_the_data_names_terms_update_and_culprit(key: str, term: str, tmp_path: Path) -> None:
+    collection = collected()
+    learner = learner_of(collection)
+    poison(collection, key)
+    with pytest.raises(NonFiniteUpdateError) as caught:
+        for _ in range(50):
+            learner.update()
+    error = caught.value
+    assert term in str(error)
+    assert f"update {error.update} was not finite" in str(error)
+    assert f"its batch has NaN or infinity in {key}" in str(error)
+    assert "loss/con" not in str(error) or key == "vector"
+    with np.load(error.dump(tmp_path)) as batch:
+        assert np.isnan(batch[key]).any()
+        assert batch["action"].shape == (BATCH, LENGTH + 1)
+        assert batch["deter"].dtype == np.float32
+    assert (tmp_path / f"nonfinite-update-{error.update}.npz").exists()
+
+
+def test_a_broken_update_is_never_written_back() -> None:
+    collection = collected()
+    learner = learner_of(collection)
+    poison(collection, "vector")
+    with pytest.raises(NonFiniteUpdateError):
+        for _ in range(50):
+            learner.update()
+    everything = Selection(np.arange(2), np.zeros(2, int), np.zeros(2, bool), 40)
+    assert np.isfinite(collection.replay.gather(everything)["deter"].astype(np.float32)).all()
+
+
+def test_broken_weights_are_found_by_the_next_update(learner: Learner) -> None:
+    learner.update()
+    value = learner.state["params"]["world_model"]["reward"]
+    learner.state["params"]["world_model"]["reward"] = jax.tree.map(lambda x: x * np.nan, value)
+    learner.update()
+    with pytest.raises(NonFiniteUpdateError, match="update 2 was not finite: .*loss/rew = nan"):
+        learner.settle()
+
+
+def test_the_batch_that_waits_survives_a_resume(tmp_path: Path) -> None:
+    collection = collected()
+    learner = learner_of(collection)
+    assert learner.prefetched() is None
+    for _ in range(3):
+        learner.update()
+    learner.settle()
+    waiting = learner._next
+    stored = json.loads(json.dumps(learner.prefetched()))
+    manifest = json.loads(json.dumps(collection.replay.save(tmp_path)))
+
+    resumed = collected(0)
+    resumed.replay.load(tmp_path, manifest)
+    again = Learner(resumed.agent, learner.state, resumed.replay, BATCH)
+    again.prefetch(stored)
+    assert same(again._next[0].rows, waiting[0].rows)
+    for key in ("vector", "action", "reward", "is_first"):
+        np.testing.assert_array_equal(again._next[1][key], waiting[1][key])
+    again.update()
+    assert again.batch["vector"].tolist() == waiting[1]["vector"].tolist()
+
+
+def test_a_waiting_batch_that_was_overwritten_is_drawn_anew(collection: Collection) -> None:
+    learner = learner_of(collection)
+    learner.prefetch({"env": [0, 1], "row": [0, 500], "online": [False, False]})
+    assert learner.prefetched() is None
+    learner.update()
