@@ -2,7 +2,8 @@
 
 A ball falls one row per step on a board of 8 x 8 cells; the paddle, two cells wide, moves one cell left, right or
 not at all along the bottom row. Reaching the bottom row, a ball gives +1 if the paddle is under it and -1 if not;
-the next ball starts at the top one step later. Every ball can be caught from everywhere. After `balls` balls the
+the next ball starts at the top one step later. The column it falls in is lit, which makes the small ball easy to
+see for people and networks alike. Every ball can be caught from everywhere. After `balls` balls the
 episode ends (terminal)::
 
     step      0   1   2  ...  6   7   8   9  ...
@@ -27,6 +28,7 @@ CELLS = 8
 PADDLE = 2
 BACKGROUND = (24, 26, 48)
 BALL = (255, 204, 64)
+BEAM = (88, 84, 112)
 MARK = (64, 200, 120)
 
 
@@ -80,6 +82,7 @@ class Catch:
         edge = self._edges
         image = np.empty((self.size, self.size, 3), np.uint8)
         image[:] = BACKGROUND
+        image[:, edge[self.column] : edge[self.column + 1]] = BEAM
         image[edge[-2] :, edge[self.paddle] : edge[self.paddle + PADDLE]] = MARK
         image[edge[self.row] : edge[self.row + 1], edge[self.column] : edge[self.column + 1]] = BALL
         return image
