@@ -10,6 +10,7 @@ import numpy as np
 
 from dreamer.agent import Agent
 from dreamer.config import Config
+from dreamer.networks import Draws
 from dreamer.types import Spaces, replay_fields
 
 #: Compiles in half the time; for tests that run a function a few times only.
@@ -56,6 +57,11 @@ def random_batch(agent: Agent, seed: int = 0, length: int = T) -> dict[str, np.n
     batch["is_last"][0, 1] = batch["is_terminal"][0, 1] = batch["is_first"][0, 2] = True
     batch["reward"][0, 2] = 0
     return batch
+
+
+def weights(seed: int = 0) -> Draws:
+    """Initial weights for one small module, in place of `nnx.Rngs`, which compiles a draw for every shape."""
+    return Draws(jax.random.key(seed), 100_000)
 
 
 def perturb(params: Any, seed: int = 0, size: float = 0.3) -> Any:

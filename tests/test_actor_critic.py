@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from learner_data import weights
 
 from dreamer.actor_critic import ActorCritic, Dream, lambda_return, return_range, update_return_scale
 from dreamer.config import ActorCriticConfig, ModelConfig
@@ -42,13 +43,13 @@ def moderate(critic: TwoHotHead) -> None:
 def build(actions: dict[str, Space] | None = None, **behaviour: Any) -> ActorCritic:
     config = ActorCriticConfig(horizon=H, **behaviour)
     actions = actions or {"act": ACTIONS["act"]}
-    actor_critic = noisy(ActorCritic(F, actions, MODEL, config, rngs=nnx.Rngs(0)), 1)
+    actor_critic = noisy(ActorCritic(F, actions, MODEL, config, rngs=weights()), 1)
     moderate(actor_critic.value)
     return actor_critic
 
 
 def slow() -> TwoHotHead:
-    critic = noisy(TwoHotHead(F, MODEL.units, 1, MODEL.bins, rngs=nnx.Rngs(1)), 2)
+    critic = noisy(TwoHotHead(F, MODEL.units, 1, MODEL.bins, rngs=weights(1)), 2)
     moderate(critic)
     return critic
 
@@ -289,7 +290,7 @@ def test_the_most_likely_action_is_taken_without_a_key() -> None:
 
 
 def test_a_new_policy_is_nearly_uniform_and_a_new_critic_says_zero() -> None:
-    fresh = ActorCritic(F, ACTIONS, MODEL, ActorCriticConfig(), rngs=nnx.Rngs(0))
+    fresh = ActorCritic(F, ACTIONS, MODEL, ActorCriticConfig(), rngs=weights())
     x = jnp.asarray(np.random.default_rng(0).normal(0, 1, (7, F)), jnp.float32)
     dists = fresh.policy(x)
     np.testing.assert_allclose(dists["act"].probs, 1 / 3, atol=0.02)

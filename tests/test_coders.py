@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from learner_data import weights
 
 from dreamer.coders import Decoder, Encoder, ImageGeometry, flatten_vectors, one_hot
 from dreamer.config import ModelConfig
@@ -43,10 +44,6 @@ def batch_of(spaces: dict[str, Space], *batch: int) -> dict[str, np.ndarray]:
 def model_state(c: ModelConfig, *batch: int) -> tuple[jax.Array, jax.Array]:
     stoch = jax.nn.one_hot(RNG.integers(0, c.classes, (*batch, c.stoch)), c.classes)
     return jnp.asarray(RNG.normal(0, 1, (*batch, c.deter)), jnp.float32), stoch
-
-
-def rngs() -> nnx.Rngs:
-    return nnx.Rngs(params=0)
 
 
 # Geometry
@@ -100,7 +97,7 @@ def test_images_of_any_size_come_back_in_their_size(size: tuple[int, int], chann
     spaces, c = {"image": Space("image", (*size, channels))}, config()
 
     def forward(image: jax.Array, deter: jax.Array, stoch: jax.Array) -> tuple[jax.Array, jax.Array]:
-        encoder, decoder = Encoder(spaces, c, rngs=rngs()), Decoder(spaces, c, rngs=rngs())
+        encoder, decoder = Encoder(spaces, c, rngs=weights()), Decoder(spaces, c, rngs=weights())
         tokens = encoder({"image": image}, (2, 3), jnp.float32)
         assert tokens.shape[-1] == encoder.width
         return tokens, decoder(deter, stoch)["image"].mode()
@@ -137,7 +134,7 @@ def test_one_hot_of_nested_choices() -> None:
 
 
 def test_tokens_are_vector_features_then_image_features() -> None:
-    encoder = Encoder(MIXED, config(), rngs=rngs())
+    encoder = Encoder(MIXED, config(), rngs=weights())
     observations = batch_of(MIXED, 2, 3)
     tokens = np.asarray(encoder(observations, (2, 3), jnp.float32))
     assert tokens.shape == (2, 3, encoder.width)
@@ -149,26 +146,26 @@ def test_tokens_are_vector_features_then_image_features() -> None:
 
 
 def test_log_keys_are_invisible() -> None:
-    encoder = Encoder(MIXED, config(encoder_keys="secret|mass"), rngs=rngs())
+    encoder = Encoder(MIXED, config(encoder_keys="secret|mass"), rngs=weights())
     assert list(encoder.vectors) == ["mass"]
-    assert "log/secret" not in Decoder(MIXED, config(), rngs=rngs()).spaces
+    assert "log/secret" not in Decoder(MIXED, config(), rngs=weights()).spaces
     observations = batch_of(MIXED, 2)
     before = encoder(observations, (2,), jnp.float32)
     broken = observations | {"log/secret": np.full_like(observations["log/secret"], np.nan)}
     np.testing.assert_array_equal(encoder(broken, (2,), jnp.float32), before)
     with pytest.raises(ValueError, match="model.encoder_keys"):
-        Encoder(MIXED, config(encoder_keys="log/"), rngs=rngs())
+        Encoder(MIXED, config(encoder_keys="log/"), rngs=weights())
 
 
 def test_key_filters_choose_what_is_read_and_predicted() -> None:
-    encoder = Encoder(MIXED, config(encoder_keys="^(mass|image)$"), rngs=rngs())
+    encoder = Encoder(MIXED, config(encoder_keys="^(mass|image)$"), rngs=weights())
     assert list(encoder.vectors) == ["mass"] and encoder.cnn.keys == ("image",)
-    encoder = Encoder(MIXED, config(encoder_keys="tools"), rngs=rngs())
+    encoder = Encoder(MIXED, config(encoder_keys="tools"), rngs=weights())
     assert encoder.cnn is None and encoder.width == 6
-    decoder = Decoder(MIXED, config(decoder_keys="^(depth|item)$"), rngs=rngs())
+    decoder = Decoder(MIXED, config(decoder_keys="^(depth|item)$"), rngs=weights())
     outputs = decoder(*model_state(config(), 2))
     assert set(outputs) == set(decoder.targets(batch_of(MIXED, 2))) == {"depth", "item"}
-    decoder = Decoder(MIXED, config(decoder_keys="mass"), rngs=rngs())
+    decoder = Decoder(MIXED, config(decoder_keys="mass"), rngs=weights())
     assert decoder.cnn is None and set(decoder(*model_state(config(), 2))) == {"mass"}
 
 
@@ -177,7 +174,7 @@ def test_constant_padding_is_gray_and_only_at_the_bottom_and_right() -> None:
     c = config(depth=1, blocks=1)
     small, large = Space("image", (20, 20, 1)), Space("image", (24, 24, 1))
     assert ImageGeometry.of(20, 20, 4).padding == (4, 4) and ImageGeometry.of(24, 24, 4).padding == (0, 0)
-    first, second = Encoder({"image": small}, c, rngs=rngs()), Encoder({"image": large}, c, rngs=rngs())
+    first, second = Encoder({"image": small}, c, rngs=weights()), Encoder({"image": large}, c, rngs=weights())
     image = RNG.integers(0, 256, (2, 20, 20, 1)).astype(np.float32)
     padded = np.pad(image, ((0, 0), (0, 4), (0, 4), (0, 0)), constant_values=127.5)
     ours = first({"image": jnp.asarray(image)}, (2,), jnp.float32)
@@ -189,7 +186,7 @@ def test_constant_padding_is_gray_and_only_at_the_bottom_and_right() -> None:
 
 def test_decoder_predicts_every_observation_as_its_kind() -> None:
     c = config()
-    decoder, observations = Decoder(MIXED, c, rngs=rngs()), batch_of(MIXED, 2, 3)
+    decoder, observations = Decoder(MIXED, c, rngs=weights()), batch_of(MIXED, 2, 3)
     outputs, targets = decoder(*model_state(c, 2, 3)), decoder.targets(observations)
     assert set(outputs) == set(targets) == {k for k in MIXED if not k.startswith("log/")}
     for key, output in outputs.items():
@@ -212,9 +209,9 @@ def test_decoder_predicts_every_observation_as_its_kind() -> None:
 def test_observations_may_have_any_name(key: str) -> None:
     spaces, c = {key: Space("vector", (2,)), "z": Space("image", (8, 8, 1))}, config()
     state = model_state(c, 3)
-    tree = nnx.to_pure_dict(nnx.state(Decoder(spaces, c, rngs=rngs()), nnx.Param))
+    tree = nnx.to_pure_dict(nnx.state(Decoder(spaces, c, rngs=weights()), nnx.Param))
     assert key in tree["heads"]
-    assert set(Decoder(spaces, c, rngs=rngs())(*state)) == {key, "z"}
+    assert set(Decoder(spaces, c, rngs=weights())(*state)) == {key, "z"}
 
 
 def test_rematerialisation_changes_no_number() -> None:
@@ -223,7 +220,7 @@ def test_rematerialisation_changes_no_number() -> None:
 
     def gradient(remat: bool) -> Any:
         c = config(remat=remat)
-        graph, state = nnx.split((Encoder(spaces, c, rngs=rngs()), Decoder(spaces, c, rngs=rngs())))
+        graph, state = nnx.split((Encoder(spaces, c, rngs=weights()), Decoder(spaces, c, rngs=weights())))
 
         def loss(state: Any) -> jax.Array:
             encoder, decoder = nnx.merge(graph, state)
@@ -244,23 +241,23 @@ def test_images_of_different_sizes_are_refused() -> None:
     spaces = {"left": Space("image", (16, 16, 3)), "right": Space("image", (16, 24, 3))}
     for coder in (Encoder, Decoder):
         with pytest.raises(ValueError, match=r"images of one size.*left.*16, 16.*right.*16, 24.*encoder_keys"):
-            coder(spaces, config(), rngs=rngs())
-    Encoder(spaces, config(encoder_keys="left"), rngs=rngs())
+            coder(spaces, config(), rngs=weights())
+    Encoder(spaces, config(encoder_keys="left"), rngs=weights())
 
 
 def test_a_filter_that_matches_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"model.encoder_keys to match at least one of \['depth', .*'pixels'"):
-        Encoder(MIXED, config(encoder_keys="pixels"), rngs=rngs())
+        Encoder(MIXED, config(encoder_keys="pixels"), rngs=weights())
     with pytest.raises(ValueError, match="model.decoder_keys to match"):
-        Decoder(MIXED, config(decoder_keys="$^"), rngs=rngs())
+        Decoder(MIXED, config(decoder_keys="$^"), rngs=weights())
 
 
 def test_a_broken_filter_is_refused() -> None:
     with pytest.raises(ValueError, match=r"model.encoder_keys to be a regular expression, got '\(image'"):
-        Encoder(MIXED, config(encoder_keys="(image"), rngs=rngs())
+        Encoder(MIXED, config(encoder_keys="(image"), rngs=weights())
 
 
 def test_image_channels_that_the_blocks_do_not_divide_are_refused() -> None:
     spaces = {"image": Space("image", (32, 32, 3))}
     with pytest.raises(ValueError, match=r"model.depth x 4 = 12, to be a multiple of model.blocks = 8"):
-        Decoder(spaces, config(depth=3, blocks=8), rngs=rngs())
+        Decoder(spaces, config(depth=3, blocks=8), rngs=weights())

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from learner_data import weights
 
 from dreamer.config import ModelConfig
 from dreamer.rssm import RSSM, State, feature
@@ -21,7 +22,7 @@ RNG = np.random.default_rng(0)
 def build(**changes: Any) -> RSSM:
     """A small model whose biases and norm scales are not the trivial initial ones."""
     small = dict(deter=8, hidden=4, stoch=3, classes=4, blocks=2)
-    rssm = RSSM(TOKENS, ACTION, ModelConfig(**small | changes), rngs=nnx.Rngs(params=0))
+    rssm = RSSM(TOKENS, ACTION, ModelConfig(**small | changes), rngs=weights())
     rng = np.random.default_rng(1)
     graph, state = nnx.split(rssm)
     return nnx.merge(graph, jax.tree.map(lambda x: x + jnp.asarray(rng.normal(0, 0.5, x.shape), x.dtype), state))
@@ -263,7 +264,7 @@ def test_imagination_does_not_stop_gradients(rssm: RSSM) -> None:
 
 @pytest.mark.parametrize("classes, dtype", [(4, np.uint8), (256, np.uint8), (257, np.uint16), (300, np.uint16)])
 def test_stored_form_round_trip(classes: int, dtype: type) -> None:
-    rssm = RSSM(TOKENS, ACTION, ModelConfig(deter=8, hidden=4, stoch=3, classes=classes, blocks=2), rngs=nnx.Rngs(0))
+    rssm = RSSM(TOKENS, ACTION, ModelConfig(deter=8, hidden=4, stoch=3, classes=classes, blocks=2), rngs=weights())
     index = np.array([[0, 1, classes - 1], [classes - 1, classes // 2, 2]])
     state = {"deter": normal(2, 8), "stoch": jax.nn.one_hot(index, classes)}
     packed = rssm.pack(state)
