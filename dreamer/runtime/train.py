@@ -25,7 +25,7 @@ from dreamer.runtime.learner import Learner
 from dreamer.runtime.lock import LogdirLock
 from dreamer.runtime.logging import Logger, Steps
 from dreamer.runtime.meters import Aggregator, Stopwatch
-from dreamer.runtime.nonfinite import NonFiniteError
+from dreamer.runtime.nonfinite import NonFiniteActionError, NonFiniteError
 from dreamer.runtime.provenance import versions
 from dreamer.runtime.report import open_loop_report
 from dreamer.runtime.schedule import Every, UpdateSchedule
@@ -130,7 +130,7 @@ class Run:
         with self.display:
             while self.agent_steps < run.agent_steps and not stop:
                 with watch.section("act"):
-                    step = self.collector.act(self.learner.params)
+                    step = self._act()
                 with watch.section("replay"):
                     self.replay.add(step)
                 self.agent_steps += self.envs.num_envs
@@ -157,6 +157,14 @@ class Run:
             self.save()
         if not stop:
             self._finish()
+
+    def _act(self) -> dict[str, np.ndarray]:
+        try:
+            return self.collector.act(self.learner.params)
+        except NonFiniteActionError:
+            # An update that is still under way may have broken the weights: then that is what to tell.
+            self.learner.settle()
+            raise
 
     def _update(self) -> None:
         """Dispatch the updates that are due."""
@@ -200,6 +208,7 @@ class Run:
         Returns the scores; none if the run was asked to stop meanwhile.
         """
         with self.watch.section("eval"):
+            self.learner.settle()
             episodes = self.evaluator(self.learner.params, self._evaluating)
         if self.stop:
             return []
