@@ -74,8 +74,9 @@ class Collection:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two trees of arrays are equal bit for bit."""
-    if jax.tree.structure(a) != jax.tree.structure(b):
-        return False
-    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return all(np.array_equal(np.asarray(x), np.asarray(y), equal_nan=False) for x, y in pairs)
+    """Whether two trees have equal arrays, bit for bit, at equal paths."""
+    ours, theirs = (
+        {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in (a, b)
+    )
+    return ours.keys() == theirs.keys() and all(np.array_equal(ours[path], theirs[path]) for path in ours)

@@ -1,0 +1,321 @@
+"""Stopping and going on: nothing is lost, nothing is counted twice, and what cannot go on says why."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from tiny_runs import same, share_agents
+
+from dreamer.cli import main
+from dreamer.presets import load_config
+from dreamer.replay import Selection
+from dreamer.runtime.checkpoint import Checkpointer, CheckpointWarning
+from dreamer.runtime.train import Run
+
+FOREVER = 10_000_000
+OPTIONS = (
+    "--run.checkpoint_every", "40", "--run.eval_every", "null", "--run.report_every", "null",
+    "--replay.capacity", "100000",
+)  # fmt: skip
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@dataclasses.dataclass
+class Stopped:
+    """A run that got SIGTERM in the middle, from the command line."""
+
+    logdir: Path
+    code: int
+    output: str
+    refused_code: int
+    refused: str
+
+
+def wait_for_updates(process: subprocess.Popen, logdir: Path, updates: int) -> None:
+    """Until the run has logged so many updates."""
+    end = time.monotonic() + 600
+    path = logdir / "metrics.jsonl"
+    while time.monotonic() < end:
+        if path.exists() and any(record["updates"] >= updates for record in lines(path)):
+            return
+        if process.poll() is not None:
+            raise AssertionError(f"the run ended by itself: {process.communicate()}")
+        time.sleep(0.1)
+    raise AssertionError("the run did not get so far in ten minutes")
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Stopped:
+    """A run without an end in sight is stopped after a while; meanwhile the same command is given once more."""
+    logdir = tmp_path_factory.mktemp("runs") / "a run"
+    arguments = ["--configs", "debug", *OPTIONS, "--run.agent_steps", str(FOREVER), "--logdir", str(logdir)]
+    command = [sys.executable, "-W", "error", "-m", "dreamer", "train", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            wait_for_updates(process, logdir, 60)
+            second = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+            process.send_signal(signal.SIGTERM)
+            output, _ = process.communicate(timeout=300)
+        finally:
+            process.kill()
+    return Stopped(logdir, process.returncode, output, second.returncode, second.stdout + second.stderr)
+
+
+@pytest.fixture
+def copy(stopped: Stopped, tmp_path: Path) -> Path:
+    """The stopped run's folder, to go on in."""
+    return Path(shutil.copytree(stopped.logdir, tmp_path / "copy"))
+
+
+@dataclasses.dataclass
+class Resumed:
+    """What a run that goes on begins with."""
+
+    run: Run
+    steps: tuple[int, int]
+    state: Any
+    schedule: dict
+    replay_length: int
+    stats: dict
+    everything: dict[str, np.ndarray]
+    waiting: dict | None
+    counter: int
+    display: dict
+
+
+def contents(run: Run) -> dict[str, np.ndarray]:
+    """All stored steps, (N, rows, ...)."""
+    ring = run.replay._ring
+    envs, rows = run.replay.num_envs, int(ring.head[0])
+    return run.replay.gather(Selection(np.arange(envs), np.zeros(envs, int), np.zeros(envs, bool), rows))
+
+
+@pytest.fixture
+def resume(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Resumed]:
+    """Goes on in this process with the run in a folder; what it begins with is looked at before its loop."""
+    share_agents(monkeypatch)
+    loop = Run.loop
+
+    def go_on(logdir: Path, *options: str, code: int = 0) -> Resumed:
+        found: list[Resumed] = []
+
+        def look(run: Run, stop: Any) -> None:
+            found.append(
+                Resumed(
+                    run,
+                    (run.agent_steps, run.updates),
+                    jax.device_get(run.learner.state),
+                    run.schedule.state(),
+                    len(run.replay),
+                    run.replay.stats(),
+                    contents(run),
+                    run.learner.prefetched(),
+                    run.collector.counter,
+                    run.display.state(),
+                )
+            )
+            loop(run, stop)
+
+        monkeypatch.setattr(Run, "loop", look)
+        assert main(["train", "--logdir", str(logdir), "--run.platform", "cpu", *options]) == code
+        return found[0]
+
+    return go_on
+
+
+def checkpoint(logdir: Path) -> tuple[int, Any, dict]:
+    return Checkpointer(logdir, read_only=True).restore()
+
+
+def end_after(stopped: Stopped, steps: int) -> tuple[str, str]:
+    """Options that let the stopped run end `steps` agent steps later."""
+    return "--run.agent_steps", str(checkpoint(stopped.logdir)[0] + steps)
+
+
+def test_sigterm_saves_and_says_how_to_go_on(stopped: Stopped) -> None:
+    assert stopped.code == 0, stopped.output
+    assert f"go on with: dreamer train --logdir {shlex.quote(str(stopped.logdir))}" in stopped.output
+    step, state, meta = checkpoint(stopped.logdir)
+    last = lines(stopped.logdir / "metrics.jsonl")[-1]
+    assert (last["agent_steps"], last["updates"]) == (step, meta["updates"]) == (meta["agent_steps"], meta["updates"])
+    assert int(state["updates"]) == meta["updates"] >= 60
+
+
+def test_a_logdir_in_use_is_refused(stopped: Stopped) -> None:
+    assert stopped.refused_code == 2
+    assert "in use by a live run (pid " in stopped.refused
+    assert "Traceback" not in stopped.refused
+
+
+def test_counters_optimizer_and_return_scale_go_on(
+    stopped: Stopped, copy: Path, resume: Callable[..., Resumed], capsys: pytest.CaptureFixture[str]
+) -> None:
+    step, state, meta = checkpoint(stopped.logdir)
+    begun = resume(copy, *end_after(stopped, 40))
+    assert begun.steps == (step, meta["updates"])
+    assert same(begun.state, state)
+    assert float(begun.state["return_scale"]["high"]) != 0
+    counts = [int(x) for path, x in jax.tree_util.tree_leaves_with_path(begun.state["opt"]) if "count" in str(path)]
+    assert counts and set(counts) == {meta["updates"]}
+    assert begun.schedule == meta["schedule"]
+    assert begun.counter == step // 2
+    assert begun.display == meta["episodes"]
+    assert len(begun.display["recent"]) == min(20, len(lines(stopped.logdir / "scores.jsonl")))
+
+    # And 40 steps later everything has moved on by as much: one update a step.
+    later, after, meta_after = checkpoint(copy)
+    assert (later, meta_after["updates"]) == (step + 40, meta["updates"] + 40)
+    assert int(after["updates"]) == meta["updates"] + 40
+    assert meta_after["schedule"]["start"] == meta["schedule"]["start"]
+    assert f"Resuming at agent step {step:,}" in capsys.readouterr().out
+
+
+def test_replay_goes_on(stopped: Stopped, copy: Path, resume: Callable[..., Resumed]) -> None:
+    step, _, meta = checkpoint(stopped.logdir)
+    begun = resume(copy, *end_after(stopped, 40))
+    assert begun.replay_length == step
+    assert begun.stats["inserts"] == step
+    assert begun.stats["sequences"] == 2 * (meta["updates"] + 1)
+    # The batch that was on its way when the run stopped is trained on first.
+    assert begun.waiting == meta["next_batch"] is not None
+    # The environments begin anew: what they were in the middle of is over, but not terminal.
+    stored = begun.everything
+    assert stored["is_last"][:, -1].all()
+    assert stored["is_first"].any(1).all()
+    ends = np.flatnonzero(stored["is_last"][0])
+    assert (np.diff(ends[:-1]) == 24).all()
+    assert len(begun.run.replay) == step + 40
+    after = contents(begun.run)
+    assert after["is_first"][:, step // 2].all()
+    np.testing.assert_array_equal(after["image"][:, : step // 2], stored["image"])
+
+
+def test_records_go_on_without_gaps_or_repeats(stopped: Stopped, copy: Path, resume: Callable[..., Resumed]) -> None:
+    before = (copy / "scores.jsonl").read_text()
+    # As if it had been killed some time after its last checkpoint.
+    with (copy / "scores.jsonl").open("a") as file:
+        file.write('{"step": 99999999, "episode/score": 3.0, "episode/length": 23}\n')
+    resume(copy, *end_after(stopped, 100))
+    after = (copy / "scores.jsonl").read_text()
+    assert after.startswith(before)
+    assert "99999999" not in after
+    steps = [s["step"] for s in lines(copy / "scores.jsonl")]
+    assert steps == sorted(steps) and len(steps) > len(before.splitlines())
+    # Episodes are played whole: those that the stop has cut are in no record.
+    assert {s["episode/length"] for s in lines(copy / "scores.jsonl")} == {23}
+    steps = [m["agent_steps"] for m in lines(copy / "metrics.jsonl")]
+    assert steps == sorted(steps)
+
+
+def test_training_environments_do_not_repeat_themselves_after_a_resume(
+    stopped: Stopped, copy: Path, resume: Callable[..., Resumed]
+) -> None:
+    begun = resume(copy, *end_after(stopped, 60))
+    images = contents(begun.run)["image"]
+    step = checkpoint(stopped.logdir)[0]
+    again = images[:, step // 2 : step // 2 + 24]
+    assert not np.array_equal(images[:, :24], again)
+
+
+def test_a_finished_run_is_finished(stopped: Stopped, copy: Path, resume: Callable[..., Resumed]) -> None:
+    resume(copy, *end_after(stopped, 20))
+    state = checkpoint(copy)[1]
+    again = resume(copy, *end_after(stopped, 20))
+    assert again.steps[0] == checkpoint(stopped.logdir)[0] + 20
+    assert same(checkpoint(copy)[1], state)
+
+
+def test_options_that_may_change_are_shown(
+    stopped: Stopped, copy: Path, resume: Callable[..., Resumed], capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, total = end_after(stopped, 20)
+    resume(copy, "--run.agent_steps", total, "--run.log_every", "7")
+    text = capsys.readouterr().out
+    assert "Resuming with changed options" in text
+    assert f"run.agent_steps: {FOREVER} -> {total}" in text
+    assert "run.log_every: 40 -> 7" in text
+    assert load_config([copy / "config.yaml"]).run.log_every == 7
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "shown"),
+    [("model.units", "12", "model.units: 8 -> 12"), ("run.train_ratio", "32", "run.train_ratio: 16.0 -> 32.0")],
+)
+def test_options_that_may_not_change_are_refused(
+    stopped: Stopped, option: str, value: str, shown: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in stopped.logdir.rglob("*") if path.is_file()}
+    assert main(["train", "--logdir", str(stopped.logdir), f"--{option}", value]) == 2
+    error = capsys.readouterr().err
+    assert shown in error and "cannot change on resume" in error
+    assert {path: path.stat().st_mtime_ns for path in stopped.logdir.rglob("*") if path.is_file()} == before
+
+
+def break_newest(logdir: Path) -> tuple[int, int]:
+    """Cut a file of the newest checkpoint; (its step, the step of the one before)."""
+    folders = sorted((logdir / "checkpoints").iterdir())
+    assert len(folders) == 2
+    largest = max((folders[-1] / "state").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
+    os.truncate(largest, largest.stat().st_size // 2)
+    newest, before = (int(folder.name.split(".")[0]) for folder in reversed(folders))
+    return newest, before
+
+
+def test_a_half_written_checkpoint_is_skipped_for_the_one_before(
+    stopped: Stopped, copy: Path, resume: Callable[..., Resumed]
+) -> None:
+    newest, before = break_newest(copy)
+    with pytest.warns(CheckpointWarning, match=f"{newest:012d}.*damaged and was skipped"):
+        begun = resume(copy, *end_after(stopped, 20))
+    assert begun.steps[0] == before < newest
+    assert begun.replay_length == before
+    assert all(record["step"] <= newest + 20 for record in lines(copy / "scores.jsonl"))
+    assert checkpoint(copy)[0] == newest + 20
+
+
+def test_a_damaged_replay_file_too(stopped: Stopped, copy: Path, resume: Callable[..., Resumed]) -> None:
+    newest = sorted((copy / "replay").iterdir())[-1]
+    os.truncate(newest, newest.stat().st_size - 1)
+    with pytest.warns(CheckpointWarning, match="damaged and was skipped"):
+        begun = resume(copy, *end_after(stopped, 20))
+    assert begun.steps[0] < checkpoint(stopped.logdir)[0]
+
+
+def test_every_checkpoint_damaged_is_an_error(stopped: Stopped, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in (copy / "checkpoints").iterdir():
+        (folder / "manifest.json").write_text("{")
+    assert main(["train", "--logdir", str(copy), "--run.platform", "cpu"]) == 2
+    assert "is damaged" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_a_clean_stop_as_well(
+    stopped: Stopped, copy: Path, resume: Callable[..., Resumed], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = checkpoint(stopped.logdir)[0]
+    wait, left = Run._update, iter(range(100))
+
+    def interrupt(run: Run) -> None:
+        wait(run)
+        if next(left) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Run, "_update", interrupt)
+    resume(copy)
+    assert checkpoint(copy)[0] == step + 12
