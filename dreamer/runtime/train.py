@@ -18,7 +18,7 @@ from dreamer.envs.vector import MakeEnv
 from dreamer.presets import CONFIG_FILE, check_resume, save_config, stored_config
 from dreamer.runtime.checkpoint import Checkpointer, CheckpointError
 from dreamer.runtime.collect import Collector, Episode
-from dreamer.runtime.devices import choose_device, keep_compiled_programs, reuse_freed_memory
+from dreamer.runtime.devices import keep_compiled_programs, reuse_freed_memory
 from dreamer.runtime.display import Display, evaluation_table, start_summary
 from dreamer.runtime.evaluate import Evaluator, as_evaluation
 from dreamer.runtime.learner import Learner
@@ -58,6 +58,7 @@ def train(config: Config, make_env: MakeEnv | None = None) -> int:
         check_resume(stored, config)
     logdir.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False)
+    reuse_freed_memory()
     keep_compiled_programs()
     with LogdirLock(logdir), StopRequest() as stop:
         run = Run(config, make_env, console)
@@ -94,7 +95,6 @@ class Run:
         config = self.config
         self.agent = make_agent(config, self.envs.observation_spaces, self.envs.action_spaces)
         self.replay = make_replay(config, self.agent)
-        reuse_freed_memory(choose_device(config.run.platform))
         self.schedule = UpdateSchedule(config.run.train_ratio, config.run.batch_size, config.run.batch_length)
         self.logger = Logger(self.logdir, config.log.jsonl, config.log.tensorboard, config.log.video_fps)
         self.agent_steps = self.updates = 0
