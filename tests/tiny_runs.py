@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import gymnasium
-import jax
 import numpy as np
 import pytest
 
@@ -17,6 +16,7 @@ from dreamer.presets import load_config
 from dreamer.replay import Replay
 from dreamer.runtime.collect import Collector, Episode
 from dreamer.runtime.devices import choose_device
+from dreamer.runtime.snapshot import flatten
 from dreamer.types import Spaces, replay_fields
 
 QUIET: dict[str, Any] = {"run.display": False, "run.platform": "cpu", "log.tensorboard": False, "log.videos": False}
@@ -75,8 +75,5 @@ class Collection:
 
 def same(a: Any, b: Any) -> bool:
     """Whether two trees have equal arrays, bit for bit, at equal paths."""
-    ours, theirs = (
-        {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in (a, b)
-    )
+    ours, theirs = ({path: np.asarray(leaf) for path, leaf in flatten(tree).items()} for tree in (a, b))
     return ours.keys() == theirs.keys() and all(np.array_equal(ours[path], theirs[path]) for path in ours)

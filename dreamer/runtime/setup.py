@@ -62,8 +62,12 @@ def evaluation_envs(config: Config, make_env: MakeEnv | None, count: int, seed: 
 
 
 def make_agent(config: Config, observations: Spaces, actions: Spaces) -> Agent:
+    """The agent on the chosen device; ConfigError if the networks cannot be built for these spaces."""
     device = choose_device(config.run.platform)
-    return Agent(observations, actions, config, compute_dtype(config.run, device))
+    try:
+        return Agent(observations, actions, config, compute_dtype(config.run, device))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def replay_capacity(config: Config) -> int:
