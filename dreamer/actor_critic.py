@@ -60,7 +60,7 @@ class Policy(nnx.Module):
 def lambda_return(rewards: jax.Array, values: jax.Array, discounts: jax.Array, lambdas: jax.Array | float) -> jax.Array:
     """Returns (M, T-1) of sequences (M, T); entry t looks at rewards, values and discounts from t+1 on.
 
-    Rₜ = rₜ₊₁ + γₜ₊₁((1-λₜ₊₁)vₜ₊₁ + λₜ₊₁Rₜ₊₁), bootstrapped with the last value (paper v2, eq. 8)::
+    Rₜ = rₜ₊₁ + γₜ₊₁((1-λₜ₊₁)vₜ₊₁ + λₜ₊₁Rₜ₊₁), bootstrapped with the last value (paper v2, eq. 5)::
 
         index        0      1      2   ...  T-1
         uses         -      r,v,γ  r,v,γ    r,v,γ
@@ -87,7 +87,7 @@ def update_return_scale(scale: ReturnScale, returns: jax.Array, config: ActorCri
 
 
 def return_range(scale: ReturnScale, config: ActorCriticConfig) -> jax.Array:
-    """S = max(1, p95 - p5): small returns are never blown up (paper v2, eq. 12)."""
+    """S = max(1, p95 - p5): small returns are never blown up (paper v2, eq. 7)."""
     return jnp.maximum(config.return_limit, scale["high"] - scale["low"])
 
 
@@ -124,7 +124,7 @@ class ActorCritic(nnx.Module):
     ) -> tuple[dict[str, jax.Array], jax.Array, ReturnScale, dict[str, jax.Array]]:
         """Losses {policy, value: (M, H)}, returns (M, H), new return scale, metrics.
 
-        Policy (REINFORCE with return normalisation, paper v2, eq. 11), value (eq. 10)::
+        Policy (REINFORCE with return normalisation, paper v2, eq. 6), value (eq. 5)::
 
             -w (ln π(a|z) sg((R - v) / S) + η H[π])
              w (CE(v, twohot(R)) + CE(v, twohot(slow v)))

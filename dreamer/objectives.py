@@ -16,7 +16,7 @@ from dreamer.types import Spaces
 
 
 class Reconstruction(nnx.Module):
-    """DreamerV3's choice: predict every observation from the model state (paper v2, eq. 5, L_pred)."""
+    """DreamerV3's choice: predict every observation from the model state (paper v2, eq. 3, L_pred)."""
 
     def __init__(self, spaces: Spaces, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         self.decoder = Decoder(spaces, config, rngs=rngs)

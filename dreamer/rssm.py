@@ -5,7 +5,7 @@ One step of the model, from the state at t-1 and the action taken there::
     deter_{t-1}, stoch_{t-1}, action_{t-1} --GRU--> deter_t --> prior      p(stoch_t | deter_t)
                                                      deter_t, tokens_t --> posterior q(stoch_t | deter_t, tokens_t)
 
-`observe` samples stoch from the posterior, `imagine` from the prior. (Paper v2, eq. 3 and "World model learning".)
+`observe` samples stoch from the posterior, `imagine` from the prior. (Paper v2, eq. 1 and "World model learning".)
 """
 
 from __future__ import annotations

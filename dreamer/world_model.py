@@ -54,7 +54,7 @@ class Observed:
 
 
 class WorldModel(nnx.Module):
-    """Learns how the environment evolves (paper v2, eq. 3-6)."""
+    """Learns how the environment evolves (paper v2, eq. 1-3)."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class WorldModel(nnx.Module):
         context: state (B, ...) at the step before the first; actions (B, T, A): ``actions[:, t]`` led to step t;
         batch: observations, reward, is_first, is_terminal, each (B, T, ...).
 
-        The five terms (paper v2, eq. 5-6), per (B, T) and unweighted::
+        The five terms (paper v2, eq. 2-3), per (B, T) and unweighted::
 
             reconstruction  -ln p(x_t | z_t)        one per observation key
             reward          -ln p(r_t | z_t)
