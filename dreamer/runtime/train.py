@@ -289,7 +289,7 @@ class Run:
 
     def close(self) -> None:
         """Give everything back."""
-        self.envs.close()
-        self.evaluator.close()
         self._try_saving(self.checkpointer.wait)
         self.logger.close()
+        self.envs.close()
+        self.evaluator.close()
