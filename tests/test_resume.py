@@ -234,12 +234,21 @@ def test_training_environments_do_not_repeat_themselves_after_a_resume(
     assert not np.array_equal(images[:, :24], again)
 
 
-def test_a_finished_run_is_finished(stopped: Stopped, copy: Path, resume: Callable[..., Resumed]) -> None:
+def test_a_finished_run_is_finished_until_it_is_given_more_steps(
+    stopped: Stopped, copy: Path, resume: Callable[..., Resumed], capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = checkpoint(stopped.logdir)[0]
     resume(copy, *end_after(stopped, 20))
     state = checkpoint(copy)[1]
-    again = resume(copy, *end_after(stopped, 20))
-    assert again.steps[0] == checkpoint(stopped.logdir)[0] + 20
+    again = resume(copy)
+    assert again.steps[0] == start + 20
     assert same(checkpoint(copy)[1], state)
+    capsys.readouterr()
+    longer = resume(copy, *end_after(stopped, 60))
+    assert f"run.agent_steps: {start + 20} -> {start + 60}" in capsys.readouterr().out
+    assert longer.replay_length == start + 20
+    assert longer.run.agent_steps == start + 60
+    assert longer.run.updates == longer.steps[1] + 40
 
 
 def test_options_that_may_change_are_shown(
