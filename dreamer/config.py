@@ -70,6 +70,9 @@ class AtariConfig:
     pooling: int = option(2, "Raw frames whose maximum is the observation", "frames", ge=1)
     max_frames: int = option(108_000, "Time limit of an episode", "frames", gt=0)
     terminal_on_life_loss: bool = option(False, "Mark a lost life as terminal for the learner (episode goes on)")
+    native: bool = option(
+        False, "Emulators in ale-py's C++ threads, whatever env.workers says: fast, but not the benchmark's pixels"
+    )
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -28,6 +28,11 @@ CASES = {
     "toy": Case("toy_catch", limit=None),
     "atari": Case("atari100k_pong"),
     "atari-gray": Case("atari_breakout", {"atari": {"gray": True, "size": (96, 96), "actions": "all", "sticky": 0.25}}),
+    "atari-native": Case("atari100k_pong", {"atari": {"native": True}}),
+    "atari-native-gray": Case(
+        "atari_breakout",
+        {"atari": {"native": True, "gray": True, "size": (40, 64), "actions": "all", "sticky": 0.25}},
+    ),
     "dmc-vector": Case("dmc_cartpole_swingup", {"dmc": {"repeat": 2}}),
     "dmc-scalars": Case("dmc_hopper_hop"),
     "dmc-pixels": Case("dmc_cartpole_balance", {"dmc": {"pixels": True}}, steps=12),
@@ -135,7 +140,7 @@ def test_actions_beyond_the_bounds_are_clipped(name: str) -> None:
 
 
 @pytest.mark.parametrize("workers", ["inline", "process"])
-@pytest.mark.parametrize("name", ["toy", "atari-gray", "gym-cartpole", "gym-nested", "dmc-vector"])
+@pytest.mark.parametrize("name", ["toy", "atari-gray", "atari-native", "gym-cartpole", "gym-nested", "dmc-vector"])
 def test_render_and_fresh_arrays(name: str, workers: str) -> None:
     env = vector_env(CASES[name], workers)
     first = env.reset()

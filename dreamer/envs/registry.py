@@ -7,8 +7,8 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 
 from dreamer.config import EnvConfig
-from dreamer.envs import atari, crafter, dmc, gym, toy
-from dreamer.envs.interface import Env, TaskError, nearest
+from dreamer.envs import atari, crafter, dmc, gym, native, toy
+from dreamer.envs.interface import Env, TaskError, VectorEnv, nearest
 from dreamer.envs.wrappers import TimeLimit
 
 
@@ -21,6 +21,7 @@ class Suite:
     check       TaskError if a name cannot be made; None: exactly the listed names can.
     package     Optional package it needs, and the pip extra of this project that installs it.
     process     Whether it is slow enough to earn a process of its own.
+    vector      (name, config, seeds) -> all environments at once, or None to make them one by one.
     best_score  (name, config) -> score of perfect play, where known.
     normalized  (name, score) -> score where 0 is random and 1 human play, where known.
     """
@@ -31,12 +32,15 @@ class Suite:
     check: Callable[[str], object] | None = None
     package: tuple[str, str] | None = None
     process: Callable[[EnvConfig], bool] = lambda config: True
+    vector: Callable[[str, EnvConfig, Sequence[int]], VectorEnv | None] = lambda name, config, seeds: None
     best_score: Callable[[str, EnvConfig], float] | None = None
     normalized: Callable[[str, float], float | None] | None = None
 
 
 def _atari(description: str) -> Suite:
-    return Suite(description, atari.make, atari.tasks, atari.check, normalized=atari.human_normalized)
+    return Suite(
+        description, atari.make, atari.tasks, atari.check, vector=native.make, normalized=atari.human_normalized
+    )
 
 
 SUITES: Mapping[str, Suite] = {

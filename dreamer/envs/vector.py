@@ -34,14 +34,19 @@ def make_vector_env(
     """N environments of a task, or of a user's own function (then `task` is only a name for messages).
 
     `config.workers` says where they run; ``auto`` takes processes for slow suites with more than one environment and
-    runs everything else, a user's own function included, in this process.
+    runs everything else, a user's own function included, in this process. A suite that makes all environments at once
+    decides that itself.
     """
     seeds = [env_seed(seed, training, index) for index in range(num_envs)]
     makers: list[Maker]
     if make is None:
         check_task(task)
+        suite, name = split_task(task)
+        together = suite.vector(name, config, seeds)
+        if together is not None:
+            return together
         makers = [functools.partial(make_env, task, config, one) for one in seeds]
-        slow = split_task(task)[0].process(config)
+        slow = suite.process(config)
     else:
         makers = [functools.partial(adopt, make, config, index, one) for index, one in enumerate(seeds)]
         slow = False
