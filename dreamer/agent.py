@@ -71,6 +71,7 @@ class Agent:
         self.optimizer = make_optimizer(config.optimizer)
         model = nnx.eval_shape(lambda: DreamerModel(self.observations, self.actions, config, rngs=nnx.Rngs(params=0)))
         self.extras: dict[str, Field] = model.world_model.rssm.stored()
+        self._initial_state = model.world_model.rssm.init
         self.graph, state = nnx.split(model)
         self.critic_graph = nnx.graphdef(model.actor_critic.value)
         self.loss_scales = self._loss_scales(model)
@@ -85,12 +86,8 @@ class Agent:
 
     def init_policy(self, envs: int) -> dict[str, jax.Array]:
         """The policy's carry before the first observation: model state (N, ...) and previous action (N, A)."""
-        model, width = self.config.model, sum(space.flat_width for space in self.actions.values())
-        return {
-            "deter": jnp.zeros((envs, model.deter), self.dtype),
-            "stoch": jnp.zeros((envs, model.stoch, model.classes), self.dtype),
-            "action": jnp.zeros((envs, width), self.dtype),
-        }
+        width = sum(space.flat_width for space in self.actions.values())
+        return {**self._initial_state(envs, self.dtype), "action": jnp.zeros((envs, width), self.dtype)}
 
     def _policy(
         self, params: Any, carry: dict[str, jax.Array], obs: Batch, key: jax.Array | None

@@ -16,21 +16,21 @@ from flax import nnx
 from dreamer.config import ModelConfig
 from dreamer.distributions import MultiOneHot, Output, SquaredError, symlog
 from dreamer.networks import MLP, BlockLinear, Conv, Dense, Linear, RMSNorm, at_least_float32
-from dreamer.types import LOG_PREFIX, Space, Spaces
+from dreamer.types import Space, Spaces, visible
 
 Observations = Mapping[str, jax.Array]
 
 
 def select_keys(spaces: Spaces, pattern: str, option: str) -> dict[str, Space]:
     """The observation spaces whose names match the regular expression `pattern`, in key order."""
-    visible = {k: spaces[k] for k in sorted(spaces) if not k.startswith(LOG_PREFIX)}
+    seen = dict(sorted(visible(spaces).items()))
     try:
-        chosen = {k: s for k, s in visible.items() if re.search(pattern, k)}
+        chosen = {k: s for k, s in seen.items() if re.search(pattern, k)}
     except re.error as error:
         raise ValueError(f"expected {option} to be a regular expression, got {pattern!r}: {error}") from None
     if not chosen:
         raise ValueError(
-            f"expected {option} to match at least one of {list(visible)}, got {pattern!r}, which matches none"
+            f"expected {option} to match at least one of {list(seen)}, got {pattern!r}, which matches none"
         )
     return chosen
 

@@ -83,6 +83,11 @@ class Space:
 Spaces = Mapping[str, Space]
 
 
+def visible(spaces: Spaces) -> dict[str, Space]:
+    """The observation spaces that the agent sees: all but those to be logged."""
+    return {key: space for key, space in spaces.items() if not key.startswith(LOG_PREFIX)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Field:
     """Shape (of one step, without batch axes) and numpy dtype of something replay stores."""
@@ -97,7 +102,7 @@ class Field:
 
 def replay_fields(observations: Spaces, actions: Spaces, extras: Mapping[str, Field]) -> dict[str, Field]:
     """Everything replay stores of one step: observations, transition fields, actions, policy extras."""
-    seen = {k: Field(s.shape, s.dtype) for k, s in observations.items() if not k.startswith(LOG_PREFIX)}
+    seen = {k: Field(s.shape, s.dtype) for k, s in visible(observations).items()}
     flags = {k: Field((), np.dtype(d)) for k, d in TRANSITION_FIELDS.items()}
     acts = {k: Field(s.shape, s.dtype) for k, s in actions.items()}
     groups = {"observation": seen, "transition": flags, "action": acts, "extra": extras}

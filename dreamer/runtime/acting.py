@@ -17,7 +17,7 @@ from dreamer.presets import CONFIG_FILE, load_config
 from dreamer.runtime.checkpoint import Checkpointer
 from dreamer.runtime.setup import make_agent, spaces_from_json
 from dreamer.runtime.weights import load_params
-from dreamer.types import LOG_PREFIX, Spaces
+from dreamer.types import Spaces, visible
 
 
 def load_agent(config: Config) -> tuple[core.Agent, Any, np.ndarray]:
@@ -53,7 +53,7 @@ class Agent:
     ) -> None:
         """env: see `load`. sample: draw actions and latents instead of taking the most likely ones."""
         self._agent, self._params = agent, params
-        self._spaces = {k: s for k, s in agent.observations.items() if not k.startswith(LOG_PREFIX)}
+        self._spaces = visible(agent.observations)
         self._door = None if env is None else Door(env, self._spaces, agent.actions)
         self._key = jax.jit(lambda n: core.stream_key(key, "eval", n)) if sample else None
         self._count = 0

@@ -13,7 +13,7 @@ from dreamer.agent import Agent, stream_key
 from dreamer.envs import VectorEnv
 from dreamer.envs.interface import Batch
 from dreamer.runtime.nonfinite import NonFiniteActionError, not_finite
-from dreamer.types import LOG_PREFIX, TRANSITION_FIELDS
+from dreamer.types import LOG_PREFIX, TRANSITION_FIELDS, visible
 
 #: Most frames of a recorded episode.
 VIDEO_FRAMES = 600
@@ -47,7 +47,7 @@ class Collector:
         self._key = jax.jit(lambda counter: stream_key(run_key, stream, counter)) if sample else None
         self.counter = 0
         self._carry = agent.init_policy(envs.num_envs)
-        self._visible = [key for key in envs.observation_spaces if not key.startswith(LOG_PREFIX)]
+        self._visible = list(visible(envs.observation_spaces))
         self._obs = envs.reset()
         count = envs.num_envs
         self._scores, self._lengths = np.zeros(count), np.zeros(count, int)

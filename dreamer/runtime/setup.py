@@ -21,7 +21,7 @@ from dreamer.replay import Replay, ReplayError, bytes_per_step
 from dreamer.runtime.devices import choose_device, compute_dtype
 from dreamer.runtime.display import Row, device_row, format_bytes, parameters_row
 from dreamer.runtime.provenance import versions
-from dreamer.types import LOG_PREFIX, Space, Spaces, replay_fields
+from dreamer.types import Space, Spaces, replay_fields, visible
 
 
 def resolve_logdir(config: Config) -> Config:
@@ -107,7 +107,7 @@ def summary_rows(config: Config, agent: Agent, state: TrainState, replay: Replay
     per_step = bytes_per_step(replay.fields)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     disk = min(replay.capacity, config.run.agent_steps) * per_step + (config.run.checkpoint_keep + 1) * weights
-    observations = ", ".join(f"{k} {s.shape}" for k, s in agent.observations.items() if not k.startswith("log/"))
+    observations = ", ".join(f"{k} {s.shape}" for k, s in visible(agent.observations).items())
     actions = ", ".join(f"{k} {s.classes or s.shape}" for k, s in agent.actions.items())
     where = type(envs).__name__.removesuffix("VectorEnv").lower()
     return [
@@ -146,8 +146,6 @@ def check_spaces_as_trained(agent: Agent, envs: VectorEnv) -> None:
         ("observations", agent.observations, envs.observation_spaces),
         ("actions", agent.actions, envs.action_spaces),
     ):
-        ours, theirs = (
-            {k: s for k, s in spaces.items() if not k.startswith(LOG_PREFIX)} for spaces in (trained, found)
-        )
+        ours, theirs = visible(trained), visible(found)
         if ours != theirs:
             raise TaskError(f"expected the {what} that the agent was trained with, {ours}, got {theirs}")
