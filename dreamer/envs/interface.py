@@ -18,9 +18,10 @@ ignores that environment's action ``ak`` and returns transition 0' of a new epis
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -67,6 +68,48 @@ class Env(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Restorable(Protocol):
+    """An `Env` that can be put back exactly. Optional.
+
+    One that has the methods but cannot, or a wrapper around one that cannot, has an attribute ``restorable`` that is
+    False; ask `restorable(env)`.
+    """
+
+    def get_state(self) -> Any:
+        """Everything that later transitions depend on, random streams included: host objects, picklable."""
+        ...
+
+    def set_state(self, state: Any) -> None:
+        """Go back to a state that this environment, or another one of the same task and options, returned.
+
+        Afterwards `step` and `reset` continue bit for bit, and `render` shows the same picture.
+        """
+        ...
+
+
+def restorable(env: Env) -> bool:
+    """Whether the environment, through its wrappers, can really be put back."""
+    return isinstance(env, Restorable) and bool(getattr(env, "restorable", True))
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """A failure of one environment that its `VectorEnv` has survived.
+
+    env        Index of the environment.
+    kind       died: its process ended; hung: a time limit passed; raised: an exception; garbage: a transition that
+               does not fit its spaces.
+    message    One sentence for people.
+    traceback  Where it failed, empty if there is nothing to show.
+    """
+
+    env: int
+    kind: Literal["died", "hung", "raised", "garbage"]
+    message: str
+    traceback: str
 
 
 @runtime_checkable
