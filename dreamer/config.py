@@ -119,14 +119,33 @@ class EnvConfig:
     workers: Literal["auto", "inline", "process"] = option(
         "auto", "inline: in the training process; process: one worker each; auto: what the suite prefers"
     )
+    repeat: int = option(
+        1, "Times each action is taken, for suites without such an option of their own", "steps per agent step", ge=1
+    )
     time_limit: int | None = option(
         None, "Cut episodes after so many; null: the environment's own limit", "agent steps"
     )
+    resize: tuple[int, int] | None = option(
+        None, "Resize images to height and width, after the suite's own size; null: as they come", "pixels"
+    )
+    grayscale: bool = option(False, "One gray channel instead of RGB")
+    frame_noise: float | None = option(
+        None, "Standard deviation of the noise on the agent's images; null: none", "of 255 levels", gt=0
+    )
+    reward_scale: float = option(1.0, "Factor of the rewards that are learned from; scores stay unscaled", gt=0)
     atari: AtariConfig = option(AtariConfig, "Atari")
     dmc: DmcConfig = option(DmcConfig, "DeepMind Control")
     crafter: CrafterConfig = option(CrafterConfig, "Crafter")
     gym: GymConfig = option(GymConfig, "Gymnasium")
     toy: ToyConfig = option(ToyConfig, "Built-in toy")
+
+    def suite_repeat(self, suite: str) -> int | None:
+        """Action repeat by the suite's own option, None if it has none. Unknown names: a user's Gymnasium environment.
+
+        `EnvConfig.repeat` is 1 where this is not None (`envs.options.wrap` insists on it).
+        """
+        section = {"atari100k": "atari"}.get(suite, suite)
+        return getattr(getattr(self, section, self.gym), "repeat", None)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -274,7 +293,5 @@ class Config:
 
     @property
     def repeat(self) -> int:
-        """Environment frames per agent step, of the task's suite; a user's own environment goes by Gymnasium's."""
-        suite = self.task.split("_", 1)[0]
-        suite = {"atari100k": "atari"}.get(suite, suite)
-        return getattr(getattr(self.env, suite, self.env.gym), "repeat", 1)
+        """Environment frames per agent step: `env.repeat`, or the task's suite's own where it has one."""
+        return self.env.repeat * (self.env.suite_repeat(self.task.split("_", 1)[0]) or 1)

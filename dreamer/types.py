@@ -33,6 +33,12 @@ TRANSITION_FIELDS: dict[str, type] = {
 #: Observation keys with this prefix are logged and never seen by the agent.
 LOG_PREFIX = "log/"
 
+#: The reward as the environment gave it, where the learner sees a scaled one: what scores sum.
+UNSCALED_REWARD = f"{LOG_PREFIX}unscaled_reward"
+
+#: The observation that says which actions are allowed now; see `masks_actions`.
+ACTION_MASK = "action_mask"
+
 
 @dataclasses.dataclass(frozen=True)
 class Space:
@@ -86,6 +92,30 @@ Spaces = Mapping[str, Space]
 def visible(spaces: Spaces) -> dict[str, Space]:
     """The observation spaces that the agent sees: all but those to be logged."""
     return {key: space for key, space in spaces.items() if not key.startswith(LOG_PREFIX)}
+
+
+def masks_actions(observations: Spaces, actions: Spaces) -> bool:
+    """Whether the environment says, with the observation `ACTION_MASK`, which actions are allowed.
+
+    The mask is discrete, one entry of two classes per class of the one discrete action: 1 allowed, 0 forbidden.
+    ValueError for a mask of another kind, or beside other actions.
+    """
+    if ACTION_MASK not in observations:
+        return False
+    found = [space.classes for space in actions.values()]
+    count = found[0][0] if len(found) == 1 and found[0] is not None and len(found[0]) == 1 else None
+    if count is None:
+        raise ValueError(
+            f"expected a single discrete action beside the observation {ACTION_MASK!r}, got {dict(actions)}; "
+            "rename that observation, or give the environment one discrete action"
+        )
+    mask = Space("discrete", (count,), (2,) * count)
+    if observations[ACTION_MASK] != mask:
+        raise ValueError(
+            f"expected {ACTION_MASK!r} to be {mask}, one entry per action, got {observations[ACTION_MASK]}; "
+            "correct the environment's mask or rename that observation"
+        )
+    return True
 
 
 @dataclasses.dataclass(frozen=True)

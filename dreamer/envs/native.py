@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dreamer.config import AtariConfig, EnvConfig
+from dreamer.config import EnvConfig
 from dreamer.envs.inline import check_actions
 from dreamer.envs.interface import Batch, EnvError, TaskError, as_rgb
+from dreamer.envs.options import chosen
 from dreamer.types import Space, Spaces
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class NativeAtariVectorEnv:
         from ale_py.vector_env import AtariVectorEnv
 
         atari = config.atari
-        _check_options(atari)
+        _check_options(config)
         self.task = name
         self.num_envs = len(seeds)
         self._life_loss = atari.terminal_on_life_loss
@@ -139,7 +140,14 @@ def make(name: str, config: EnvConfig, seeds: Sequence[int]) -> NativeAtariVecto
     return NativeAtariVectorEnv(name, config, seeds) if config.atari.native else None
 
 
-def _check_options(config: AtariConfig) -> None:
+def _check_options(env: EnvConfig) -> None:
+    wrappers = [f"env.{name}" for name in chosen(env) if name != "time_limit"]
+    if wrappers:
+        raise TaskError(
+            f"expected no wrappers with env.atari.native, got {', '.join(wrappers)}; use env.atari.repeat, "
+            "env.atari.size and env.atari.gray, or pass --env.atari.native false"
+        )
+    config = env.atari
     most = 2 if config.repeat > 1 else 1
     if config.pooling > most:
         raise TaskError(

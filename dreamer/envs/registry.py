@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dreamer.config import EnvConfig
 from dreamer.envs import atari, crafter, dmc, gym, native, toy
 from dreamer.envs.interface import Env, TaskError, VectorEnv, nearest
-from dreamer.envs.wrappers import TimeLimit
+from dreamer.envs.options import wrap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,12 +106,7 @@ def make_env(task: str, config: EnvConfig, seed: int) -> Env:
     """One environment. TaskError if the task or an option cannot work."""
     check_task(task)
     suite, name = split_task(task)
-    return limited(suite.make(name, config, seed), config)
-
-
-def limited(env: Env, config: EnvConfig) -> Env:
-    """The environment with the configured time limit, if there is one."""
-    return env if config.time_limit is None else TimeLimit(env, config.time_limit)
+    return wrap(suite.make(name, config, seed), config, seed, config.suite_repeat(task.partition("_")[0]))
 
 
 def best_score(task: str, config: EnvConfig) -> float | None:

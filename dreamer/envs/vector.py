@@ -12,8 +12,9 @@ from dreamer.config import EnvConfig
 from dreamer.envs.gym import GymEnv
 from dreamer.envs.inline import InlineVectorEnv, Maker
 from dreamer.envs.interface import Env, TaskError, VectorEnv, check_spaces
+from dreamer.envs.options import wrap
 from dreamer.envs.processes import ProcessVectorEnv
-from dreamer.envs.registry import check_task, limited, make_env, split_task
+from dreamer.envs.registry import check_task, make_env, split_task
 
 #: Streams of seeds, so that evaluation never repeats a training environment.
 STREAMS = {"training": 0, "evaluation": 1}
@@ -57,11 +58,17 @@ def make_vector_env(
 def adopt(make: MakeEnv, config: EnvConfig, index: int, seed: int) -> Env:
     """A user's environment behind our interface."""
     made = make(index, seed)
+    gymnasium_made = isinstance(made, gymnasium.Env)
     env = GymEnv(made, config.gym, seed) if isinstance(made, gymnasium.Env) else made
     if not isinstance(env, Env):
         raise TaskError(
             "expected make_env(index, seed) to return a gymnasium.Env or an object with observation_spaces, "
             f"action_spaces, reset, step, render and close, got {type(env).__name__}"
         )
+    if config.gym.repeat > 1 and not gymnasium_made:
+        raise TaskError(
+            f"expected env.gym.repeat only for a gymnasium.Env, got {config.gym.repeat} for a {type(env).__name__}; "
+            "set env.repeat instead"
+        )
     check_spaces(env.observation_spaces, env.action_spaces)
-    return limited(env, config)
+    return wrap(env, config, seed, config.gym.repeat if gymnasium_made else None)
