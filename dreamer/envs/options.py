@@ -187,7 +187,7 @@ class MaskCheck(Wrapper):
 OPTIONS: Mapping[str, Callable[[Env, EnvConfig, int], Env]] = {
     "repeat": lambda env, config, seed: Repeat(env, config.repeat),
     "resize": lambda env, config, seed: Resize(env, cast("tuple[int, int]", config.resize)),
-    "grayscale": lambda env, config, seed: Grayscale(env),
+    "grayscale": lambda env, config, seed: Grayscale(env) if config.grayscale else env,
     "frame_noise": lambda env, config, seed: FrameNoise(env, cast(float, config.frame_noise), seed),
     "reward_scale": lambda env, config, seed: RewardScale(env, config.reward_scale),
     "time_limit": lambda env, config, seed: TimeLimit(env, cast(int, config.time_limit)),
