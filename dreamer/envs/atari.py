@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -79,6 +80,23 @@ class Atari:
         lost = self.config.terminal_on_life_loss and lives < self._lives
         self._lives = lives
         return transition({"image": self._image()}, reward, is_last=over or late, is_terminal=over or lost)
+
+    def get_state(self) -> dict[str, Any]:
+        return {
+            "emulator": self._ale.cloneState(include_rng=True).serialize(),
+            "rng": self.rng.bit_generator.state,
+            "screens": np.stack(self._screens),
+            "frames": self._frames,
+            "lives": self._lives,
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        import ale_py
+
+        self._ale.restoreState(ale_py.ALEState(state["emulator"]))
+        self.rng.bit_generator.state = state["rng"]
+        self._screens.extend(screen.copy() for screen in state["screens"])
+        self._frames, self._lives = state["frames"], state["lives"]
 
     def render(self) -> np.ndarray:
         return as_rgb(self._image())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,9 @@ import numpy as np
 from dreamer.config import CrafterConfig, EnvConfig
 from dreamer.envs.interface import Transition, transition
 from dreamer.types import Space
+
+#: Attributes of Crafter's environment that change while it runs; its seed decides the worlds to come.
+PARTS = ("_world", "_player", "_step", "_episode", "_seed", "_last_health", "_unlocked")
 
 
 class Crafter:
@@ -25,6 +29,7 @@ class Crafter:
         height, width = config.size
         self._env = crafter.Env(size=(width, height), reward=reward, seed=seed)
         _make_reproducible(self._env)
+        self._image = np.zeros((height, width, 3), np.uint8)
         self._achievements = tuple(crafter.constants.achievements)
         logs = ("log/reward", *(f"log/achievement_{name}" for name in self._achievements))
         self.observation_spaces = {
@@ -34,16 +39,30 @@ class Crafter:
         self.action_spaces = {"action": Space("discrete", (), (len(crafter.constants.actions),))}
 
     def reset(self) -> Transition:
-        image = self._env.reset()
+        image = self._image = self._env.reset()
         return transition(self._observation(image, 0.0, dict.fromkeys(self._achievements, 0)), is_first=True)
 
     def step(self, action: Mapping[str, np.ndarray]) -> Transition:
         image, reward, over, info = self._env.step(int(action["action"]))
+        self._image = image
         observation = self._observation(image, info["reward"], info["achievements"])
         return transition(observation, reward, is_last=bool(over), is_terminal=info["discount"] == 0)
 
+    def get_state(self) -> dict[str, Any]:
+        # One pickle, because the creatures, the player and the world hold one another; the textures stay outside.
+        parts = {name: getattr(self._env, name) for name in PARTS}
+        return {"env": pickle.dumps(parts), "image": self._image.copy()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        parts = pickle.loads(state["env"])
+        vars(self._env).update(parts)
+        for view in (self._env._local_view, self._env._sem_view):
+            view._world = parts["_world"]
+        self._image = state["image"].copy()
+
     def render(self) -> np.ndarray:
-        return self._env.render()
+        """The last observation: at night, drawing another one would take random numbers from the world."""
+        return self._image.copy()
 
     def close(self) -> None:
         """Nothing is held."""

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from dreamer.config import DmcConfig, EnvConfig
+from dreamer.envs.dmc_state import StateOf
 from dreamer.envs.interface import TaskError, Transition, transition
 from dreamer.envs.spaces import rescale
 from dreamer.types import Space
@@ -56,6 +57,7 @@ class DeepMindControl:
         suite = _load_suite(config.pixels)
         domain, task = NAMES[name]
         self._env = suite.load(domain, task, task_kwargs={"random": seed})
+        self._state = StateOf(self._env)
         self._config = config
         self._camera_id = CAMERAS.get(domain, 0) if config.camera is None else config.camera
         self._camera: Any = None
@@ -84,6 +86,12 @@ class DeepMindControl:
                 break
         terminal = time_step.last() and time_step.discount == 0
         return transition(self._observation(time_step), reward, is_last=time_step.last(), is_terminal=terminal)
+
+    def get_state(self) -> dict[str, Any]:
+        return self._state.get()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._state.set(state)
 
     def render(self) -> np.ndarray | None:
         """The camera's picture; None where state is observed and this machine cannot render."""

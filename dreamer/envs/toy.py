@@ -17,6 +17,7 @@ An episode has 8 * balls - 1 agent steps. The best score is `balls` (3 by defaul
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -66,6 +67,20 @@ class Catch:
         reward = 1.0 if self.paddle <= self.column < self.paddle + PADDLE else -1.0
         over = self.left == 0
         return transition({"image": self._image()}, reward, is_last=over, is_terminal=over)
+
+    def get_state(self) -> dict[str, Any]:
+        return {
+            "rng": self.rng.bit_generator.state,
+            "left": self.left,
+            "paddle": self.paddle,
+            "row": self.row,
+            "column": self.column,
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.rng.bit_generator.state = state["rng"]
+        self.left, self.paddle = state["left"], state["paddle"]
+        self.row, self.column = state["row"], state["column"]
 
     def render(self) -> np.ndarray:
         return self._image()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, cast
 
 import numpy as np
 
-from dreamer.envs.interface import Env, EnvError, Transition, batch_fields
+from dreamer.envs.interface import Env, EnvError, Restorable, Transition, batch_fields, restorable
 
 
 class TimeLimit:
@@ -29,6 +30,17 @@ class TimeLimit:
         if self.steps >= self.limit:
             result["is_last"] = np.bool_(True)
         return result
+
+    @property
+    def restorable(self) -> bool:
+        return restorable(self.env)
+
+    def get_state(self) -> tuple[int, Any]:
+        return self.steps, cast(Restorable, self.env).get_state()
+
+    def set_state(self, state: tuple[int, Any]) -> None:
+        self.steps, inner = state
+        cast(Restorable, self.env).set_state(inner)
 
     def render(self) -> np.ndarray | None:
         return self.env.render()
