@@ -130,21 +130,30 @@ def test_episodes_that_a_stop_has_cut_get_an_end(tmp_path):
     assert flags_of(resumed, 1, 0, 6) == ([0, 0, 0, 0, 1, 0], [0, 0, 0, 0, 1, 0])
 
 
-def test_cuts_of_earlier_stops_are_found_again_after_the_ring_has_wrapped(tmp_path):
+def test_abandoned_episodes_stay_so_over_saves_and_wraps(tmp_path):
     replay = small_replay()
     add_flags(replay, "ff", "..", "..", "..")
     replay.save(tmp_path)
-    replay.close_open_episodes()
-    add_flags(replay, "ff", "..", ".l", ".f")  # chunk files still say that row 3 is no last one
+    replay.abandon([0])  # row 3 is in a chunk file already, and that is never rewritten
+    add_flags(replay, "f.", ".f")
+    replay.abandon([1, 0])
+    add_flags(replay, "ff", "..")
     manifest = replay.save(tmp_path)
 
     resumed = small_replay()
     resumed.load(tmp_path, manifest)
-    assert flags_of(resumed, 0, 2, 6) == ([0, 0, 0, 0, 0, 0], [0] * 6)
-    assert resumed.close_open_episodes() == 4
-    assert flags_of(resumed, 0, 2, 6) == ([0, 1, 0, 0, 0, 1], [0] * 6)
-    assert flags_of(resumed, 1, 2, 6) == ([0, 1, 0, 0, 1, 1], [0] * 6)
-    assert resumed.close_open_episodes() == 0
+    for found in (replay, resumed):
+        assert flags_of(found, 0, 2, 6) == ([0, 1, 0, 1, 0, 0], [0] * 6)
+        assert flags_of(found, 1, 2, 6) == ([0, 0, 0, 1, 0, 0], [0] * 6)
+    assert resumed.close_open_episodes() == 3  # also row 4 of environment 1, which nobody had abandoned before
+    add_flags(resumed, "ff", "..", "..", "..", "..", "..", "..")
+    assert resumed.save(tmp_path)["marks"] == []
+
+
+def test_nothing_to_abandon_in_an_empty_environment():
+    replay = small_replay()
+    replay.abandon([0, 1])
+    assert len(replay) == 0
 
 
 def test_an_empty_replay_has_no_open_episode():

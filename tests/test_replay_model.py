@@ -1,6 +1,7 @@
 """The buffer against a slow model of it: plain Python lists, driven by random operations."""
 
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -38,10 +39,12 @@ class ReplayMachine(RuleBasedStateMachine):
         self.serial = self.mark = 0
         self.pending: list[Selection] = []
         self.manifests: list[dict] = []
-        self.chunk_bytes, persistence.CHUNK_BYTES = persistence.CHUNK_BYTES, 120
+        self.patch = pytest.MonkeyPatch()
+        self.patch.setattr(persistence, "CHUNK_BYTES", 120)
+        self.patch.setattr(os, "fsync", lambda descriptor: None)  # no test of ours cuts the power
 
     def teardown(self):
-        persistence.CHUNK_BYTES = self.chunk_bytes
+        self.patch.undo()
         self.folder.cleanup()
 
     @initialize(num_envs=st.integers(1, 3), rows=st.integers(4, 12), length=st.integers(2, 4), limit=st.integers(1, 6))
@@ -68,9 +71,7 @@ class ReplayMachine(RuleBasedStateMachine):
             serials = [self.serial + i for i in range(len(envs))]
             self.serial += len(envs)
             for env, serial in zip(envs, serials, strict=True):
-                self.history[env].append(
-                    {"serial": serial, "deter": serial % 100, "stoch": serial % 256, "saved": None}
-                )
+                self.history[env].append({"serial": serial, "deter": serial % 100, "stoch": serial % 256})
                 self.tails[env] = max(self.tails[env], len(self.history[env]) - self.rows)
             for env in sorted(envs):
                 if len(self.history[env]) == self.cut[env] + self.length:
@@ -125,9 +126,6 @@ class ReplayMachine(RuleBasedStateMachine):
         manifest = json.loads(json.dumps(self.replay.save(self.path)))
         self.manifests = [*self.manifests, manifest][-2:]
         prune(self.path, self.manifests)
-        for steps, tail in zip(self.history, self.tails, strict=True):
-            for step in steps[tail:]:
-                step["saved"] = step["saved"] or (step["deter"], step["stoch"])
         if keep:
             return
         loaded = self.build(rows or self.rows)
@@ -140,8 +138,6 @@ class ReplayMachine(RuleBasedStateMachine):
         self.rows, self.replay = rows or self.rows, loaded
         for env, steps in enumerate(self.history):
             self.tails[env] = max(self.tails[env], len(steps) - self.rows)
-            for step in steps[self.tails[env] :]:
-                step["deter"], step["stoch"] = step["saved"]
 
     def check_content(self, selection: Selection):
         batch = self.replay.gather(selection)

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dreamer.replay import Replay, ReplayError, persistence, prune
+from dreamer.replay import Replay, ReplayError, Selection, persistence, prune
 from dreamer.types import Field
 
 FIELDS = {
@@ -170,14 +170,83 @@ def test_a_smaller_ring_keeps_the_newest_steps_and_a_larger_one_all(tmp_path):
     assert len(copy) == 70 and draws(copy) == draws(large)
 
 
-def test_latents_are_saved_with_their_step(tmp_path):
-    original, copy = build(online=False), build(online=False)
-    collect(original, range(10))
-    selection = original.select(50)
-    original.write(selection, {"stoch": np.full((50, 3, 2), 77, np.uint8)})
-    copy.load(tmp_path, save(original, tmp_path))
-    assert (copy.gather(selection)["stoch"][:, 1:] == 77).all()
+def rewrite(replay: Replay, seed: int) -> None:
+    """Replace the latents of a few sequences."""
+    rng = np.random.default_rng(seed)
+    selection = replay.select(6)
+    replay.write(
+        selection,
+        {
+            "deter": rng.standard_normal((6, 3, 3)).astype(ml_dtypes.bfloat16),
+            "stoch": rng.integers(0, 256, (6, 3, 2), dtype=np.uint8),
+        },
+    )
+
+
+def everything(replay: Replay) -> dict[str, bytes]:
+    """Every stored step, byte for byte."""
+    env = np.repeat(np.arange(replay.num_envs), replay.starts // replay.num_envs)
+    first = len(replay._ring) and replay._ring.tail[env] + np.tile(np.arange(replay.starts // replay.num_envs), 2)
+    batch = replay.gather(Selection(env, first, np.zeros(len(env), bool), replay.length))
+    return {name: value.tobytes() for name, value in batch.items()}
+
+
+def test_rewritten_latents_come_back_as_they_were(tmp_path):
+    original = build()
+    manifests, contents = [], []
+    for begin in range(0, 90, 5):
+        collect(original, range(begin, begin + 5))
+        rewrite(original, begin)
+        manifests.append(save(original, tmp_path))
+        contents.append(everything(original))
+        prune(tmp_path, manifests[-2:])
+        for manifest, content in zip(manifests[-2:], contents[-2:], strict=True):
+            copy = build()
+            copy.load(tmp_path, manifest)
+            assert everything(copy) == content
     assert draws(copy) == draws(original)
+
+
+def test_a_patch_holds_what_was_rewritten_and_no_more(tmp_path):
+    replay = build(rows=100, online=False)
+    collect(replay, range(60))
+    assert save(replay, tmp_path)["patches"] == []
+    selection = Selection(np.array([0, 0, 1]), np.array([3, 4, 40]), np.zeros(3, bool), 4)
+    values = {"stoch": np.full((3, 3, 2), 7, np.uint8), "deter": np.ones((3, 3, 3), np.float32)}
+    replay.write(selection, values)
+    manifest = save(replay, tmp_path)
+    assert [(p["bytes"], p["stop"]) for p in manifest["patches"]] == [((4 + 3) * (12 + 8), [8, 44])]
+    assert save(replay, tmp_path) == manifest
+    replay.write(selection, values)
+    assert len(save(replay, tmp_path)["patches"]) == 2
+
+
+def test_patches_never_outgrow_the_latents(tmp_path):
+    replay = build(rows=40)
+    collect(replay, range(40))
+    for seed in range(30):
+        rewrite(replay, seed)
+        manifest = save(replay, tmp_path)
+        prune(tmp_path, [manifest])
+        assert sum(p["bytes"] for p in manifest["patches"]) <= 80 * (12 + 8)
+    assert len(chunk_files(tmp_path)) == len(manifest["chunks"]) + len(manifest["patches"])
+    copy = build(rows=40)
+    copy.load(tmp_path, manifest)
+    assert everything(copy) == everything(replay)
+
+
+def test_large_patches_are_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(persistence, "CHUNK_BYTES", 5 * 20)
+    original, copy = build(), build()
+    collect(original, range(20))
+    save(original, tmp_path)
+    for seed in range(5):
+        rewrite(original, seed)
+    manifest = save(original, tmp_path)
+    sizes = [p["bytes"] for p in manifest["patches"]]
+    assert len(sizes) > 2 and set(sizes[:-1]) == {100}
+    copy.load(tmp_path, manifest)
+    assert everything(copy) == everything(original)
 
 
 def test_the_online_queue_may_be_switched_and_recut(tmp_path):
@@ -194,19 +263,21 @@ def test_the_online_queue_may_be_switched_and_recut(tmp_path):
     assert selection.online.tolist() == [True, True, False] and selection.row[:2].tolist() == [10, 10]
 
 
+@pytest.mark.parametrize("kind", ["chunks", "patches"])
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "longer"])
-def test_damaged_files_are_noticed_and_an_older_save_still_loads(tmp_path, damage):
+def test_damaged_files_are_noticed_and_an_older_save_still_loads(tmp_path, damage, kind):
     original = build()
     collect(original, range(10))
     older = save(original, tmp_path)
     collect(original, range(10, 20))
+    rewrite(original, 0)
     newer = save(original, tmp_path)
-    path = tmp_path / newer["chunks"][1]["file"]
+    path = tmp_path / newer[kind][-1]["file"]
     data = bytearray(path.read_bytes())
     if damage == "missing":
         path.unlink()
     else:
-        data[300] ^= 4
+        data[len(data) // 2] ^= 4
         path.write_bytes({"truncated": data[:-1], "flipped": data, "longer": data + b"0"}[damage])
     copy = build()
     collect(copy, range(30))
@@ -237,7 +308,7 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "version 1, got 2"),
+        ({"version": 1}, "version 2, got 1"),
         ({"chunks": []}, "expected chunks with rows"),
         ({"head": [10, "x"]}, "manifest is damaged"),
         ({"counters": {}}, "manifest is damaged"),
@@ -256,20 +327,35 @@ def test_a_damaged_manifest_is_refused(tmp_path, change, message):
         copy.load(tmp_path, manifest | {"chunks": [path]})
 
 
-def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("writes", [0, 1, 2])
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, writes):
+    """The disk is full after so many files; the next save finds room again."""
+    monkeypatch.setattr(persistence, "CHUNK_BYTES", 3 * 2 * STEP_BYTES)
     replay, copy = build(), build()
     collect(replay, range(10))
-    save(replay, tmp_path)
-    before = chunk_files(tmp_path)
-    collect(replay, range(10, 15))
+    older = save(replay, tmp_path)
+    content = everything(replay)
+    collect(replay, range(10, 25))
+    rewrite(replay, 0)
+    left, sync = [writes], os.fsync
 
     def full(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(descriptor)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="No space left"):
             replay.save(tmp_path)
-    assert chunk_files(tmp_path) == before
-    copy.load(tmp_path, save(replay, tmp_path))
-    assert len(copy) == 30 and draws(copy) == draws(replay)
+    assert not list(tmp_path.glob("*.partial"))
+    copy.load(tmp_path, older)
+    assert everything(copy) == content
+    rewrite(replay, 1)
+    newer = save(replay, tmp_path)
+    prune(tmp_path, [older, newer])
+    copy.load(tmp_path, newer)
+    assert len(copy) == 40 and everything(copy) == everything(replay) and draws(copy) == draws(replay)
+    copy.load(tmp_path, older)
+    assert everything(copy) == content

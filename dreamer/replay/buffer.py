@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 
 from dreamer.replay.errors import ReplayError
-from dreamer.replay.persistence import Chunk, ChunkLog, check_fields, describe_fields
+from dreamer.replay.persistence import ChunkLog, check_fields, describe_fields
 from dreamer.replay.ring import Ring
 from dreamer.replay.selection import Selection, Selector
 from dreamer.replay.storage import Fields, HostStorage, bytes_per_step
 from dreamer.types import LOG_PREFIX
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 
 _COUNTERS = ("inserts", "sequences", "online", "written", "write_dropped")
 
@@ -74,7 +74,8 @@ class Replay:
         self._storage = HostStorage(self.fields, num_envs * rows)
         limit = max(256, 4 * num_envs) if online_limit is None else online_limit
         self._selector = Selector(self._ring, length, seed, limit if online else None)
-        self._log = ChunkLog(self.fields, self._ring)
+        self._log = ChunkLog(self.fields, self.latent_keys, self._ring)
+        self._marks: set[tuple[int, int]] = set()  # (env, row) of stored steps that were made last ones
         self._counters = dict.fromkeys(_COUNTERS, 0)
         self._all = np.arange(num_envs)
 
@@ -166,6 +167,7 @@ class Replay:
         source = kept[::-1][last]
         flat = {name: value.reshape(-1, *self.fields[name].shape)[source] for name, value in arrays.items()}
         self._storage.put(distinct, flat)
+        self._log.touch(distinct)
         self._counters["written"] += len(distinct)
         self._counters["write_dropped"] += rows.size - len(kept)
         return len(distinct)
@@ -191,10 +193,11 @@ class Replay:
     def save(self, folder: Path) -> dict[str, Any]:
         """Write what is new since the last save into `folder`. Returns a manifest for `load`, JSON-able.
 
-        Latents are stored as they are when their step is first saved. OSError if the disk fails; saving may be
-        tried again.
+        OSError if the disk fails; saving may be tried again.
         """
-        chunks = self._log.save(Path(folder), self._storage)
+        tail = self._ring.tail
+        self._marks = {(env, row) for env, row in self._marks if row >= tail[env]}
+        files = self._log.save(Path(folder), self._storage)
         return {
             "version": MANIFEST_VERSION,
             "fields": describe_fields(self.fields),
@@ -202,13 +205,14 @@ class Replay:
             "length": self.length,
             "head": self._ring.head.tolist(),
             "tail": self._ring.tail.tolist(),
-            "chunks": chunks,
+            **files,
+            "marks": sorted([env, row] for env, row in self._marks),
             "selector": self._selector.state(),
             "counters": dict(self._counters),
         }
 
     def load(self, folder: Path, manifest: Mapping[str, Any]) -> None:
-        """Become the buffer that `manifest` describes: content, counters, random stream, online queue.
+        """Become the buffer that `manifest` describes, bit for bit: content, counters, random stream, online queue.
 
         The capacity may differ; a smaller ring keeps the newest steps. If the length differs, the online queue starts
         with the data to come. ReplayError if fields or number of environments differ or a file is missing, truncated
@@ -224,27 +228,36 @@ class Replay:
             self.clear()
             raise
 
-    def close_open_episodes(self) -> int:
-        """Mark the end of episodes that were abandoned: `is_last`, not terminal, where no step of theirs can follow.
+    def abandon(self, envs: Sequence[int]) -> None:
+        """The newest step of each of these environments becomes its episode's last, not terminal: no step follows."""
+        for env in envs:
+            if self._ring.head[env] > self._ring.tail[env]:
+                self._mark_last(env, self._ring.head[env : env + 1] - 1)
 
-        For a run that goes on after `load`, whose environments begin anew: the newest step of each environment, and
-        whatever earlier resumes have cut (chunk files are never rewritten, so those are found again). Returns how
-        many steps were marked.
+    def close_open_episodes(self) -> int:
+        """Abandon whatever episodes are open. Returns how many steps were marked as last ones.
+
+        For a run that goes on after `load`, whose environments begin anew.
         """
         marked = 0
         for env, (tail, head) in enumerate(zip(self._ring.tail, self._ring.head, strict=True)):
-            slots = self._ring.slots(env, np.arange(tail, head))
-            first, last = (self._storage.take(name, slots) for name in ("is_first", "is_last"))
+            rows = np.arange(tail, head)
+            first, last = (self._storage.take(name, self._ring.slots(env, rows)) for name in ("is_first", "is_last"))
             begins_next = np.append(first[1:], True)[: len(first)]
-            cut = slots[begins_next & ~last]
-            self._storage.put(cut, {"is_last": np.ones(len(cut), bool)})
+            cut = rows[begins_next & ~last]
+            self._mark_last(env, cut)
             marked += len(cut)
         return marked
+
+    def _mark_last(self, env: int, rows: np.ndarray) -> None:
+        self._storage.put(self._ring.slots(env, rows), {"is_last": np.ones(len(rows), bool)})
+        self._marks.update((int(env), row) for row in rows.tolist())
 
     def clear(self) -> None:
         """Forget all steps and counts. The random stream goes on, and files on disk stay."""
         self._ring.reset()
         self._log.forget()
+        self._marks.clear()
         self._selector.clear()
         self._counters = dict.fromkeys(_COUNTERS, 0)
 
@@ -260,12 +273,14 @@ class Replay:
                 f"expected a replay of {self.num_envs} environments, got one of {manifest['num_envs']};"
                 f" set --env.num_envs {manifest['num_envs']} or use another logdir"
             )
-        chunks = [Chunk.parse(entry, self.num_envs, self.nbytes_per_step) for entry in manifest["chunks"]]
         head = np.array(manifest["head"], np.int64)
         tail = np.maximum(np.array(manifest["tail"], np.int64), head - self._ring.rows)
         counters = {name: int(manifest["counters"][name]) for name in _COUNTERS}
-        self._log.load(folder, self._storage, chunks, head, tail)
+        self._log.load(folder, self._storage, manifest, head, tail)
         self._ring.reset(head, tail)
+        for env, row in manifest["marks"]:
+            if row >= tail[env]:
+                self._mark_last(env, np.array([row]))
         self._selector.restore(manifest["selector"])
         self._counters = counters
 

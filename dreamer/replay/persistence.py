@@ -1,92 +1,126 @@
-"""Replay on disk: append-only, immutable chunk files, and a manifest that says which of them make up a buffer.
+"""Replay on disk: immutable files, and a manifest that says which of them, in which order, make up a buffer.
 
-A chunk holds a stretch of rows of every environment, raw and without a header: for each field in sorted order, for
-each environment in order, its rows in C order. A file is named after its rows and its checksum, so a name never
-changes its content, and several checkpoints, also of runs that were resumed from an older one, share a folder.
-Chunks are written once; old ones leave the manifest when every row in them was overwritten, and the folder through
-`prune`. Values that change in place (latents) are stored as they were when their chunk was written.
+A *chunk* holds a stretch of rows of every environment as they were when it was written, raw and without a header: for
+each field in sorted order, for each environment in order, its rows in C order. A *patch* holds later values of the
+fields that change in place (latents), of single rows: environments (int32), rows (int64), then the fields in sorted
+order. A save writes chunks of the rows that are new, and patches of the rows in chunks that were rewritten since they
+were last saved; loading reads the chunks, then applies the patches in order, so it yields the moment of the save.
+When patches outgrow the latents themselves, one set of patches with all of them takes their place.
+
+A file is named after its rows and its checksum, so a name never changes its content, and several checkpoints, also of
+runs that were resumed from an older one, share a folder. Files leave the manifest when every row in them was
+overwritten, and the folder through `prune`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dreamer.replay.errors import ReplayError
+from dreamer.replay.files import StoredFile, read_file, sync_folder, write_file
 from dreamer.replay.ring import Ring
 from dreamer.replay.storage import Fields, HostStorage, bytes_per_step
 
-#: A chunk file has at most about this many bytes (one row of each environment at least).
+#: A file has at most about this many bytes (one row of each environment at least).
 CHUNK_BYTES = 64 * 2**20
 
-SUFFIX = ".chunk"
-PARTIAL = ".partial"
+_ADDRESS_BYTES = 4 + 8  # environment and row of a patched step
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """One file. `start`, `stop` (N,): the rows of each environment in it are [start, stop)."""
+    """`start`, `stop` (N,): the rows of each environment in it are [start, stop)."""
 
-    file: str
-    bytes: int
-    crc32: int
+    stored: StoredFile
     start: tuple[int, ...]
     stop: tuple[int, ...]
 
     @staticmethod
     def parse(entry: Mapping[str, Any], num_envs: int, step_bytes: int) -> Chunk:
         """From a manifest's entry; ReplayError if it contradicts itself."""
-        chunk = Chunk(entry["file"], entry["bytes"], entry["crc32"], tuple(entry["start"]), tuple(entry["stop"]))
+        chunk = Chunk(StoredFile.parse(entry), tuple(entry["start"]), tuple(entry["stop"]))
         counts = np.subtract(chunk.stop, chunk.start)
-        sound = len(counts) == num_envs and (counts >= 0).all() and counts.sum() * step_bytes == chunk.bytes
-        if not sound or Path(chunk.file).name != chunk.file:
+        if len(counts) != num_envs or (counts < 0).any() or counts.sum() * step_bytes != chunk.stored.bytes:
             raise ReplayError(f"the replay manifest contradicts itself at chunk {chunk}; use an older checkpoint")
         return chunk
 
     def entry(self) -> dict[str, Any]:
         """The manifest's entry, JSON-able."""
-        return {**dataclasses.asdict(self), "start": list(self.start), "stop": list(self.stop)}
+        return {**self.stored.entry(), "start": list(self.start), "stop": list(self.stop)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Patch:
+    """`stop` (N,): all its rows of each environment lie below."""
+
+    stored: StoredFile
+    stop: tuple[int, ...]
+
+    @staticmethod
+    def parse(entry: Mapping[str, Any]) -> Patch:
+        return Patch(StoredFile.parse(entry), tuple(entry["stop"]))
+
+    def entry(self) -> dict[str, Any]:
+        """The manifest's entry, JSON-able."""
+        return {**self.stored.entry(), "stop": list(self.stop)}
 
 
 class ChunkLog:
-    """The chunks that hold the rows of one buffer. Knows what is on disk already."""
+    """The files that hold one buffer. Knows what is on disk already.
 
-    def __init__(self, fields: Fields, ring: Ring):
+    mutable  Fields that change in place.
+    """
+
+    def __init__(self, fields: Fields, mutable: Sequence[str], ring: Ring):
         self._fields = fields
+        self._mutable = {name: fields[name] for name in sorted(mutable)}
         self._ring = ring
         self._chunks: list[Chunk] = []
+        self._patches: list[Patch] = []
         self._saved = np.zeros(ring.num_envs, np.int64)  # rows below are in chunks, or were overwritten before
+        self._dirty = np.zeros(ring.num_envs * ring.rows, bool)  # by slot: rewritten since the last save
 
-    def save(self, folder: Path, storage: HostStorage) -> list[dict[str, Any]]:
-        """Write the rows that are in no chunk yet. Returns the manifest's entries of all chunks with live rows.
+    def touch(self, slots: np.ndarray) -> None:
+        """The mutable fields of these slots (M,) were rewritten."""
+        self._dirty[slots] = True
 
-        OSError (disk full, say) leaves everything as it was; saving again later continues from there.
+    def save(self, folder: Path, storage: HostStorage) -> dict[str, Any]:
+        """Write what the files do not hold yet. Returns the manifest's entries of all files with live rows.
+
+        OSError (disk full, say) loses nothing: saving again later continues from there.
         """
         folder.mkdir(parents=True, exist_ok=True)
         present = {entry.name for entry in os.scandir(folder)}
         tail = self._ring.tail
         self._chunks = [c for c in self._chunks if (np.array(c.stop) > tail).any()]
-        if not present.issuperset(c.file for c in self._chunks):
+        self._patches = [p for p in self._patches if (np.array(p.stop) > tail).any()]
+        files = [*(c.stored.file for c in self._chunks), *(p.stored.file for p in self._patches)]
+        if not present.issuperset(files):
             # Another folder than last time, or somebody removed files: what is missing cannot be referred to.
-            self._chunks, self._saved = [], np.zeros_like(self._saved)
+            self._chunks, self._patches, self._saved = [], [], np.zeros_like(self._saved)
+        self._patch(folder, storage)
         start = np.maximum(self._saved, tail)
         rows = max(1, CHUNK_BYTES // (bytes_per_step(self._fields) * self._ring.num_envs))
         while (start < self._ring.head).any():
             stop = np.minimum(start + rows, self._ring.head)
             self._chunks.append(self._write(folder, storage, start, stop))
             self._saved = start = stop
-        _sync_folder(folder)
-        _sync_folder(folder.parent)
-        return [chunk.entry() for chunk in self._chunks]
+        sync_folder(folder)
+        sync_folder(folder.parent)
+        return {"chunks": [c.entry() for c in self._chunks], "patches": [p.entry() for p in self._patches]}
 
-    def load(self, folder: Path, storage: HostStorage, chunks: list[Chunk], head: np.ndarray, tail: np.ndarray) -> None:
+    def load(
+        self, folder: Path, storage: HostStorage, entries: Mapping[str, Any], head: np.ndarray, tail: np.ndarray
+    ) -> None:
         """Read rows [tail, head) of each environment, (N,) each, into `storage`; ReplayError if that cannot be."""
+        chunks = [Chunk.parse(c, self._ring.num_envs, bytes_per_step(self._fields)) for c in entries["chunks"]]
+        patches = [Patch.parse(p) for p in entries["patches"]]
         covered = tail
         for chunk in chunks:
             if (np.array(chunk.start) > covered).any():
@@ -100,36 +134,61 @@ class ChunkLog:
         for chunk in chunks:
             if (np.array(chunk.stop) > tail).any():
                 self._read(folder, storage, chunk, tail)
-        self._chunks, self._saved = list(chunks), head.copy()
+        for patch in patches:
+            if (np.array(patch.stop) > tail).any():
+                self._apply(folder, storage, patch, tail)
+        self._chunks, self._patches, self._saved = chunks, patches, head.copy()
+        self._dirty[:] = False
 
     def forget(self) -> None:
         """Nothing of this buffer is on disk."""
-        self._chunks, self._saved = [], np.zeros_like(self._saved)
+        self._chunks, self._patches, self._saved = [], [], np.zeros_like(self._saved)
+        self._dirty[:] = False
 
     def _write(self, folder: Path, storage: HostStorage, start: np.ndarray, stop: np.ndarray) -> Chunk:
-        ring, crc, size = self._ring, 0, 0
-        partial = folder / f"rows-{start.min():012d}-{stop.max():012d}{PARTIAL}"
-        try:
-            with partial.open("wb") as file:
-                for name in sorted(self._fields):
-                    for env in range(ring.num_envs):
-                        low, count = env * ring.rows, int(stop[env] - start[env])
-                        first = low + int(start[env]) % ring.rows
-                        for piece in storage.pieces(name, first, count, low, low + ring.rows):
-                            raw = piece.reshape(-1).view(np.uint8).data
-                            crc, size = zlib.crc32(raw, crc), size + len(raw)
-                            file.write(raw)
-                file.flush()
-                os.fsync(file.fileno())
-            final = partial.with_name(f"{partial.stem}-{crc:08x}{SUFFIX}")
-            os.replace(partial, final)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        return Chunk(final.name, size, crc, tuple(start.tolist()), tuple(stop.tolist()))
+        def pieces() -> Iterator[np.ndarray]:
+            for name in sorted(self._fields):
+                for env in range(self._ring.num_envs):
+                    low, count = env * self._ring.rows, int(stop[env] - start[env])
+                    first = low + int(start[env]) % self._ring.rows
+                    yield from storage.pieces(name, first, count, low, low + self._ring.rows)
+
+        stored = write_file(folder, f"rows-{start.min():012d}-{stop.max():012d}", pieces())
+        return Chunk(stored, tuple(start.tolist()), tuple(stop.tolist()))
+
+    def _patch(self, folder: Path, storage: HostStorage) -> None:
+        """Write patches of what was rewritten; of everything, in place of the earlier ones, if that is less."""
+        step = bytes_per_step(self._mutable) + _ADDRESS_BYTES
+        rows = self._rows_in_chunks(only_dirty=True)
+        alive = int(np.maximum(self._saved - self._ring.tail, 0).sum())
+        earlier = self._patches
+        if sum(p.stored.bytes for p in earlier) + len(rows) * step > alive * step:
+            rows, earlier = self._rows_in_chunks(only_dirty=False), []
+        count = max(1, CHUNK_BYTES // step)
+        starts = range(0, len(rows), count)
+        self._patches = [*earlier, *(self._write_patch(folder, storage, *rows[i : i + count].T) for i in starts)]
+        self._dirty[:] = False  # rows that are in no chunk yet get there with their newest values
+
+    def _rows_in_chunks(self, only_dirty: bool) -> np.ndarray:
+        """(env, row) of live rows that chunks hold, (M, 2) int64."""
+        found = []
+        for env, (tail, saved) in enumerate(zip(self._ring.tail, self._saved, strict=True)):
+            row = np.arange(tail, saved)
+            if only_dirty:
+                row = row[self._dirty[self._ring.slots(env, row)]]
+            found.append(np.stack([np.full_like(row, env), row], 1))
+        return np.concatenate(found)
+
+    def _write_patch(self, folder: Path, storage: HostStorage, env: np.ndarray, row: np.ndarray) -> Patch:
+        slots = self._ring.slots(env, row)
+        values = (storage.take(name, slots) for name in self._mutable)
+        stored = write_file(folder, f"patch-{row.min():012d}-{row.max():012d}", [env.astype(np.int32), row, *values])
+        stop = np.zeros(self._ring.num_envs, np.int64)
+        np.maximum.at(stop, env, row + 1)
+        return Patch(stored, tuple(stop.tolist()))
 
     def _read(self, folder: Path, storage: HostStorage, chunk: Chunk, tail: np.ndarray) -> None:
-        data = _read_checked(folder / chunk.file, chunk)
+        data = read_file(folder, chunk.stored)
         offset = 0
         for name in sorted(self._fields):
             field = self._fields[name]
@@ -141,19 +200,16 @@ class ChunkLog:
                 if len(rows):
                     storage.put(self._ring.slots(env, rows), {name: values[rows[0] - start :]})
 
-
-def prune(folder: Path, manifests: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Remove chunks that none of the `manifests` (of all checkpoints that are kept) refers to, and torn files.
-
-    Not to be called between a `save` and the moment its manifest is among the kept ones. Returns the names removed.
-    """
-    kept = {chunk["file"] for manifest in manifests for chunk in manifest["chunks"]}
-    if not folder.is_dir():
-        return []
-    gone = sorted(p.name for p in folder.iterdir() if p.suffix in (SUFFIX, PARTIAL) and p.name not in kept)
-    for name in gone:
-        (folder / name).unlink()
-    return gone
+    def _apply(self, folder: Path, storage: HostStorage, patch: Patch, tail: np.ndarray) -> None:
+        data = read_file(folder, patch.stored)
+        count = len(data) // (bytes_per_step(self._mutable) + _ADDRESS_BYTES)
+        env, row = data[: 4 * count].view(np.int32), data[4 * count : 12 * count].view(np.int64)
+        live, offset, values = row >= tail[env], 12 * count, {}
+        for name, field in self._mutable.items():
+            size = count * field.nbytes
+            values[name] = data[offset : offset + size].view(field.dtype).reshape(count, *field.shape)[live]
+            offset += size
+        storage.put(self._ring.slots(env[live].astype(np.int64), row[live]), values)
 
 
 def check_fields(expected: Fields, found: Mapping[str, Mapping[str, Any]]) -> None:
@@ -175,31 +231,3 @@ def check_fields(expected: Fields, found: Mapping[str, Mapping[str, Any]]) -> No
 def describe_fields(fields: Fields) -> dict[str, dict[str, Any]]:
     """Shapes and dtypes of `fields`, JSON-able."""
     return {name: {"shape": list(field.shape), "dtype": field.dtype.name} for name, field in sorted(fields.items())}
-
-
-def _read_checked(path: Path, chunk: Chunk) -> np.ndarray:
-    """The file's bytes, uint8, if they are those that were written."""
-    try:
-        data = np.fromfile(path, np.uint8)
-    except OSError as error:
-        raise ReplayError(f"cannot read replay file {path}: {error}; use an older checkpoint") from error
-    if len(data) != chunk.bytes:
-        raise ReplayError(
-            f"replay file {path} is truncated or was changed: expected {chunk.bytes} bytes, got {len(data)};"
-            " use an older checkpoint"
-        )
-    if (crc := zlib.crc32(data.data)) != chunk.crc32:
-        raise ReplayError(
-            f"replay file {path} is corrupted: expected checksum {chunk.crc32:08x}, got {crc:08x};"
-            " use an older checkpoint"
-        )
-    return data
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
