@@ -54,6 +54,9 @@ class RunConfig:
     compute_dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "Dtype of activations; auto: bfloat16 on accelerators, float32 on the CPU"
     )
+    collect: bool = option(
+        True, "false: train on the preloaded data alone; run.agent_steps counts the steps that collecting would take"
+    )
     display: bool = option(True, "Live progress display in a terminal", resume=True)
 
 
@@ -154,6 +157,9 @@ class ReplayConfig:
 
     capacity: int = option(5_000_000, "Steps kept, over all environments", "agent steps", gt=0)
     online: bool = option(True, "Train once on each new stretch of data, ahead of uniform samples")
+    preload: str | None = option(
+        None, "Folder of episode files, or Minari dataset, that a run has in its replay from the start; null: none"
+    )
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -281,6 +287,8 @@ class Config:
                 f"expected run.batch_size ({run.batch_size}) to be a multiple of optimizer.accumulate, "
                 f"got {self.optimizer.accumulate}"
             )
+        if not run.collect and self.replay.preload is None:
+            raise ValueError("expected data to train on with run.collect false: name them with --replay.preload PATH")
         last = behaviour.imagine_last
         if last is not None and not 2 <= last <= run.batch_length:
             raise ValueError(f"expected 2 <= actor_critic.imagine_last <= run.batch_length, got {last}")

@@ -28,7 +28,7 @@ RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 CLOSED = {"envs", "replay"}  # these know only the vocabulary
 VOCABULARY = {"types", "config"}
 SEE_WHOLE_CONFIG = {"agent", "schema", "presets", "runtime", "diagnostics", "cli", "__init__"}
-OPTIONAL = {"dm_control", "mujoco", "crafter", "Box2D", "pygame", "tensorflow", "torch", "moviepy", "minerl"}
+OPTIONAL = {"dm_control", "mujoco", "crafter", "Box2D", "pygame", "tensorflow", "torch", "moviepy", "minerl", "minari"}
 VAGUE = {"utils", "util", "common", "helpers", "helper", "manager", "misc"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -79,6 +79,11 @@ def test_commands_parse(path, tmp_path, monkeypatch):
                     check_task(config.task)
             case ("eval", arguments):
                 cli._eval_parser().parse_args(arguments)
+            case ("collect", arguments):
+                config, _ = cli.collect_config(*cli._collect_parser().parse_known_args(arguments))
+                check_task(config.task)
+            case ("export", arguments):
+                cli._export_parser().parse_args(arguments)
             case ("envs", arguments):
                 assert set(arguments) <= set(SUITES), words
             case None:
@@ -91,7 +96,8 @@ def test_commands_parse(path, tmp_path, monkeypatch):
 @every_document
 def test_options_and_presets_exist(path):
     known = {*options(), "configs", "help", "slow", *FOREIGN_OPTIONS}
-    known |= {name.removeprefix("--") for a in cli._eval_parser()._actions for name in a.option_strings}
+    parsers = (cli._eval_parser(), cli._collect_parser(), cli._export_parser())
+    known |= {name.removeprefix("--") for p in parsers for a in p._actions for name in a.option_strings}
     text = "\n".join([*blocks(path, "sh"), *spans(path)])
     for name in re.findall(r"(?<![\w-])--([a-z][\w.]*)", text):
         assert name in known or name.startswith("env.gym.kwargs."), f"{path.name}: --{name}"

@@ -70,21 +70,23 @@ def make_agent(config: Config, observations: Spaces, actions: Spaces) -> Agent:
         raise ConfigError(str(error)) from error
 
 
-def replay_capacity(config: Config) -> int:
-    """Steps to make room for: never more than the run collects, a little more than one sequence per environment."""
+def replay_capacity(config: Config, preloaded: int = 0) -> int:
+    """Steps to make room for: never more than the run collects or begins with (`preloaded`), a little more than one
+    sequence per environment."""
     envs, length = config.env.num_envs, config.run.batch_length + 1
-    needed = min(config.replay.capacity, config.run.agent_steps + envs)
+    collected = config.run.agent_steps + envs if config.run.collect else 0
+    needed = min(config.replay.capacity, preloaded + collected)
     return max(math.ceil(needed / envs), length + 1) * envs
 
 
-def make_replay(config: Config, agent: Agent) -> Replay:
-    """An empty replay; ConfigError if it cannot fit into this machine's memory."""
+def make_replay(config: Config, agent: Agent, preloaded: int = 0) -> Replay:
+    """An empty replay with room for `preloaded` steps too; ConfigError if it cannot fit into this machine's memory."""
     fields = replay_fields(agent.observations, agent.actions, agent.extras)
     try:
         return Replay(
             fields,
             config.env.num_envs,
-            replay_capacity(config),
+            replay_capacity(config, preloaded),
             config.run.batch_length + 1,
             config.seed,
             online=config.replay.online,

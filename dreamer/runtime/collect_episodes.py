@@ -1,0 +1,75 @@
+"""`dreamer collect`: episodes of a random or a trained policy, as files to train on later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from rich.console import Console
+
+from dreamer.config import Config
+from dreamer.envs import VectorEnv, make_vector_env
+from dreamer.envs.interface import Batch
+from dreamer.replay.episodes import EpisodeCutter
+from dreamer.runtime.acting import load_agent
+from dreamer.runtime.collect import Collector
+from dreamer.runtime.export import new_writer, written
+from dreamer.runtime.setup import check_spaces_as_trained
+from dreamer.types import TRANSITION_FIELDS, visible
+
+#: Names the random stream of `random_steps` among all that are derived from the run's seed.
+RANDOM_STREAM = 0x7A9D0
+
+
+def collect_command(config: Config, out: str, steps: int, policy: str, console: Console | None = None) -> int:
+    """Play `config.env.num_envs` environments for `steps` agent steps in all, and write the episodes into `out`.
+
+    steps   Counted as in training, over all environments, rounded up to a multiple of their number.
+    policy  "random": uniform over the actions; "sample" or "mode": the agent that `config.logdir` holds.
+
+    Episodes that still go on at the end are closed as cut: `is_last`, not terminal. Returns the exit code.
+    ConfigError if `out` holds episodes already; TaskError if the agent was trained with other spaces.
+    """
+    console = console or Console(highlight=False)
+    writer = new_writer(out)
+    envs = make_vector_env(config.task, config.env, config.env.num_envs, config.seed, training=True)
+    try:
+        source = random_steps(envs, config.seed) if policy == "random" else _agent_steps(config, envs, policy)
+        cutter = EpisodeCutter(envs.num_envs)
+        for _ in range(-(-steps // envs.num_envs)):
+            step = next(source)
+            for env in range(envs.num_envs):
+                for episode in cutter.add(env, {key: value[env : env + 1] for key, value in step.items()}):
+                    writer.write(episode)
+        for episode in cutter.rest():
+            writer.write(episode)
+    finally:
+        envs.close()
+    console.print(written(writer), soft_wrap=True)
+    return 0
+
+
+def random_steps(envs: VectorEnv, seed: int) -> Iterator[Batch]:
+    """Transitions (N, ...) with the actions that were taken, uniform over each action space, for ever."""
+    rng = np.random.default_rng([seed, RANDOM_STREAM])
+    keys = (*visible(envs.observation_spaces), *TRANSITION_FIELDS)
+    seen = envs.reset()
+    while True:
+        action = {
+            key: np.stack([space.sample(rng) for _ in range(envs.num_envs)])
+            for key, space in envs.action_spaces.items()
+        }
+        envs.step_async(action)
+        yield {**{key: seen[key] for key in keys}, **action}
+        seen = envs.step_wait()
+
+
+def _agent_steps(config: Config, envs: VectorEnv, policy: str) -> Iterator[Batch]:
+    """The same with the actions of a trained agent."""
+    agent, params, key = load_agent(config)
+    check_spaces_as_trained(agent, envs)
+    collector = Collector(agent, envs, key, "eval", sample=policy == "sample")
+    while True:
+        step = collector.act(params)
+        yield {key: value for key, value in step.items() if key not in agent.extras}
+        collector.wait()
