@@ -122,6 +122,30 @@ class EnvConfig:
     workers: Literal["auto", "inline", "process"] = option(
         "auto", "inline: in the training process; process: one worker each; auto: what the suite prefers"
     )
+    timeout_seconds: float | None = option(
+        600.0,
+        "A worker process that takes longer over one step, or over starting, is ended and made anew; null: wait for "
+        "ever. Environments in the training process cannot be interrupted",
+        "seconds",
+        resume=True,
+        gt=0,
+    )
+    restart_seconds: float = option(
+        1.0,
+        "Wait before a failed environment is made anew; doubles with each failure in an episode, up to a minute",
+        "seconds",
+        resume=True,
+        ge=0,
+    )
+    failure_limit: int | None = option(
+        10,
+        "Most failures of environments within env.failure_minutes; one more stops the run; null: any",
+        resume=True,
+        ge=0,
+    )
+    failure_minutes: float = option(
+        10.0, "Time within which failures of environments are counted", "minutes", resume=True, gt=0
+    )
     repeat: int = option(
         1, "Times each action is taken, for suites without such an option of their own", "steps per agent step", ge=1
     )

@@ -300,7 +300,7 @@ class Broken(Scripted):
         return value * np.nan if self.position == 2 else value
 
 
-def test_an_observation_that_is_not_finite_is_named(tmp_path: Any) -> None:
+def test_an_observation_that_is_not_finite_is_named(tmp_path: Any, unchecked_envs: None) -> None:
     collection = Collection(vector_env(lambda index, seed: Broken(WIN)))
     collection.steps(2)
     with pytest.raises(NonFiniteActionError, match="NaN or infinity in vector$") as caught:

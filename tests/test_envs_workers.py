@@ -36,7 +36,7 @@ WORKERS = ["inline", "process"]
 
 
 def own(make: Any, workers: str, num_envs: int = 2) -> InlineVectorEnv | ProcessVectorEnv:
-    return make_vector_env("own", EnvConfig(workers=workers), num_envs, 0, True, make)
+    return make_vector_env("own", EnvConfig(workers=workers, restart_seconds=0), num_envs, 0, True, make)
 
 
 def step(env: Any, action: int = 0) -> dict[str, np.ndarray]:
@@ -80,13 +80,22 @@ def test_a_crash_names_task_environment_and_cause(workers: str) -> None:
     env.reset()
     step(env)
     step(env)
-    with pytest.raises(EnvError, match="own, environment 1 failed: ZeroDivisionError: the third step") as error:
-        step(env)
-    if workers == "process":
-        assert "fake_envs.py" in str(error.value) and "Traceback" in str(error.value)
-    else:
-        assert isinstance(error.value.__cause__, ZeroDivisionError)
+    assert env.take_faults() == []
+    step(env)
+    (fault,) = env.take_faults()
+    assert (fault.env, fault.kind) == (1, "raised")
+    assert fault.message == "own, environment 1 failed: ZeroDivisionError: the third step"
+    assert "fake_envs.py" in fault.traceback and "Traceback" in fault.traceback
     env.close()
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+def test_closed_environments_say_so(workers: str) -> None:
+    env = own(lambda index, seed: Scripted(SCRIPT), workers)
+    env.reset()
+    env.close()
+    with pytest.raises(EnvError, match="closed"):
+        step(env)
 
 
 @pytest.mark.parametrize("workers", WORKERS)
@@ -153,28 +162,26 @@ def process_env() -> Iterator[ProcessVectorEnv]:
     env.close()
 
 
-def test_a_killed_worker_is_an_error_that_names_it(process_env: ProcessVectorEnv) -> None:
-    pid = process_env._processes[1].pid
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
+def test_a_worker_killed_before_its_first_transition_is_an_error_that_names_it() -> None:
+    env = own(lambda index, seed: Scripted(SCRIPT), "process")
+    os.kill(env._workers[1].pid, signal.SIGKILL)  # type: ignore[union-attr]
     with pytest.raises(EnvError, match=r"own, environment 1: its worker process ended .* exit code -9"):
-        step(process_env)
+        env.reset()
     with pytest.raises(EnvError, match="closed"):
-        step(process_env)
+        env.reset()
 
 
 def test_workers_ignore_ctrl_c_and_sigterm(process_env: ProcessVectorEnv) -> None:
     """Both reach the whole process group; the run's own process decides what then happens."""
-    for process in process_env._processes:
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGINT)
-        os.kill(process.pid, signal.SIGTERM)
+    for worker in process_env._workers.values():
+        os.kill(worker.pid, signal.SIGINT)
+        os.kill(worker.pid, signal.SIGTERM)
     assert step(process_env)["reward"].tolist() == [1, 1]
 
 
 def test_close_ends_all_workers() -> None:
     env = own(lambda index, seed: Scripted(SCRIPT), "process", num_envs=3)
-    pids = [process.pid for process in env._processes]  # type: ignore[union-attr]
+    pids = [worker.pid for worker in env._workers.values()]  # type: ignore[union-attr]
     assert all(psutil.pid_exists(pid) for pid in pids)
     env.step_async({"action": np.zeros(3, np.int32)})  # even with a step under way
     env.close()
@@ -230,7 +237,7 @@ offset = 3
 env = make_vector_env("mine", EnvConfig(workers="process"), 2, 0, True, lambda index, seed: Mine())
 env.reset()
 env.step_async({"action": np.array([0, 1], np.int32)})
-print(env.step_wait()["reward"].tolist(), *[process.pid for process in env._processes], flush=True)
+print(env.step_wait()["reward"].tolist(), *[worker.pid for worker in env._workers.values()], flush=True)
 """
 
 

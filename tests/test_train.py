@@ -253,7 +253,7 @@ def test_own_environment_function(
 
 
 def test_nan_reward_stops_the_run(
-    run_here: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_here: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], unchecked_envs: None
 ) -> None:
     bad: Script = [(0.0, False, False)] * 3 + [(float("nan"), True, False)]
     code = run_here(lambda index, seed: Scripted(*[ROUND] * 5, bad), run__agent_steps=400, run__checkpoint_every=20)
@@ -273,7 +273,7 @@ def test_nan_reward_stops_the_run(
 
 
 def test_nan_observation_stops_the_run(
-    run_here: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run_here: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], unchecked_envs: None
 ) -> None:
     class Blind(Scripted):
         def _observation(self, action: int) -> np.ndarray:
@@ -285,7 +285,7 @@ def test_nan_observation_stops_the_run(
     assert dump.stat().st_size
 
 
-def test_nan_scores_are_never_the_best(run_here: Callable[..., int], tmp_path: Path) -> None:
+def test_nan_scores_are_never_the_best(run_here: Callable[..., int], tmp_path: Path, unchecked_envs: None) -> None:
     """Two evaluations; in the first all rewards are NaN."""
     made = 0
 

@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from dreamer.envs.interface import Batch, Env, EnvError, TaskError, Transition, VectorEnv, batch_fields
+from dreamer.envs.faults import TRIES, Recovery, describe, fault_of, give_up
+from dreamer.envs.interface import Batch, Env, EnvError, Fault, TaskError, Transition, VectorEnv, batch_fields
 from dreamer.envs.wrappers import AutoReset
 from dreamer.types import Spaces
 
-Maker = Callable[[], Env]
+#: attempt -> environment, with a seed of its own for every attempt; 0 is the first.
+Maker = Callable[[int], Env]
 
 
 class InlineVectorEnv:
-    """All environments in this process: best when a step costs less than a message to a worker (about 50 us)."""
+    """All environments in this process: best when a step costs less than a message to a worker (about 50 us).
 
-    def __init__(self, makers: Sequence[Maker], task: str = "environment") -> None:
+    An environment that raises or returns garbage is made anew. One that hangs cannot be interrupted here, and one that
+    ends its process ends this one.
+    """
+
+    def __init__(self, makers: Sequence[Maker], task: str, restart_seconds: float) -> None:
         self.task = task
         self.num_envs = len(makers)
+        self._makers = makers
+        self._recovery = Recovery(self.num_envs, restart_seconds)
         self._runners: list[AutoReset] = []
         self._actions: Mapping[str, np.ndarray] | None = None
+        self._begun = False
         try:
-            for index, maker in enumerate(makers):
-                with named(task, index):
-                    self._runners.append(AutoReset(maker()))
+            for index in range(self.num_envs):
+                self._runners.append(self._make(index))
         except BaseException:
             self.close()
             raise
@@ -35,9 +43,15 @@ class InlineVectorEnv:
         for index, runner in enumerate(self._runners):
             check_same(self, runner.env.observation_spaces, runner.env.action_spaces, index)
 
+    @property
+    def restorable(self) -> bool:
+        return bool(self._runners) and all(runner.restorable for runner in self._runners)
+
     def reset(self) -> Batch:
         self._actions = None
-        return self._collect(lambda runner, index: runner.reset())
+        batch = self._collect(lambda runner, index: runner.reset())
+        self._begun = True
+        return batch
 
     def step_async(self, actions: Mapping[str, np.ndarray]) -> None:
         check_actions(actions, self.action_spaces, self.num_envs)
@@ -50,33 +64,89 @@ class InlineVectorEnv:
         return self._collect(lambda runner, i: runner.step({key: value[i] for key, value in actions.items()}))
 
     def render(self) -> np.ndarray | None:
-        return self._runners[0].env.render()
+        try:
+            return self._runners[0].env.render()
+        except Exception:  # a picture for people is not worth a run
+            return None
+
+    def get_state(self) -> list[bytes]:
+        states = []
+        for index, runner in enumerate(self._runners):
+            try:
+                states.append(runner.get_state(self._recovery.attempts[index]))
+            except Exception as error:
+                raise EnvError(describe(fault_of(self.task, index, error))) from error
+        return states
+
+    def set_state(self, states: list[bytes]) -> None:
+        check_states(states, self.num_envs)
+        self._actions = None
+        for index, (runner, state) in enumerate(zip(self._runners, states, strict=True)):
+            try:
+                self._recovery.attempts[index] = runner.set_state(state)
+            except Exception as error:
+                raise EnvError(describe(fault_of(self.task, index, error))) from error
+        self._begun = True
+
+    def take_faults(self) -> list[Fault]:
+        return self._recovery.take()
 
     def close(self) -> None:
         while self._runners:
-            self._runners.pop().env.close()
+            runner = self._runners.pop()
+            with contextlib.suppress(Exception):
+                runner.env.close()
+
+    def _make(self, index: int) -> AutoReset:
+        try:
+            return AutoReset(self._makers[index](self._recovery.attempts[index]))
+        except TaskError:
+            raise  # speaks for itself
+        except Exception as error:
+            raise EnvError(fault_of(self.task, index, error).message) from error
 
     def _collect(self, advance: Callable[[AutoReset, int], Transition]) -> Batch:
-        """Fresh arrays (N, ...) of what every environment returns."""
+        """Fresh arrays (N, ...) of what every environment returns; those that fail begin anew."""
+        if not self._runners:
+            raise EnvError(f"expected open environments of {self.task}, got closed ones; make new ones")
         fields = batch_fields(self.observation_spaces)
         batch = {key: np.empty((self.num_envs, *shape), dtype) for key, (shape, dtype) in fields.items()}
-        for index, runner in enumerate(self._runners):
-            with named(self.task, index):
-                result = advance(runner, index)
-            for key, array in batch.items():
-                array[index] = result[key]
+        failed = [index for index in range(self.num_envs) if not self._try(index, advance, batch)]
+        if failed:
+            self._begin_anew(failed, batch)
+        self._recovery.finished(batch["is_last"])
         return batch
 
+    def _try(self, index: int, advance: Callable[[AutoReset, int], Transition], batch: Batch) -> bool:
+        """Put the environment's next transition into the batch; False if it failed, and is closed now."""
+        runner = self._runners[index]
+        try:
+            result = advance(runner, index)
+        except Exception as error:
+            fault = fault_of(self.task, index, error)
+            if not self._begun:
+                raise error if isinstance(error, TaskError) else EnvError(fault.message) from error
+            self._recovery.note(fault)
+            with contextlib.suppress(Exception):
+                self._runners[index].env.close()
+            return False
+        for key, array in batch.items():
+            array[index] = result[key]
+        return True
 
-@contextlib.contextmanager
-def named(task: str, index: int) -> Iterator[None]:
-    """Errors of one environment become an EnvError that says whose they are; a TaskError speaks for itself."""
-    try:
-        yield
-    except TaskError:
-        raise
-    except Exception as error:
-        raise EnvError(f"{task}, environment {index} failed: {type(error).__name__}: {error}") from error
+    def _begin_anew(self, failed: list[int], batch: Batch) -> None:
+        def renewed(runner: AutoReset, index: int) -> Transition:
+            self._runners[index] = AutoReset(self._makers[index](self._recovery.attempts[index]))
+            check_same(self, self._runners[index].env.observation_spaces, self.action_spaces, index)
+            return self._runners[index].reset()
+
+        for _ in range(TRIES):
+            self._recovery.pause(failed)
+            failed = [index for index in failed if not self._try(index, renewed, batch)]
+            if not failed:
+                return
+        self.close()
+        raise give_up(self._recovery.last_fault())
 
 
 def check_actions(actions: Mapping[str, np.ndarray], spaces: Spaces, num_envs: int) -> None:
@@ -84,6 +154,13 @@ def check_actions(actions: Mapping[str, np.ndarray], spaces: Spaces, num_envs: i
     expected = {key: (num_envs, *space.shape) for key, space in spaces.items()}
     if shapes != expected:
         raise EnvError(f"expected actions of shapes {expected}, got {shapes}; one row per environment and key")
+
+
+def check_states(states: list[bytes], num_envs: int) -> None:
+    if len(states) != num_envs:
+        raise EnvError(
+            f"expected a state for each of {num_envs} environments, got {len(states)}; make as many as were saved"
+        )
 
 
 def check_same(owner: VectorEnv, observations: Spaces, actions: Spaces, index: int) -> None:

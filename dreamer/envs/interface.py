@@ -41,6 +41,10 @@ class EnvError(RuntimeError):
     """An environment failed while it was running; the message names the task and the environment."""
 
 
+class TransitionError(EnvError):
+    """An environment returned a transition that does not fit its spaces."""
+
+
 @runtime_checkable
 class Env(Protocol):
     """One environment.
@@ -114,9 +118,19 @@ class Fault:
 
 @runtime_checkable
 class VectorEnv(Protocol):
-    """N environments stepped together, resetting by themselves. Returned arrays are fresh: callers may keep them."""
+    """N environments stepped together, resetting by themselves. Returned arrays are fresh: callers may keep them.
+
+    An environment that fails after it has begun is made anew, with a fresh seed. `step_wait` and `reset` then return
+    the first transition of its new episode, and `take_faults` tells what happened; the others notice nothing. EnvError
+    if it fails before its first transition, or cannot be made anew.
+    """
 
     num_envs: int
+
+    @property
+    def restorable(self) -> bool:
+        """Whether all environments can be put back exactly."""
+        ...
 
     @property
     def observation_spaces(self) -> Spaces: ...
@@ -137,7 +151,22 @@ class VectorEnv(Protocol):
         ...
 
     def render(self) -> np.ndarray | None:
-        """Picture of the first environment, uint8 (H, W, 3), or None."""
+        """Picture of the first environment, uint8 (H, W, 3); None if there is none or drawing failed."""
+        ...
+
+    def get_state(self) -> list[bytes]:
+        """One pickle per environment: its state, where it is in its episode, how often it was made anew.
+
+        Only between `step_wait` and `step_async`. EnvError if an environment cannot say.
+        """
+        ...
+
+    def set_state(self, states: list[bytes]) -> None:
+        """Go back to what `get_state` returned; it needs no `reset` before. Unpickles: only states of one's own."""
+        ...
+
+    def take_faults(self) -> list[Fault]:
+        """The failures of environments since the last call, oldest first."""
         ...
 
     def close(self) -> None: ...

@@ -18,7 +18,7 @@ import numpy as np
 
 from dreamer.config import EnvConfig
 from dreamer.envs.inline import check_actions
-from dreamer.envs.interface import Batch, EnvError, TaskError, as_rgb
+from dreamer.envs.interface import Batch, EnvError, Fault, TaskError, as_rgb
 from dreamer.envs.options import chosen
 from dreamer.types import Space, Spaces
 
@@ -32,6 +32,8 @@ class NativeAtariVectorEnv:
     `name` is ALE's id of the ROM; `seeds` has one seed per environment. Raises TaskError for options that ale-py's
     vector environment does not have.
     """
+
+    restorable = False
 
     def __init__(self, name: str, config: EnvConfig, seeds: Sequence[int]) -> None:
         from ale_py.vector_env import AtariVectorEnv
@@ -99,6 +101,16 @@ class NativeAtariVectorEnv:
         """The first environment's latest observation."""
         return None if self._image is None else as_rgb(self._image)
 
+    def get_state(self) -> list[bytes]:
+        raise _no_state()
+
+    def set_state(self, states: list[bytes]) -> None:
+        raise _no_state()
+
+    def take_faults(self) -> list[Fault]:
+        """None: what fails in here fails for good."""
+        return []
+
     def close(self) -> None:
         """Ends the threads, which go with the emulators."""
         if self._env is not None and self._waiting:
@@ -138,6 +150,13 @@ class NativeAtariVectorEnv:
 def make(name: str, config: EnvConfig, seeds: Sequence[int]) -> NativeAtariVectorEnv | None:
     """All environments of a game at once if the configuration asks for it, else None."""
     return NativeAtariVectorEnv(name, config, seeds) if config.atari.native else None
+
+
+def _no_state() -> EnvError:
+    return EnvError(
+        "expected environments that can be put back, got ale-py's own, which cannot; "
+        "pass --env.atari.native false for runs that resume exactly"
+    )
 
 
 def _check_options(env: EnvConfig) -> None:

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import multiprocessing
 import os
 import shutil
-import sys
 import tempfile
-import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import util
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
-from multiprocessing.reduction import send_handle
-from typing import Any
+from typing import Any, BinaryIO
 
 import cloudpickle
 import numpy as np
 
 from dreamer.envs import worker
-from dreamer.envs.inline import Maker, check_actions, check_same
-from dreamer.envs.interface import Batch, EnvError, TaskError
+from dreamer.envs.faults import TRIES, Recovery, fault_of, give_up
+from dreamer.envs.handle import CLOSING, FailedError, Guard, RefusedError, Worker, end_all
+from dreamer.envs.inline import Maker, check_actions, check_same, check_states
+from dreamer.envs.interface import Batch, EnvError, Fault, TaskError
 from dreamer.types import Spaces
 
 
@@ -31,36 +27,43 @@ class ProcessVectorEnv:
 
     Workers are made by a clean server process, never by forking this one (which deadlocks with JAX), and import neither
     JAX nor the user's main script. They end when this object is closed or collected, and when this process dies.
+    One that dies, hangs, raises or returns garbage is replaced by a new one.
     """
 
-    def __init__(self, makers: Sequence[Maker], task: str = "environment") -> None:
+    def __init__(
+        self, makers: Sequence[Maker], task: str, restart_seconds: float, timeout_seconds: float | None
+    ) -> None:
         self.task = task
         self.num_envs = len(makers)
-        self._conns: list[Connection] = []
-        self._processes: list[BaseProcess] = []
+        self._timeout = timeout_seconds
+        self._recovery = Recovery(self.num_envs, restart_seconds)
+        self._pickled = [_pickled(maker, task) for maker in makers]
+        #: The workers that live, by environment; one that failed is missing until it is made anew.
+        self._workers: dict[int, Worker] = {}
+        self._cleanup = contextlib.ExitStack()
         # Runs at garbage collection and, before multiprocessing joins its children, at exit.
-        self._finalizer = util.Finalize(self, _shut_down, (self._conns, self._processes), exitpriority=10)
-        self._waiting = False
+        self._finalizer = util.Finalize(self, _shut_down, (self._workers, self._cleanup), exitpriority=10)
+        self._waiting = self._begun = self._open = False
         try:
-            self._start(makers)
-            spaces = [self._receive(index) for index in range(self.num_envs)]
-            self.observation_spaces: Spaces = spaces[0][0]
-            self.action_spaces: Spaces = spaces[0][1]
-            for index, (observations, actions) in enumerate(spaces):
-                check_same(self, observations, actions, index)
-            transitions, actions = worker.block_fields(self.observation_spaces, self.action_spaces)
-            views = self._share({**transitions, **actions})
+            self._start()
+        except FailedError as failed:
+            self.close()
+            raise failed.error from None
         except BaseException:
             self.close()
             raise
-        self._results = {key: views[key] for key in transitions}
-        self._inputs = {key: views[key] for key in actions}
+
+    @property
+    def restorable(self) -> bool:
+        return not self._missing() and all(one.restorable for one in self._workers.values())
 
     def reset(self) -> Batch:
         if self._waiting:
             self.step_wait()
         self._send(b"reset")
-        return self._collect()
+        batch = self._collect()
+        self._begun = True
+        return batch
 
     def step_async(self, actions: Mapping[str, np.ndarray]) -> None:
         if self._waiting:
@@ -78,116 +81,182 @@ class ProcessVectorEnv:
         return self._collect()
 
     def render(self) -> np.ndarray | None:
-        if self._waiting:
-            raise EnvError("expected render between step_wait and step_async, got it while a step is under way")
-        self._send(b"render", first_only=True)
-        return self._receive(0)
+        self._between_steps("render")
+        first = self._workers.get(0)
+        if first is None:
+            return None
+        first.send(b"render")
+        try:
+            return first.receive()
+        except RefusedError:  # a picture for people is not worth a run
+            return None
+        except FailedError as failed:
+            self._drop(0, failed.fault)
+            return None
+
+    def get_state(self) -> list[bytes]:
+        return self._exchange("get_state", b"save")
+
+    def set_state(self, states: list[bytes]) -> None:
+        check_states(states, self.num_envs)
+        self._recovery.attempts = self._exchange("set_state", b"restore", states)
+        self._begun = True
+
+    def take_faults(self) -> list[Fault]:
+        return self._recovery.take()
 
     def close(self) -> None:
+        self._open = False
         self._finalizer()
 
-    def _start(self, makers: Sequence[Maker]) -> None:
-        context = _context()
-        for index, maker in enumerate(makers):
-            try:
-                pickled = cloudpickle.dumps(maker)
-            except Exception as error:  # pickling runs the user's own code
-                raise TaskError(
-                    f"could not send the environment function of {self.task} to a worker process ({error}); let it "
-                    "capture only what can be pickled, or run environments in this process: --env.workers inline"
-                ) from error
-            ours, theirs = context.Pipe()
-            args = (theirs, pickled, index, self.num_envs, dict(os.environ))
-            process = context.Process(target=worker.run, args=args, name=f"{self.task}-{index}")
-            self._conns.append(ours)
-            with _no_main_module():
-                process.start()
-            theirs.close()
-            self._processes.append(process)
-
-    def _share(self, fields: worker.Fields) -> dict[str, np.ndarray]:
-        """Give every worker the same nameless block of memory: nothing remains of it, however processes end."""
+    def _start(self) -> None:
+        self._guard = Guard()
+        self._cleanup.callback(self._guard.end)
+        every = range(self.num_envs)
+        for index in every:
+            self._launch(index)
+        spaces = [self._workers[index].hello() for index in every]
+        self.observation_spaces: Spaces = spaces[0][0]
+        self.action_spaces: Spaces = spaces[0][1]
+        for index, (observations, actions) in enumerate(spaces):
+            check_same(self, observations, actions, index)
+        seen, done = worker.block_fields(self.observation_spaces, self.action_spaces)
+        fields = {**seen, **done}
         size = worker.block_size(fields, self.num_envs)
-        with tempfile.TemporaryFile(dir=_memory_folder(size)) as file:
-            file.truncate(size)
-            for conn, process in zip(self._conns, self._processes, strict=True):
-                conn.send_bytes(b"block")
-                send_handle(conn, file.fileno(), process.pid)
-            block = mmap.mmap(file.fileno(), 0)
-        return worker.block_views(block, fields, self.num_envs)
+        self._block = self._cleanup.enter_context(_nameless_file(size))
+        views = worker.block_views(mmap.mmap(self._block.fileno(), 0), fields, self.num_envs)
+        self._results = {key: views[key] for key in seen}
+        self._inputs = {key: views[key] for key in done}
+        for index in every:
+            self._workers[index].share(self._block.fileno())
+        self._open = True
 
-    def _send(self, message: bytes, first_only: bool = False) -> None:
-        if not self._conns:
+    def _launch(self, index: int) -> None:
+        name = f"{self.task}, environment {index}"
+        attempt = self._recovery.attempts[index]
+        self._workers[index] = Worker(name, index, self._pickled[index], attempt, self.num_envs, self._timeout)
+        self._guard.watch(self._workers.values())
+
+    def _send(self, message: bytes) -> None:
+        if not self._open:
             raise EnvError(f"expected open environments of {self.task}, got closed ones; make new ones")
-        for conn in self._conns[:1] if first_only else self._conns:
-            with contextlib.suppress(ConnectionError):  # a dead worker is reported when its answer is missing
-                conn.send_bytes(message)
+        for one in self._workers.values():
+            one.send(message)
 
     def _collect(self) -> Batch:
-        for index in range(self.num_envs):
+        """What every environment has put into the shared memory; those that fail begin anew."""
+        for index in list(self._workers):
             self._receive(index)
-        return {key: view.copy() for key, view in self._results.items()}
+        if len(self._workers) < self.num_envs:
+            self._begin_anew()
+        batch = {key: view.copy() for key, view in self._results.items()}
+        self._recovery.finished(batch["is_last"])
+        return batch
 
     def _receive(self, index: int) -> Any:
-        """The answer of one worker. EnvError, naming the environment, if it failed or died."""
+        """The answer of one worker; one that failed is ended and, before a first reset, raises."""
         try:
-            status, *payload = self._conns[index].recv()
-        except (EOFError, ConnectionError):
-            process = self._processes[index]
-            process.join(timeout=1)
-            code = process.exitcode
-            self.close()
-            raise EnvError(
-                f"{self.task}, environment {index}: its worker process ended unexpectedly with exit code "
-                f"{code} (negative: killed by that signal; -9 often means out of memory)"
-            ) from None
-        if status == "ok":
-            return payload[0]
+            return self._workers[index].receive()
+        except FailedError as failed:
+            if not self._begun:
+                self.close()
+                raise failed.error from None
+            self._drop(index, failed.fault)
+            return None
+
+    def _drop(self, index: int, fault: Fault) -> None:
+        """End a worker that failed."""
+        self._recovery.note(fault)
+        if index in self._workers:
+            # One that raised is closing its environment.
+            self._workers.pop(index).end(CLOSING if fault.kind in ("raised", "garbage") else 0.0)
+            self._guard.watch(self._workers.values())
+
+    def _begin_anew(self) -> None:
+        """New workers for the missing ones, up to their first transition, all at once."""
+        missing = self._missing()
+        for _ in range(TRIES):
+            self._recovery.pause(missing)
+            new = missing
+            for stage in (self._launch, self._introduce, lambda index: self._workers[index].receive()):
+                new = [index for index in new if self._survives(stage, index)]
+            missing = self._missing()
+            if not missing:
+                return
         self.close()
-        message, trace = payload
-        if status == "task":
-            raise TaskError(message.partition(": ")[2])
-        raise EnvError(f"{self.task}, environment {index} failed: {message}\nTraceback of its worker process:\n{trace}")
+        raise give_up(self._recovery.last_fault())
+
+    def _survives(self, stage: Callable[[int], object], index: int) -> bool:
+        try:
+            stage(index)
+        except FailedError as failed:
+            self._drop(index, failed.fault)
+            return False
+        return True
+
+    def _introduce(self, index: int) -> None:
+        """Hear the spaces of a new worker, and send it into its first episode."""
+        new = self._workers[index]
+        try:
+            check_same(self, *new.hello(), index)
+        except TaskError as error:
+            raise FailedError(fault_of(self.task, index, error), error) from error
+        new.share(self._block.fileno())
+        new.send(b"reset")
+
+    def _exchange(self, what: str, message: bytes, payloads: Sequence[bytes] = ()) -> list[Any]:
+        """Ask every worker the same between two steps. EnvError, after all have answered, if one could not."""
+        self._between_steps(what)
+        missing = self._missing()
+        if missing:
+            raise EnvError(f"expected {what} while all environments live, got it after {missing} failed; step first")
+        self._send(message)
+        for index, payload in enumerate(payloads):
+            self._workers[index].send(payload)
+        answers, error = [], None
+        for index in range(self.num_envs):
+            try:
+                answers.append(self._workers[index].receive())
+            except RefusedError as refused:
+                error = EnvError(str(refused))
+            except FailedError as failed:
+                self._drop(index, failed.fault)
+                error = EnvError(str(failed.error))
+        if error is not None:
+            raise error
+        return answers
+
+    def _missing(self) -> list[int]:
+        return [index for index in range(self.num_envs) if index not in self._workers]
+
+    def _between_steps(self, what: str) -> None:
+        if self._waiting:
+            raise EnvError(f"expected {what} between step_wait and step_async, got it while a step is under way")
+        if not self._open:
+            raise EnvError(f"expected open environments of {self.task}, got closed ones; make new ones")
 
 
-def _shut_down(conns: list[Connection], processes: list[BaseProcess]) -> None:
-    """Ask workers to close, wait a little, then end the ones that do not answer. Empties both lists."""
-    for conn in conns:
-        with contextlib.suppress(OSError):
-            conn.send_bytes(b"close")
-        conn.close()
-    for process in processes:
-        process.join(timeout=5)
-        if process.is_alive():
-            process.kill()
-            process.join()
-        process.close()
-    conns.clear()
-    processes.clear()
+def _pickled(maker: Maker, task: str) -> bytes:
+    try:
+        return cloudpickle.dumps(maker)
+    except Exception as error:  # pickling runs the user's own code
+        raise TaskError(
+            f"could not send the environment function of {task} to a worker process ({error}); let it capture only "
+            "what can be pickled, or run environments in this process: --env.workers inline"
+        ) from error
 
 
-def _context() -> Any:
-    """forkserver where there is one (workers start in milliseconds from a warm server), else spawn."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dreamer.envs"])
-    return context
+def _shut_down(workers: dict[int, Worker], cleanup: contextlib.ExitStack) -> None:
+    end_all(workers)
+    cleanup.close()
 
 
 @contextlib.contextmanager
-def _no_main_module() -> Iterator[None]:
-    """Keep multiprocessing from importing the main script in workers.
-
-    It would cost every worker the imports of that script (JAX among them) and start a script without a
-    ``__name__ == "__main__"`` guard again. Functions of the script reach workers by value (cloudpickle).
-    """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+def _nameless_file(size: int) -> Iterator[BinaryIO]:
+    """A file in memory if possible, of which nothing remains however processes end."""
+    with tempfile.TemporaryFile(dir=_memory_folder(size)) as file:
+        file.truncate(size)
+        yield file
 
 
 def _memory_folder(size: int) -> str | None:

@@ -23,10 +23,14 @@ STREAMS = {"training": 0, "evaluation": 1}
 MakeEnv = Callable[[int, int], "gymnasium.Env | Env"]
 
 
-def env_seed(seed: int, training: bool, index: int) -> int:
-    """Seed of environment `index` of a run: below 2**32, different in training and evaluation."""
+def env_seed(seed: int, training: bool, index: int, attempt: int = 0) -> int:
+    """Seed of environment `index` of a run: below 2**32, different in training and evaluation.
+
+    attempt  How often the environment was made anew; each time with another seed, or it would fail alike again.
+    """
     stream = STREAMS["training" if training else "evaluation"]
-    return int(np.random.SeedSequence([seed, stream, index]).generate_state(1)[0])
+    entropy = [seed, stream, index, attempt] if attempt else [seed, stream, index]
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
 def make_vector_env(
@@ -38,28 +42,39 @@ def make_vector_env(
     runs everything else, a user's own function included, in this process. A suite that makes all environments at once
     decides that itself.
     """
-    seeds = [env_seed(seed, training, index) for index in range(num_envs)]
+    seeds = [functools.partial(env_seed, seed, training, index) for index in range(num_envs)]
     makers: list[Maker]
     if make is None:
         check_task(task)
         suite, name = split_task(task)
-        together = suite.vector(name, config, seeds)
+        together = suite.vector(name, config, [one() for one in seeds])
         if together is not None:
             return together
-        makers = [functools.partial(make_env, task, config, one) for one in seeds]
+        makers = [functools.partial(_of_task, task, config, one) for one in seeds]
         slow = suite.process(config)
     else:
-        makers = [functools.partial(adopt, make, config, index, one) for index, one in enumerate(seeds)]
+        makers = [functools.partial(_of_user, make, config, index, one) for index, one in enumerate(seeds)]
         slow = False
     where = config.workers if config.workers != "auto" else "process" if slow and num_envs > 1 else "inline"
-    return ProcessVectorEnv(makers, task) if where == "process" else InlineVectorEnv(makers, task)
+    if where == "process":
+        return ProcessVectorEnv(makers, task, config.restart_seconds, config.timeout_seconds)
+    return InlineVectorEnv(makers, task, config.restart_seconds)
+
+
+def _of_task(task: str, config: EnvConfig, seed: Callable[[int], int], attempt: int) -> Env:
+    return make_env(task, config, seed(attempt))
+
+
+def _of_user(make: MakeEnv, config: EnvConfig, index: int, seed: Callable[[int], int], attempt: int) -> Env:
+    return adopt(make, config, index, seed(attempt))
 
 
 def adopt(make: MakeEnv, config: EnvConfig, index: int, seed: int) -> Env:
     """A user's environment behind our interface."""
     made = make(index, seed)
     gymnasium_made = isinstance(made, gymnasium.Env)
-    env = GymEnv(made, config.gym, seed) if isinstance(made, gymnasium.Env) else made
+    again = functools.partial(make, index, seed)
+    env = GymEnv(made, config.gym, seed, again) if isinstance(made, gymnasium.Env) else made
     if not isinstance(env, Env):
         raise TaskError(
             "expected make_env(index, seed) to return a gymnasium.Env or an object with observation_spaces, "

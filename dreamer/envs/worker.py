@@ -2,27 +2,55 @@
 
 The pipe carries one short message each way per step; observations and actions lie in the shared block. This module
 imports nothing heavy, because every worker starts with it.
+
+An answer is one byte, then a pickle if there is something to say::
+
+    DONE     as asked; the payload, or nothing for None
+    REFUSED  could not, and goes on: an Excuse
+    FAILED   could not, and ends: an Excuse
 """
 
 from __future__ import annotations
 
+import contextlib
+import faulthandler
 import mmap
 import os
+import pickle
 import signal
 import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
+from typing import Any, Literal, NamedTuple
 
 import cloudpickle
 import numpy as np
 
-from dreamer.envs.interface import Env, TaskError, batch_fields
+from dreamer.envs.interface import Env, TaskError, TransitionError, batch_fields
 from dreamer.envs.wrappers import AutoReset
 from dreamer.types import Spaces
 
 Fields = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 ALIGNMENT = 64  # bytes; a cache line, so that neighbours do not slow each other
+DONE, REFUSED, FAILED = b"d", b"r", b"f"
+#: Makes a worker write down where it is, whatever it is doing.
+WHERE_SIGNAL = signal.SIGUSR1
+
+
+ExcuseKind = Literal["raised", "garbage", "task"]
+
+
+class Excuse(NamedTuple):
+    """An exception as it travels. kind: raised, garbage, or task for a TaskError."""
+
+    kind: ExcuseKind
+    message: str
+    traceback: str
+
+
+class _ParentGoneError(Exception):
+    """Nobody is left to work for."""
 
 
 def block_fields(observations: Spaces, actions: Spaces) -> tuple[Fields, Fields]:
@@ -49,53 +77,108 @@ def _bytes(shape: tuple[int, ...], dtype: np.dtype, num_envs: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def run(conn: Connection, maker: bytes, index: int, num_envs: int, environ: dict[str, str]) -> None:
+def run(
+    conn: Connection,
+    trace: Connection,
+    maker: bytes,
+    attempt: int,
+    index: int,
+    num_envs: int,
+    environ: dict[str, str],
+) -> None:
     """Serve one environment until told to close or until the parent is gone.
 
-    maker    Cloudpickled () -> Env.
+    trace    Takes the traceback of a worker that hangs or crashes.
+    maker    Cloudpickled attempt -> Env.
     environ  The parent's environment variables now; the server that this process comes from may be older.
     """
     os.environ.update(environ)
-    # Ctrl-C and SIGTERM reach the whole process group: the parent decides when its environments end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    own_group()
+    os.set_blocking(trace.fileno(), False)  # a long traceback that nobody reads must not stop anything
+    faulthandler.enable(trace.fileno())
+    faulthandler.register(WHERE_SIGNAL, trace.fileno())
+    env = None
     try:
-        _serve(conn, cloudpickle.loads(maker), index, num_envs)
-    except (EOFError, ConnectionError):
-        return  # the parent is gone: so is this worker's purpose
-    except Exception as error:
-        kind = "task" if isinstance(error, TaskError) else "error"
-        _tell(conn, (kind, f"{type(error).__name__}: {error}", traceback.format_exc()))
+        env = cloudpickle.loads(maker)(attempt)
+        _serve(conn, env, attempt, index, num_envs)
+    except _ParentGoneError:
+        pass
+    except BaseException as error:  # SystemExit as well: an environment does not end its worker unnoticed
+        with contextlib.suppress(_ParentGoneError):
+            _say(conn, FAILED, _excuse(error))
     finally:
+        if env is not None:
+            with contextlib.suppress(Exception):
+                env.close()
         conn.close()
 
 
-def _serve(conn: Connection, make: Callable[[], Env], index: int, num_envs: int) -> None:
-    env = make()
-    try:
-        conn.send(("ok", (dict(env.observation_spaces), dict(env.action_spaces))))
-        conn.recv_bytes()  # b"block": every environment was made
-        block = mmap.mmap(recv_handle(conn), 0)
-        transitions, actions = block_fields(env.observation_spaces, env.action_spaces)
-        views = block_views(block, {**transitions, **actions}, num_envs)
-        results = {key: views[key][index : index + 1] for key in transitions}
-        inputs = {key: views[key][index : index + 1] for key in actions}
-        runner = AutoReset(env)
-        while (message := conn.recv_bytes()) != b"close":
-            if message == b"render":
-                conn.send(("ok", env.render()))
-                continue
-            action = {key: np.array(slot[0]) for key, slot in inputs.items()}
-            result = runner.reset() if message == b"reset" else runner.step(action)
-            for key, slot in results.items():
-                slot[0] = result[key]
-            conn.send(("ok", None))
-    finally:
-        env.close()
+def own_group() -> None:
+    """Leave the parent's process group, so that what the environment starts can be ended together with it.
+
+    Ctrl-C and SIGTERM often reach whole trees of processes: the parent decides when its environments end.
+    """
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _tell(conn: Connection, message: tuple[str, str, str]) -> None:
+def _serve(conn: Connection, env: Env, attempt: int, index: int, num_envs: int) -> None:
+    runner = AutoReset(env)
+    _say(conn, DONE, (dict(env.observation_spaces), dict(env.action_spaces), runner.restorable))
+    _hear(conn)  # b"block": every environment was made
+    block = mmap.mmap(recv_handle(conn), 0)
+    transitions, actions = block_fields(env.observation_spaces, env.action_spaces)
+    views = block_views(block, {**transitions, **actions}, num_envs)
+    results = [(key, views[key][index : index + 1]) for key in transitions]
+    inputs = [(key, views[key][index : index + 1]) for key in actions]
+
+    def step() -> None:
+        publish(runner.step({key: np.array(slot[0]) for key, slot in inputs}))
+
+    def publish(result: Mapping[str, Any]) -> None:
+        for key, slot in results:
+            slot[0] = result[key]
+
+    asked: Mapping[bytes, Callable[[], Any]] = {
+        b"step": step,
+        b"reset": lambda: publish(runner.reset()),
+        b"render": lambda: _attempt(env.render),
+        b"save": lambda: _attempt(lambda: runner.get_state(attempt)),
+        b"restore": lambda: _attempt(lambda: runner.set_state(conn.recv_bytes())),
+    }
+    while (message := _hear(conn)) != b"close":
+        answer = asked[message]()
+        if isinstance(answer, Excuse):
+            _say(conn, REFUSED, answer)
+        else:
+            _say(conn, DONE, answer)
+
+
+def _attempt(function: Callable[[], Any]) -> Any:
+    """What the function returns, or the excuse for its exception."""
     try:
-        conn.send(message)
-    except OSError:
-        return  # nobody is left to hear it
+        return function()
+    except Exception as error:
+        return _excuse(error)
+
+
+def _excuse(error: BaseException) -> Excuse:
+    kinds: Mapping[type, ExcuseKind] = {TaskError: "task", TransitionError: "garbage"}
+    kind: ExcuseKind = next((kind for base, kind in kinds.items() if isinstance(error, base)), "raised")
+    message = str(error) if kind == "task" else f"{type(error).__name__}: {error}"
+    return Excuse(kind, message, "".join(traceback.format_exception(error)))
+
+
+def _hear(conn: Connection) -> bytes:
+    try:
+        return conn.recv_bytes()
+    except (EOFError, OSError) as error:
+        raise _ParentGoneError from error
+
+
+def _say(conn: Connection, status: bytes, payload: Any) -> None:
+    try:
+        conn.send_bytes(status if payload is None else status + pickle.dumps(payload))
+    except OSError as error:
+        raise _ParentGoneError from error

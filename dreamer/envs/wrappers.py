@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from typing import Any, cast
 
+import cloudpickle
 import numpy as np
 
-from dreamer.envs.interface import Env, EnvError, Restorable, Transition, batch_fields, restorable
+from dreamer.envs.checks import TransitionCheck
+from dreamer.envs.interface import Env, EnvError, Restorable, Transition, restorable
 
 
 class TimeLimit:
@@ -50,39 +53,43 @@ class TimeLimit:
 
 
 class AutoReset:
-    """Resets by itself on the step after the last one, and checks the first transition against the spaces."""
+    """Resets by itself on the step after the last one, and checks every transition: TransitionError for garbage."""
 
     def __init__(self, env: Env) -> None:
         self.env = env
         self.over = True
-        self.checked = False
+        self._check = TransitionCheck(env.observation_spaces)
 
     def reset(self) -> Transition:
-        result = self.env.reset()
-        if not self.checked:
-            _check(result, batch_fields(self.env.observation_spaces))
-            self.checked = True
-        self.over = bool(result["is_last"])
-        return result
+        return self._checked(self.env.reset(), first=True)
 
     def step(self, action: Mapping[str, np.ndarray]) -> Transition:
-        if self.over:
-            return self.reset()
-        result = self.env.step(action)
+        return self.reset() if self.over else self._checked(self.env.step(action), first=False)
+
+    @property
+    def restorable(self) -> bool:
+        return restorable(self.env)
+
+    def get_state(self, attempt: int) -> bytes:
+        """A pickle of the environment's state, of where it is in its episode, and of `attempt`.
+
+        EnvError if it cannot be put back.
+        """
+        if not self.restorable:
+            raise EnvError(
+                f"expected an environment that can be put back, got a {type(self.env).__name__} that cannot; "
+                "ask `restorable` first"
+            )
+        # By value where pickle would go by name: the environment may come from the main script, which workers lack.
+        return cloudpickle.dumps((attempt, self.over, cast(Restorable, self.env).get_state()))
+
+    def set_state(self, pickled: bytes) -> int:
+        """Go back to what `get_state` gave; returns its `attempt`."""
+        attempt, self.over, state = pickle.loads(pickled)
+        cast(Restorable, self.env).set_state(state)
+        return attempt
+
+    def _checked(self, result: Transition, first: bool) -> Transition:
+        self._check(result, first)
         self.over = bool(result["is_last"])
         return result
-
-
-def _check(result: Transition, fields: Mapping[str, tuple[tuple[int, ...], np.dtype]]) -> None:
-    if set(result) != set(fields):
-        raise EnvError(
-            f"expected the transition keys {sorted(fields)}, got {sorted(result)}; "
-            "correct the environment's observation_spaces or its transitions"
-        )
-    for key, (shape, dtype) in fields.items():
-        value = np.asarray(result[key])
-        if value.shape != shape or value.dtype != dtype:
-            raise EnvError(
-                f"expected {key!r} of shape {shape} and dtype {dtype}, got {value.shape} and {value.dtype}; "
-                "correct the environment's observation_spaces or its transitions"
-            )

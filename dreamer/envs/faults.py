@@ -1,0 +1,93 @@
+"""Environments that fail while a run goes on: how long to wait before they are made anew, and when to give up."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import numpy as np
+
+from dreamer.config import EnvConfig
+from dreamer.envs.interface import EnvError, Fault, TransitionError
+
+#: Attempts at making an environment anew, within one step, before the step itself fails.
+TRIES = 10
+#: The longest wait before an attempt, in seconds.
+LONGEST_WAIT = 60.0
+
+
+class FaultBudget:
+    """The failures that a run puts up with: `failure_limit` within `failure_minutes`. `clock` gives seconds."""
+
+    def __init__(self, config: EnvConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit = config.failure_limit
+        self._minutes = config.failure_minutes
+        self._clock = clock
+        self._times: deque[float] = deque()
+
+    def add(self, fault: Fault) -> None:
+        """Count a failure. EnvError, naming it, if they are now too many."""
+        now = self._clock()
+        self._times.append(now)
+        while self._times[0] < now - 60 * self._minutes:
+            self._times.popleft()
+        if self._limit is not None and len(self._times) > self._limit:
+            raise EnvError(
+                f"expected at most {self._limit} failures of environments within {self._minutes:g} minutes, got "
+                f"{len(self._times)}; repair the environment, or raise env.failure_limit (null: no limit). "
+                f"The last one: {describe(fault)}"
+            )
+
+
+class Recovery:
+    """What a `VectorEnv` remembers of its environments' failures.
+
+    attempts  Per environment, how often it was made anew.
+    """
+
+    def __init__(self, num_envs: int, restart_seconds: float) -> None:
+        self.attempts = [0] * num_envs
+        self._first_wait = restart_seconds
+        self._in_a_row = np.zeros(num_envs, int)  # failures since the last finished episode
+        self._faults: list[Fault] = []
+
+    def note(self, fault: Fault) -> None:
+        self.attempts[fault.env] += 1
+        self._in_a_row[fault.env] += 1
+        self._faults.append(fault)
+
+    def pause(self, envs: Iterable[int]) -> None:
+        """Wait as long as the least lucky of these environments asks for."""
+        failures = max(int(self._in_a_row[env]) for env in envs)
+        time.sleep(min(LONGEST_WAIT, self._first_wait * 2.0 ** min(failures - 1, 30)))
+
+    def finished(self, is_last: np.ndarray) -> None:
+        """Environments (N,) bool that finished an episode wait no longer than at first again."""
+        self._in_a_row[is_last] = 0
+
+    def last_fault(self) -> Fault:
+        return self._faults[-1]
+
+    def take(self) -> list[Fault]:
+        """The failures since the last call."""
+        faults, self._faults = self._faults, []
+        return faults
+
+
+def fault_of(task: str, env: int, error: BaseException) -> Fault:
+    """The failure that an exception of an environment means; call it where the exception is handled."""
+    kind: Literal["garbage", "raised"] = "garbage" if isinstance(error, TransitionError) else "raised"
+    message = f"{task}, environment {env} failed: {type(error).__name__}: {error}"
+    return Fault(env, kind, message, "".join(traceback.format_exception(error)))
+
+
+def describe(fault: Fault) -> str:
+    """Message and traceback for people."""
+    return f"{fault.message}\nTraceback:\n{fault.traceback}" if fault.traceback else fault.message
+
+
+def give_up(fault: Fault) -> EnvError:
+    return EnvError(f"expected an environment that can be made anew, got {TRIES} failures in a row: {describe(fault)}")
