@@ -176,11 +176,30 @@ class EnvConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class SelectionConfig:
+    """Which sequences are trained on, behind the online queue: a mixture by fractions of any sum."""
+
+    uniform: float = option(1.0, "Fraction drawn uniformly", ge=0)
+    prioritised: float = option(0.0, "Fraction drawn by priority: the model's loss when last trained on", ge=0)
+    recency: float = option(0.0, "Fraction drawn by age, the newest most often", ge=0)
+    priority_exponent: float = option(0.8, "Chance in proportion to the priority to this power", ge=0)
+    priority_zero_on_sample: bool = option(False, "Priority 0 from being drawn until the loss is known")
+    recency_half_life: float = option(100_000.0, "Age at which a sequence is half as likely", "agent steps", gt=0)
+
+    @pydantic.model_validator(mode="after")
+    def _something(self) -> SelectionConfig:
+        if not (self.uniform or self.prioritised or self.recency):
+            raise ValueError("expected a fraction above 0 of uniform, prioritised or recency, got 0 of each")
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT)
 class ReplayConfig:
     """The replay buffer."""
 
     capacity: int = option(5_000_000, "Steps kept, over all environments", "agent steps", gt=0)
-    online: bool = option(True, "Train once on each new stretch of data, ahead of uniform samples")
+    online: bool = option(True, "Train once on each new stretch of data, ahead of other sequences")
+    selection: SelectionConfig = option(SelectionConfig, "Which sequences are drawn behind the online queue")
     preload: str | None = option(
         None, "Folder of episode files, or Minari dataset, that a run has in its replay from the start; null: none"
     )

@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from dreamer.config import SelectionConfig
 from dreamer.replay.errors import ReplayError
+from dreamer.replay.files import StoredFile, read_file, write_file
 from dreamer.replay.persistence import ChunkLog, check_fields, describe_fields
 from dreamer.replay.ring import Ring
 from dreamer.replay.selection import Selection, Selector
@@ -37,9 +39,10 @@ class Replay:
     capacity      Steps kept over all environments; each keeps capacity // N.
     length        1 + T, the context step and the trained ones.
     seed          The run's seed; selection derives its own random stream from it.
-    online        Serve each new stretch of data once, ahead of uniform samples.
+    online        Serve each new stretch of data once, ahead of other sequences.
     latent_keys   Fields that `write` may change.
     online_limit  Most stretches that wait in the online queue; None: 256, or four per environment if that is more.
+    selection     The mixture that is drawn from behind the online queue; None: uniform.
 
     ReplayError if the capacity is too small for one sequence or too large for this machine's memory.
     """
@@ -54,6 +57,7 @@ class Replay:
         online: bool = True,
         latent_keys: Sequence[str] = ("deter", "stoch"),
         online_limit: int | None = None,
+        selection: SelectionConfig | None = None,
     ):
         rows = capacity // num_envs
         if length < 2:
@@ -73,7 +77,7 @@ class Replay:
         self._ring = Ring(num_envs, rows)
         self._storage = HostStorage(self.fields, num_envs * rows)
         limit = max(256, 4 * num_envs) if online_limit is None else online_limit
-        self._selector = Selector(self._ring, length, seed, limit if online else None)
+        self._selector = Selector(self._ring, length, seed, limit if online else None, selection or SelectionConfig())
         self._log = ChunkLog(self.fields, self.latent_keys, self._ring)
         self._marks: set[tuple[int, int]] = set()  # (env, row) of stored steps that were made last ones
         self._counters = dict.fromkeys(_COUNTERS, 0)
@@ -126,11 +130,11 @@ class Replay:
             self._check_value(name, value, (len(ids),))
         self._storage.put(self._ring.slots(ids, self._ring.head[ids]), values)
         self._ring.head[ids] += 1
-        self._selector.update()
+        self._selector.update(ids)
         self._counters["inserts"] += len(ids)
 
     def select(self, batch: int) -> Selection:
-        """Positions of `batch` sequences (B), from the online queue first, then uniform over all starts.
+        """Positions of `batch` sequences (B), from the online queue first, then from the mixture.
 
         ReplayError if no environment holds a whole sequence yet.
         """
@@ -153,7 +157,11 @@ class Replay:
         """Replace latents of the trained steps of a selection by `values` (B, T, ...). Returns how many steps changed.
 
         Steps that were overwritten since are left alone. Where sequences overlap, the later one in the batch wins.
+        A value "priority" (B, T) goes to `prioritize`.
         """
+        if "priority" in values:
+            self.prioritize(selection, values["priority"])
+            values = {name: value for name, value in values.items() if name != "priority"}
         if unknown := sorted(values.keys() - set(self.latent_keys)):
             raise ReplayError(f"expected latents among {list(self.latent_keys)}, got {unknown}")
         arrays = {name: np.asarray(value) for name, value in values.items()}
@@ -171,6 +179,24 @@ class Replay:
         self._counters["written"] += len(distinct)
         self._counters["write_dropped"] += rows.size - len(kept)
         return len(distinct)
+
+    @property
+    def prioritised(self) -> bool:
+        """Whether priorities are of use."""
+        return self._selector.priorities is not None
+
+    def prioritize(self, selection: Selection, values: np.ndarray) -> None:
+        """Priorities of the sequences of a selection from `values` (B, T) of their trained steps: the mean.
+
+        Sequences that were overwritten since are left alone; negative means count as 0. ReplayError if values are not
+        finite, or if no fraction of the mixture is prioritised.
+        """
+        if self._selector.priorities is None:
+            raise ReplayError("expected no priorities: no fraction is prioritised; set --replay.selection.prioritised")
+        values = np.asarray(values, np.float64)
+        if values.shape != (expected := (len(selection), selection.length - 1)):
+            raise ReplayError(f"expected priorities of shape {expected}, got {values.shape}")
+        self._selector.priorities.prioritize(selection.env, selection.row, values.mean(1))
 
     def stats(self) -> dict[str, float]:
         """What the log shows under `replay/`; counts since the beginning of the run, also over resumes."""
@@ -197,7 +223,13 @@ class Replay:
         """
         tail = self._ring.tail
         self._marks = {(env, row) for env, row in self._marks if row >= tail[env]}
-        files = self._log.save(Path(folder), self._storage)
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        priorities = None
+        if self._selector.priorities is not None:
+            stem = f"priorities-{self._ring.head.max():012d}"
+            priorities = write_file(folder, stem, [self._selector.priorities.state()]).entry()
+        files = self._log.save(folder, self._storage)
         return {
             "version": MANIFEST_VERSION,
             "fields": describe_fields(self.fields),
@@ -208,6 +240,7 @@ class Replay:
             **files,
             "marks": sorted([env, row] for env, row in self._marks),
             "selector": self._selector.state(),
+            "priorities": priorities,
             "counters": dict(self._counters),
         }
 
@@ -282,7 +315,18 @@ class Replay:
             if row >= tail[env]:
                 self._mark_last(env, np.array([row]))
         self._selector.restore(manifest["selector"])
+        if self._selector.priorities is not None:
+            self._restore_priorities(folder, manifest)
         self._counters = counters
+
+    def _restore_priorities(self, folder: Path, manifest: Mapping[str, Any]) -> None:
+        """Those of the manifest, if it has some of sequences of the same length; otherwise all are infinite."""
+        mass, counts = None, None
+        if manifest["priorities"] is not None and manifest["length"] == self.length:
+            mass = read_file(folder, StoredFile.parse(manifest["priorities"])).view(np.float64)
+            counts = np.maximum(np.subtract(manifest["head"], manifest["tail"]) - self.length + 1, 0)
+        assert self._selector.priorities is not None
+        self._selector.priorities.restore(mass, counts)
 
     def _check_value(self, name: str, value: np.ndarray, leading: tuple[int, ...]) -> None:
         field = self.fields[name]

@@ -38,6 +38,12 @@ class Ring:
         """Flat slot of each row, in [0, N * rows); `env` and `row` broadcast."""
         return env * self.rows + row % self.rows
 
+    def rows_at(self, slots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(env, row) of the newest row that was written to each slot, int64."""
+        env, place = slots // self.rows, slots % self.rows
+        newest = self.head[env] - 1
+        return env, newest - (newest - place) % self.rows
+
     def alive(self, env: np.ndarray, row: np.ndarray) -> np.ndarray:
         """Which rows are stored now, bool; `env` and `row` broadcast."""
         return (row >= self.tail[env]) & (row < self.head[env])

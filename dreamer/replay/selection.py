@@ -1,4 +1,4 @@
-"""Which sequences are trained on: the online queue first, then uniform over all valid starts.
+"""Which sequences are trained on: the online queue first, then a mixture of ways to draw among all valid starts.
 
 Selection is numpy on the host and yields positions only, so it is the same wherever the arrays lie.
 """
@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from dreamer.config import SelectionConfig
 from dreamer.replay.errors import ReplayError
+from dreamer.replay.priorities import Priorities
 from dreamer.replay.ring import Ring
 
 #: Names the random stream of selection among all that are derived from the run's seed.
@@ -50,6 +52,25 @@ def uniform_starts(rng: np.random.Generator, ring: Ring, length: int, count: int
     draws = rng.integers(0, ends[-1], count)
     env = np.searchsorted(ends, draws, side="right")
     return env, ring.tail[env] + draws - (ends[env] - starts[env])
+
+
+def recent_starts(
+    rng: np.random.Generator, ring: Ring, length: int, count: int, half_life: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """`count` starts (env, row), each (count,) int64, with replacement; weights fall with age.
+
+    A start that is `half_life` steps (of all environments together) older than the newest one of its environment
+    weighs half as much: w(a) = qᵃ with q = 2^(-N / half_life) at age a. Drawn by inverting the sum
+    Σ_{a<x} qᵃ = (1 - qˣ) / (1 - q).
+    """
+    starts = ring.starts(length)
+    log_q = -np.log(2) * ring.num_envs / half_life
+    mass = -np.expm1(starts * log_q)
+    ends = np.cumsum(mass)
+    env = np.searchsorted(ends, rng.random(count) * ends[-1], side="right")
+    env = np.minimum(env, np.flatnonzero(starts)[-1])  # rounding may point beyond the last one
+    age = np.floor(np.log1p(-rng.random(count) * mass[env]) / log_q).astype(np.int64)
+    return env, ring.head[env] - length - np.minimum(age, starts[env] - 1)
 
 
 class OnlineQueue:
@@ -123,18 +144,35 @@ class Selector:
     """Draws selections from its own random stream.
 
     online_limit  Most stretches that wait in the online queue; None: no online queue.
+    config        The mixture behind the queue.
     """
 
-    def __init__(self, ring: Ring, length: int, seed: int, online_limit: int | None):
+    def __init__(self, ring: Ring, length: int, seed: int, online_limit: int | None, config: SelectionConfig):
         self._ring = ring
         self._length = length
+        self._config = config
         self._rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, SELECTION_STREAM])))
         self.queue = None if online_limit is None else OnlineQueue(ring, length - 1, online_limit)
+        self.priorities = (
+            Priorities(ring, length, config.priority_exponent, config.priority_zero_on_sample)
+            if config.prioritised
+            else None
+        )
+        table = {
+            "uniform": (config.uniform, self._uniform),
+            "prioritised": (config.prioritised, self._prioritised),
+            "recency": (config.recency, self._recent),
+        }
+        self._draws = [draw for fraction, draw in table.values() if fraction]
+        fractions = np.array([fraction for fraction, _ in table.values() if fraction])
+        self._shares = fractions / fractions.sum()
 
-    def update(self) -> None:
-        """Take note of steps that were added to the ring."""
+    def update(self, ids: np.ndarray) -> None:
+        """Take note of one step that was added to each of the environments `ids` (M,)."""
         if self.queue is not None:
             self.queue.update()
+        if self.priorities is not None:
+            self.priorities.extend(ids)
 
     def select(self, batch: int) -> Selection:
         """`batch` sequences; ReplayError if there is none in the ring."""
@@ -147,16 +185,33 @@ class Selector:
         if batch < 1:
             raise ReplayError(f"expected a batch of at least one sequence, got {batch}")
         fresh = [] if self.queue is None else list(self.queue.pop(batch))
-        env, row = np.array(fresh, np.int64).reshape(-1, 2).T
-        if len(fresh) < batch:
-            more_env, more_row = uniform_starts(self._rng, self._ring, self._length, batch - len(fresh))
-            env, row = np.concatenate([env, more_env]), np.concatenate([row, more_row])
+        env, row = np.zeros(batch, np.int64), np.zeros(batch, np.int64)
+        env[: len(fresh)], row[: len(fresh)] = np.array(fresh, np.int64).reshape(-1, 2).T
+        rest = np.arange(len(fresh), batch)
+        single = len(self._draws) == 1
+        kinds = np.zeros(len(rest), int) if single else self._rng.choice(len(self._draws), len(rest), p=self._shares)
+        for kind, draw in enumerate(self._draws):
+            where = rest[kinds == kind]
+            if len(where):
+                env[where], row[where] = draw(len(where))
         return Selection(env, row, np.arange(batch) < len(fresh), self._length)
 
+    def _uniform(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        return uniform_starts(self._rng, self._ring, self._length, count)
+
+    def _prioritised(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        assert self.priorities is not None
+        return self.priorities.draw(self._rng, count) or self._uniform(count)
+
+    def _recent(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        return recent_starts(self._rng, self._ring, self._length, count, self._config.recency_half_life)
+
     def clear(self) -> None:
-        """Empty the queue, after the ring was emptied."""
+        """Empty the queue and the priorities, after the ring was emptied."""
         if self.queue is not None:
             self.queue.restore(None)
+        if self.priorities is not None:
+            self.priorities.restore(None)
 
     def state(self) -> dict[str, Any]:
         """Generator and queue, JSON-able."""

@@ -1,0 +1,130 @@
+"""Prioritised starts: a sum tree over all positions, and the rules by which a priority comes and goes.
+
+Prioritized experience replay, https://arxiv.org/abs/1511.05952, proportional variant: P(i) = pᵢᵅ / Σₖ pₖᵅ
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+from dreamer.replay.errors import ReplayError
+from dreamer.replay.ring import Ring
+
+#: Children of a node. Wide nodes make few levels, and few levels make few calls of numpy.
+FAN = 64
+
+
+class SumTree:
+    """Masses (M,) float64 whose sums are kept, so that drawing by mass and changing a mass cost O(log M).
+
+    Every sum is recomputed from its children, never updated by differences: nothing drifts, and a tree that is
+    rebuilt from its leaves equals the one that grew.
+    """
+
+    def __init__(self, leaves: int):
+        self._levels = [np.zeros(-(-leaves // FAN) * FAN)]
+        while (size := len(self._levels[-1]) // FAN) > 1:
+            self._levels.append(np.zeros(-(-size // FAN) * FAN))
+        self.total = 0.0
+
+    def get(self, index: np.ndarray) -> np.ndarray:
+        return self._levels[0][index]
+
+    def set(self, index: np.ndarray, mass: np.ndarray | float) -> None:
+        """Give the distinct leaves `index` (M,) the masses (M,), finite and at least 0."""
+        self._levels[0][index] = mass
+        for low, high in itertools.pairwise(self._levels):
+            index = index // FAN
+            high[index] = low.reshape(-1, FAN)[index].sum(1)
+        self.total = float(self._levels[-1].sum())
+
+    def find(self, mass: np.ndarray) -> np.ndarray:
+        """The leaves (M,) at which the running sum of masses exceeds `mass` (M,), each in [0, total)."""
+        node = np.zeros(len(mass), np.int64)
+        for level in reversed(self._levels):
+            children = level.reshape(-1, FAN)[node]
+            sums = children.cumsum(1)
+            # Rounding may leave a rest beyond the last child: then that one is meant.
+            last = FAN - 1 - (children[:, ::-1] > 0).argmax(1)
+            child = np.minimum((sums <= mass[:, None]).sum(1), last)
+            before = np.where(child > 0, np.take_along_axis(sums, np.maximum(child - 1, 0)[:, None], 1)[:, 0], 0)
+            node, mass = node * FAN + child, np.maximum(mass - before, 0)
+        return node
+
+
+class Priorities:
+    """A priority for every start (row of a context step) in the ring.
+
+    A start has infinite priority until `prioritize` gives it another; it is drawn before all finite ones, and not
+    twice in one draw while others wait. Among finite ones P(i) ~ pᵢᵅ.
+
+    exponent        α.
+    zero_on_sample  A start that was drawn is not drawn again until it gets a new priority.
+    """
+
+    def __init__(self, ring: Ring, length: int, exponent: float, zero_on_sample: bool):
+        self._ring, self._length = ring, length
+        self._exponent, self._zero_on_sample = exponent, zero_on_sample
+        self.restore(None)
+
+    def extend(self, ids: np.ndarray) -> None:
+        """Take note of one row that was added to each of the environments `ids` (M,)."""
+        head = self._ring.head[ids]
+        begins = head - self._length
+        valid = begins >= self._ring.tail[ids]
+        overwritten, fresh = self._ring.slots(ids, head - 1), self._ring.slots(ids[valid], begins[valid])
+        self._set(np.concatenate([overwritten, fresh]), np.repeat([0.0, np.inf], [len(overwritten), len(fresh)]))
+
+    def draw(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """`count` starts (env, row), each (count,) int64; None if all priorities are 0."""
+        waiting = int(self._infinite.total)
+        first = min(count, waiting)
+        slots = self._infinite.find(rng.choice(waiting, first, replace=False) + 0.5) if first else np.zeros(0, np.int64)
+        if first < count:
+            if not (first or self._finite.total):
+                return None
+            finite = self._finite if self._finite.total else self._infinite
+            slots = np.concatenate([slots, finite.find(rng.random(count - first) * finite.total)])
+        if self._zero_on_sample:
+            self._set(slots, np.zeros(len(slots)))
+        return self._ring.rows_at(slots)
+
+    def prioritize(self, env: np.ndarray, row: np.ndarray, values: np.ndarray) -> None:
+        """Priorities (B,) of starts; the later one of equal starts counts, overwritten ones are left alone."""
+        if not np.isfinite(values).all():
+            raise ReplayError(f"expected finite priorities, got {values[~np.isfinite(values)][:3].tolist()}")
+        kept = np.flatnonzero(row >= self._ring.tail[env])
+        slots, last = np.unique(self._ring.slots(env[kept], row[kept])[::-1], return_index=True)
+        self._set(slots, np.maximum(values[kept][::-1][last], 0) ** self._exponent)
+
+    def state(self) -> np.ndarray:
+        """pᵅ of all starts, by environment, then by row: float64."""
+        slots = self._starts()
+        return np.where(self._infinite.get(slots) > 0, np.inf, self._finite.get(slots))
+
+    def restore(self, state: np.ndarray | None, counts: np.ndarray | None = None) -> None:
+        """Continue from a `state` of `counts` (N,) starts per environment; without one all are infinite.
+
+        The ring is restored before. Where it holds fewer starts, the newest count.
+        """
+        size = self._ring.num_envs * self._ring.rows
+        self._finite, self._infinite = SumTree(size), SumTree(size)
+        slots = self._starts()
+        mass = np.full(len(slots), np.inf)
+        if state is not None and counts is not None:
+            here = self._ring.starts(self._length)
+            parts = np.split(state, np.cumsum(counts)[:-1])
+            mass = np.concatenate([part[len(part) - n :] for part, n in zip(parts, here, strict=True)])
+        self._set(slots, mass)
+
+    def _set(self, slots: np.ndarray, mass: np.ndarray) -> None:
+        infinite = np.isinf(mass)
+        self._infinite.set(slots, infinite)
+        self._finite.set(slots, np.where(infinite, 0, mass))
+
+    def _starts(self) -> np.ndarray:
+        """Slots of all starts, by environment, then by row."""
+        begins = zip(self._ring.tail, self._ring.starts(self._length), strict=True)
+        return np.concatenate([self._ring.slots(env, np.arange(t, t + n)) for env, (t, n) in enumerate(begins)])
