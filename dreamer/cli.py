@@ -244,7 +244,7 @@ def envs_command(arguments: Sequence[str]) -> int:
     for name, suite in suites().items():
         tasks = list_tasks()[name]
         shown = ", ".join(tasks[:4]) + (f", ... ({len(tasks)} in all)" if len(tasks) > 4 else "")
-        print(f"{name:10} {suite.description}\n{'':10} {shown}")
+        print(f"{name:10} {suite.description}", *([f"{'':10} {shown}"] if shown else []), sep="\n")
         if suite.package is not None and importlib.util.find_spec(suite.package[0]) is None:
             print(f"{'':10} not installed: pip install 'dreamer[{suite.package[1]}]'")
     print(

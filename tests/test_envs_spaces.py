@@ -10,7 +10,7 @@ import pytest
 from fake_envs import Nested, Spaced
 
 from dreamer.config import GymConfig
-from dreamer.envs import TaskError
+from dreamer.envs import EnvError, TaskError
 from dreamer.envs.gym import GymEnv
 from dreamer.envs.spaces import action_leaves, flatten, observation_leaves, unflatten
 from dreamer.types import Space
@@ -49,6 +49,18 @@ def test_observed_boxes() -> None:
         {"vector": Space("vector", (2,))},
         {"vector": [-3.0, 7.0]},
     )
+
+
+def test_float_images_are_cast_and_never_wrap_around() -> None:
+    space = gs.Box(0, 255, (2, 3, 3), np.uint8)
+    assert observed(space, np.full((2, 3, 3), 254.9))[1] == {"image": np.full((2, 3, 3), 254).tolist()}
+    for value in (-0.5, -1, 255.5, 300, np.nan, np.inf):
+        image = np.full((2, 3, 3), 7.0)
+        image[0, 0, 0] = value
+        with pytest.raises(EnvError, match=r"expected pixels from 0 to 255 in observation 'image', got float64 from"):
+            observed(space, image)
+    with pytest.raises(EnvError, match="'camera', got int64 from 0 to 256"):
+        observed(gs.Dict({"camera": space}), {"camera": np.arange(18).reshape(2, 3, 3) * 256 // 17})
 
 
 def test_observed_discrete_kinds_begin_at_zero() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gymnasium
@@ -13,20 +14,30 @@ from gymnasium.envs.registration import EnvSpec, load_env_creator
 from PIL import Image
 
 from dreamer.config import EnvConfig, GymConfig
+from dreamer.envs.gym_state import WAYS
 from dreamer.envs.interface import EnvError, TaskError, Transition, as_rgb, check_spaces, transition
-from dreamer.envs.spaces import action_leaves, flatten, observation_leaves, unflatten
+from dreamer.envs.proof import disproof
+from dreamer.envs.spaces import action_leaves, as_pixels, flatten, observation_leaves, unflatten
 from dreamer.types import Space
 
 
 class GymEnv:
-    """A Gymnasium environment behind our interface. ``terminated`` is terminal, ``truncated`` a time limit."""
+    """A Gymnasium environment behind our interface. ``terminated`` is terminal, ``truncated`` a time limit.
 
-    def __init__(self, env: gymnasium.Env, config: GymConfig, seed: int) -> None:
+    again  Makes another one like `env`, to prove on it that it can be put back; None: it counts as one that cannot.
+           Equal values stand for equal environments.
+    """
+
+    def __init__(
+        self, env: gymnasium.Env, config: GymConfig, seed: int, again: Callable[[], gymnasium.Env] | None = None
+    ) -> None:
         if env.render_mode == "rgb_array":
             # Pictures go to arrays: SDL, which many environments draw with, need not look for a screen.
             os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
         self._env = env
         self._config = config
+        self._again = again
+        self.way: str | None = None  # the one of `WAYS` to save it; None: the one that is proven
         self._seed: int | None = seed % 2**31
         self._first_observation = True
         self._images: dict[str, np.ndarray] = {}
@@ -57,19 +68,71 @@ class GymEnv:
         over = bool(terminated or truncated)
         return transition(self._observe(observation), total, is_last=over, is_terminal=bool(terminated))
 
+    @property
+    def restorable(self) -> bool:
+        """Whether it can be put back: tried on environments made for it, once in a process, for up to some seconds."""
+        return self._proven()[0] is not None
+
+    @property
+    def why_not_restorable(self) -> str:
+        """What the trial found, in words; empty if it is restorable."""
+        return self._proven()[1]
+
+    def get_state(self) -> dict[str, Any]:
+        way, reason = self._proven() if self.way is None else (self.way, "")
+        if way is None:
+            raise EnvError(f"expected an environment that can be put back, got one that cannot: {reason}")
+        return {
+            "way": way,
+            "env": WAYS[way].save(self._env),
+            "seed": self._seed,
+            "images": {key: image.copy() for key, image in self._images.items()},
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._env = WAYS[state["way"]].load(self._env, state["env"])
+        self._seed = state["seed"]
+        self._images = {key: image.copy() for key, image in state["images"].items()}
+
     def render(self) -> np.ndarray | None:
         """The first image observation, else the environment's own picture if it can make one."""
         for image in self._images.values():
             return as_rgb(image)
-        if self._env.render_mode != "rgb_array":
+        kind = type(self._env.unwrapped).__module__.rpartition(".")[0]  # a package of environments draws in one way
+        if self._env.render_mode != "rgb_array" or kind in _dark:
             return None
         try:
             return self._rendered()
-        except gymnasium.error.DependencyNotInstalled:
+        except Exception:  # whatever a graphics driver raises; the observation does not need it
+            _dark.add(kind)
             return None
 
     def close(self) -> None:
         self._env.close()
+
+    def _proven(self) -> tuple[str | None, str]:
+        """(the first of the `WAYS` that puts it back exactly, or None; why none does)."""
+        if self._again is None:
+            return None, "a second one to try it on cannot be made"
+        key = self._again, repr(self._config)
+        if key not in _proofs:
+            _proofs[key] = self._find_way(self._again)
+        return _proofs[key]
+
+    def _find_way(self, again: Callable[[], gymnasium.Env]) -> tuple[str | None, str]:
+        reasons = []
+        for way in [name for name, row in WAYS.items() if row.fits(self._env)]:
+
+            def other(seed: int, way: str = way) -> GymEnv:
+                env = GymEnv(again(), self._config, seed)
+                env.way = way
+                return env
+
+            reason = disproof(other)
+            if reason is None:
+                return way, ""
+            reasons.append(f"by its {way}: {reason}")
+        return None, "; ".join(reasons)
 
     def _observe(self, observation: Any) -> dict[str, np.ndarray]:
         flat = {"image": self._rendered()} if self._config.render else flatten(self._see, observation)
@@ -96,7 +159,7 @@ class GymEnv:
 
     def _rendered(self) -> np.ndarray:
         """uint8 (H, W, 3), as the environment draws it."""
-        return np.array(self._env.render(), np.uint8)[..., :3]
+        return as_pixels(self._env.render(), "the rendered image")[..., :3]
 
     def _need_rendering(self) -> None:
         if self._env.render_mode != "rgb_array":
@@ -115,17 +178,36 @@ def _resize(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return np.stack([np.array(c.resize(size, Image.Resampling.BILINEAR)) for c in channels], -1)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Again:
+    """Makes the environment of an id; equal ones make equal environments."""
+
+    name: str
+    kwargs: dict[str, Any] = dataclasses.field(compare=False)
+    written: str
+
+    def __call__(self) -> gymnasium.Env:
+        return gymnasium.make(self.name, disable_env_checker=True, **self.kwargs)
+
+
+#: Packages whose environments failed to draw in this process; OpenGL libraries may end it when that is tried again.
+_dark: set[str] = set()
+#: What proofs found, by (again, options): the way that puts such an environment back, or None, and why not.
+_proofs: dict[Any, tuple[str | None, str]] = {}
+
+
 def make(name: str, config: EnvConfig, seed: int) -> GymEnv:
     """`name` is a Gymnasium id; with ``module:id`` the module is imported first, which registers the id."""
     kwargs = dict(config.gym.kwargs)
     try:
         if "rgb_array" in _render_modes(name):
             kwargs.setdefault("render_mode", "rgb_array")
-        env = gymnasium.make(name, disable_env_checker=True, **kwargs)
+        again = _Again(name, kwargs, repr(sorted(kwargs.items())))
+        env = again()
     except (gymnasium.error.DependencyNotInstalled, ModuleNotFoundError, TypeError) as error:  # TypeError: kwargs
         raise TaskError(f"could not make gym_{name} with {kwargs}: {error}") from error
     try:
-        return GymEnv(env, config.gym, seed)
+        return GymEnv(env, config.gym, seed, again)
     except TaskError:
         env.close()
         raise

@@ -80,7 +80,7 @@ def _try(first: Env, second: Env, bounded: bool) -> str | None:
 
     *_, last = played(first, [None, *moves(BEFORE)])
     list(played(second, [None, *moves(BEFORE_SECOND)]))
-    over, picture = bool(last["is_last"]), first.render()
+    over, picture = bool(last["is_last"]), _copy(first.render())
     state = pickle.dumps(cast(Restorable, first).get_state())
     must, may = [*moves(AFTER), None, *moves(AFTER_RESET)], moves(LONGER)
     results = [copied(result) for result in played(first, must, over)]
@@ -88,17 +88,17 @@ def _try(first: Env, second: Env, bounded: bool) -> str | None:
         if bounded and enough.over():
             break
         results.append(copied(result))
-    pictures = [picture, first.render() if len(results) == len(must) + len(may) else None]
+    later = _copy(first.render())
 
     cast(Restorable, second).set_state(pickle.loads(state))
-    if not _same_picture(pictures[0], second.render()):
+    if picture is not None and not _same(picture, second.render()):
         return "the picture is another one after restoring"
     again = played(second, [*must, *may][: len(results)], over)
     for step, (one, two) in enumerate(zip(results, again, strict=True), 1):
         wrong = difference(one, two)
         if wrong is not None:
             return f"{wrong!r} is another one {step} steps after restoring"
-    if pictures[1] is not None and not _same_picture(pictures[1], second.render()):
+    if later is not None and not _same(later, second.render()):
         return f"the picture is another one {len(results)} steps after restoring"
     return None
 
@@ -124,8 +124,8 @@ def difference(one: Transition, two: Transition) -> str | None:
     return None
 
 
-def _same_picture(one: np.ndarray | None, two: np.ndarray | None) -> bool:
-    return one is two if one is None or two is None else _same(one, two)
+def _copy(image: np.ndarray | None) -> np.ndarray | None:
+    return None if image is None else image.copy()
 
 
 def _same(one: Any, two: Any) -> bool:

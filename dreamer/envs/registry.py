@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 
 from dreamer.config import EnvConfig
-from dreamer.envs import atari, crafter, dmc, gym, native, toy
+from dreamer.envs import atari, crafter, custom, dmc, gym, native, toy
 from dreamer.envs.interface import Env, TaskError, VectorEnv, nearest
 from dreamer.envs.options import wrap
 
@@ -58,24 +59,42 @@ SUITES: Mapping[str, Suite] = {
         process=lambda config: config.dmc.pixels,
     ),
     "gym": Suite("Any Gymnasium id", gym.make, gym.tasks, gym.check, process=lambda config: config.gym.render),
+    "py": Suite(
+        "A class or function of yours: py_module:NAME or py_file.py:NAME",
+        custom.make,
+        lambda: (),
+        custom.find,
+        process=lambda config: config.gym.render,
+    ),
 }
 
 
 def suites() -> Mapping[str, Suite]:
-    """The table, by suite name."""
-    return SUITES
+    """The table, by suite name, and the suites that installed packages bring."""
+    return {**{name: _plugin(name) for name in custom.plugins()}, **SUITES}
+
+
+def _plugin(suite: str) -> Suite:
+    return Suite(
+        f"From the entry point {custom.plugins()[suite].value}",
+        functools.partial(custom.make_plugin, suite),
+        lambda: (),
+        lambda name: custom.load_plugin(suite),
+        process=lambda config: config.gym.render,
+    )
 
 
 def split_task(task: str) -> tuple[Suite, str]:
     """``atari_ms_pacman`` -> (the atari suite, ``ms_pacman``). TaskError for an unknown suite."""
     prefix, _, name = task.partition("_")
-    if prefix not in SUITES:
-        full = [f"{suite}_{name}" for suite, row in SUITES.items() for name in row.tasks()]
+    rows = SUITES if prefix in SUITES else suites()  # looking for plugins reads files
+    if prefix not in rows:
+        full = [f"{suite}_{name}" for suite, row in rows.items() for name in row.tasks()]
         raise TaskError(
-            f"expected a task suite_name with suite one of {', '.join(SUITES)}, got {task!r}"
-            f"{nearest(task, full) or nearest(prefix, SUITES)}"
+            f"expected a task suite_name with suite one of {', '.join(rows)}, got {task!r}"
+            f"{nearest(task, full) or nearest(prefix, rows)}"
         )
-    return SUITES[prefix], name
+    return rows[prefix], name
 
 
 def check_task(task: str) -> None:
@@ -99,7 +118,7 @@ def check_task(task: str) -> None:
 
 def list_tasks() -> dict[str, list[str]]:
     """Full task names by suite."""
-    return {name: [f"{name}_{task}" for task in suite.tasks()] for name, suite in SUITES.items()}
+    return {name: [f"{name}_{task}" for task in suite.tasks()] for name, suite in suites().items()}
 
 
 def make_env(task: str, config: EnvConfig, seed: int) -> Env:

@@ -13,7 +13,7 @@ from typing import Any
 import gymnasium.spaces as gs
 import numpy as np
 
-from dreamer.envs.interface import TaskError
+from dreamer.envs.interface import EnvError, TaskError
 from dreamer.types import Space
 
 #: Bounds this large mean "unbounded": rescaling [-1, 1] to them would be senseless.
@@ -117,7 +117,18 @@ def _observe_box(space: gs.Box, name: str) -> Observed:
             f"expected images as (height, width, channels), got {shape} for observation {name or 'image'!r}; "
             "move the channels to the end with gymnasium.wrappers.TransformObservation"
         )
-    return Space("image", shape), lambda value: np.array(value, np.uint8).reshape(shape)
+    return Space("image", shape), lambda value: as_pixels(value, f"observation {name or 'image'!r}").reshape(shape)
+
+
+def as_pixels(value: Any, what: str) -> np.ndarray:
+    """A uint8 copy of an image of any dtype. EnvError for a value that uint8 would wrap around."""
+    image = np.asarray(value)
+    if image.dtype != np.uint8 and image.size and not (image.min() >= 0 and image.max() <= 255):  # NaN neither
+        raise EnvError(
+            f"expected pixels from 0 to 255 in {what}, got {image.dtype} from {image.min():g} to {image.max():g}; "
+            "correct the environment, or scale its images to 0 ... 255"
+        )
+    return image.astype(np.uint8)
 
 
 def _observe_discrete(space: gs.Discrete, name: str) -> Observed:
