@@ -60,7 +60,7 @@ class Worker:
         self.index = index
         self._timeout = timeout
         self._deadline: float | None = None
-        self.restorable = False
+        self._restorable: bool | None = None
         self.conn, theirs = context.Pipe()
         self._trace, trace = context.Pipe(duplex=False)
         args = (theirs, trace, pickled, attempt, index, num_envs, dict(os.environ))
@@ -88,8 +88,14 @@ class Worker:
 
     def hello(self) -> tuple[Spaces, Spaces]:
         """Observation and action spaces, once the environment was made."""
-        observations, actions, self.restorable = self.receive()
-        return observations, actions
+        return self.receive()
+
+    def restorable(self) -> bool:
+        """Whether its environment can be put back; finding out may take it a while, once."""
+        if self._restorable is None:
+            self.send(b"restorable")
+            self._restorable = bool(self.receive())
+        return self._restorable
 
     def share(self, file: int) -> None:
         """Give it the block of shared memory behind this descriptor."""
@@ -105,12 +111,12 @@ class Worker:
 
     def receive(self) -> Any:
         """The answer. FailedError if there will be none, RefusedError if the worker could not but goes on."""
-        if not self._ready.poll(self._milliseconds()):
+        ready = self._ready.poll(self._milliseconds())
+        if not ready:
             raise self._failed("hung", f"gave no answer for {self._timeout:g} seconds (env.timeout_seconds)")
         try:
-            # Not only readable: when only the process has ended, there is nothing that reading could wait for.
-            if not self.conn.poll(0):
-                raise EOFError
+            if all(descriptor != self.conn.fileno() for descriptor, _ in ready):
+                raise EOFError  # the process has ended; what it has started may still hold its end of the pipe
             answer = self.conn.recv_bytes()
         except (EOFError, OSError):
             self.process.join(CLOSING)

@@ -55,7 +55,20 @@ class ProcessVectorEnv:
 
     @property
     def restorable(self) -> bool:
-        return not self._missing() and all(one.restorable for one in self._workers.values())
+        """Between two steps only: workers are asked, one after another, and only once."""
+        self._between_steps("restorable")
+        if self._missing():
+            return False
+        for index, one in list(self._workers.items()):
+            try:
+                if not one.restorable():
+                    return False
+            except RefusedError:
+                return False
+            except FailedError as failed:
+                self._drop(index, failed.fault)
+                return False
+        return True
 
     def reset(self) -> Batch:
         if self._waiting:

@@ -125,7 +125,7 @@ def own_group() -> None:
 
 def _serve(conn: Connection, env: Env, attempt: int, index: int, num_envs: int) -> None:
     runner = AutoReset(env)
-    _say(conn, DONE, (dict(env.observation_spaces), dict(env.action_spaces), runner.restorable))
+    _say(conn, DONE, (dict(env.observation_spaces), dict(env.action_spaces)))
     _hear(conn)  # b"block": every environment was made
     block = mmap.mmap(recv_handle(conn), 0)
     transitions, actions = block_fields(env.observation_spaces, env.action_spaces)
@@ -143,6 +143,7 @@ def _serve(conn: Connection, env: Env, attempt: int, index: int, num_envs: int) 
     asked: Mapping[bytes, Callable[[], Any]] = {
         b"step": step,
         b"reset": lambda: publish(runner.reset()),
+        b"restorable": lambda: _attempt(lambda: runner.restorable),
         b"render": lambda: _attempt(env.render),
         b"save": lambda: _attempt(lambda: runner.get_state(attempt)),
         b"restore": lambda: _attempt(lambda: runner.set_state(conn.recv_bytes())),
