@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium
+import gymnasium.spaces as gs
 import numpy as np
 import pytest
 from fake_envs import Nested, Script, Scripted
@@ -30,6 +31,27 @@ from dreamer.types import Space, replay_fields
 WON: Script = [(0.0, False, False), (0.5, False, False), (2.0, True, False)]
 CUT: Script = [(-1.0, False, False)] * 4 + [(-1.0, False, True)]
 
+
+class Masked(Scripted):
+    """Allows two of its five actions, other ones at each step, and takes no others; fails in its third episode."""
+
+    observation_space = gs.Dict({"action_mask": gs.MultiBinary(5), "vector": Scripted.observation_space})
+
+    def __init__(self) -> None:
+        super().__init__(WON)
+
+    def step(self, action: int) -> tuple[Any, float, bool, bool, dict]:
+        assert action in (self.position % 5, (self.position + 2) % 5)
+        if self.episode == 2 and self.position == 1:
+            raise ZeroDivisionError("the third episode")
+        return super().step(action)
+
+    def _observation(self, action: int) -> Any:
+        mask = np.isin(np.arange(5), [self.position % 5, (self.position + 2) % 5])
+        return {"action_mask": mask.astype(np.int8), "vector": super()._observation(action)}
+
+
+gymnasium.register("Masked-v0", entry_point=Masked)
 gymnasium.register("Scripts-v0", entry_point=lambda: Scripted(WON, CUT))
 TASK = "gym_Scripts-v0"
 OBSERVATIONS, ACTIONS = {"vector": Space("vector", (3,))}, {"action": Space("discrete", (), (5,))}
@@ -90,6 +112,19 @@ def test_what_goes_on_when_collecting_ends_is_cut(tmp_path: Path) -> None:
     won, cut = read(tmp_path)
     assert follows_the_script(won) and not follows_the_script(cut)
     assert len(cut["reward"]) == 4 and not cut["is_terminal"].any()
+
+
+def test_random_play_takes_what_is_allowed_and_outlives_failures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each life of the environment is two episodes of 4 steps and 2 steps of a third; one of 10 steps begins anew."""
+    line = ["collect", "gym_Masked-v0", str(tmp_path), "--steps", "30", "--env.num_envs", "1"]
+    assert main([*line, "--env.restart_seconds", "0"]) == 0
+    source = EpisodeFolder(tmp_path, OBSERVATIONS | {"action_mask": Space("discrete", (5,), (2,) * 5)}, ACTIONS)
+    assert list(source.lengths) == [4, 4, 2] * 3
+    assert [bool(source.read(i)["is_terminal"][-1]) for i in range(9)] == [True, True, False] * 3
+    assert all(source.read(i)["is_last"][-1] for i in range(9))
+    assert "the third episode" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,14 @@ from rich.console import Console
 
 from dreamer.config import Config
 from dreamer.envs import VectorEnv, make_vector_env
+from dreamer.envs.faults import FaultBudget, describe
 from dreamer.envs.interface import Batch
 from dreamer.replay.episodes import EpisodeCutter
 from dreamer.runtime.acting import load_agent
 from dreamer.runtime.collect import Collector
 from dreamer.runtime.export import new_writer, written
 from dreamer.runtime.setup import check_spaces_as_trained
-from dreamer.types import TRANSITION_FIELDS, visible
+from dreamer.types import ACTION_MASK, TRANSITION_FIELDS, masks_actions, visible
 
 #: Names the random stream of `random_steps` among all that are derived from the run's seed.
 RANDOM_STREAM = 0x7A9D0
@@ -27,17 +28,21 @@ def collect_command(config: Config, out: str, steps: int, policy: str, console: 
     steps   Counted as in training, over all environments, rounded up to a multiple of their number.
     policy  "random": uniform over the actions; "sample" or "mode": the agent that `config.logdir` holds.
 
-    Episodes that still go on at the end are closed as cut: `is_last`, not terminal. Returns the exit code.
-    ConfigError if `out` holds episodes already; TaskError if the agent was trained with other spaces.
+    Episodes that still go on at the end are closed as cut: `is_last`, not terminal. So are those of environments that
+    fail, which is told. Returns the exit code. EnvError if environments fail too often, ConfigError if `out` holds
+    episodes already, TaskError if the agent was trained with other spaces.
     """
     console = console or Console(highlight=False)
     writer = new_writer(out)
     envs = make_vector_env(config.task, config.env, config.env.num_envs, config.seed, training=True)
     try:
         source = random_steps(envs, config.seed) if policy == "random" else _agent_steps(config, envs, policy)
-        cutter = EpisodeCutter(envs.num_envs)
+        cutter, failures = EpisodeCutter(envs.num_envs), FaultBudget(config.env)
         for _ in range(-(-steps // envs.num_envs)):
             step = next(source)
+            for fault in envs.take_faults():
+                console.print(describe(fault), markup=False, soft_wrap=True)
+                failures.add(fault)
             for env in range(envs.num_envs):
                 for episode in cutter.add(env, {key: value[env : env + 1] for key, value in step.items()}):
                     writer.write(episode)
@@ -50,18 +55,29 @@ def collect_command(config: Config, out: str, steps: int, policy: str, console: 
 
 
 def random_steps(envs: VectorEnv, seed: int) -> Iterator[Batch]:
-    """Transitions (N, ...) with the actions that were taken, uniform over each action space, for ever."""
+    """Transitions (N, ...) with the actions that were taken, uniform over those allowed, for ever."""
     rng = np.random.default_rng([seed, RANDOM_STREAM])
     keys = (*visible(envs.observation_spaces), *TRANSITION_FIELDS)
     seen = envs.reset()
+    masked = masks_actions(envs.observation_spaces, envs.action_spaces)
     while True:
-        action = {
-            key: np.stack([space.sample(rng) for _ in range(envs.num_envs)])
-            for key, space in envs.action_spaces.items()
-        }
+        action = _random_allowed(envs, rng, seen[ACTION_MASK]) if masked else _random(envs, rng)
         envs.step_async(action)
         yield {**{key: seen[key] for key in keys}, **action}
         seen = envs.step_wait()
+
+
+def _random(envs: VectorEnv, rng: np.random.Generator) -> Batch:
+    """Actions (N, ...) by key."""
+    spaces = envs.action_spaces.items()
+    return {key: np.stack([space.sample(rng) for _ in range(envs.num_envs)]) for key, space in spaces}
+
+
+def _random_allowed(envs: VectorEnv, rng: np.random.Generator, mask: np.ndarray) -> Batch:
+    """The same where a mask (N, classes) says which classes of the one action are allowed."""
+    ((key, space),) = envs.action_spaces.items()
+    chosen = [rng.choice(np.flatnonzero(allowed)) for allowed in mask]
+    return {key: np.array(chosen, space.dtype).reshape(-1, *space.shape)}
 
 
 def _agent_steps(config: Config, envs: VectorEnv, policy: str) -> Iterator[Batch]:
