@@ -11,9 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import psutil
 import pytest
+from fake_envs import Scripted
 from faulty_env import GARBAGE, HARMLESS, Faulty, action, faulty
 
 from dreamer.config import EnvConfig
@@ -115,6 +117,24 @@ def test_exceptions_and_garbage(workers: str, trouble: str, undisturbed: list[Ba
         assert "ZeroDivisionError: as told" in fault.message and "faulty_env.py" in fault.traceback
     if trouble == "one of several classes":
         assert "expected 'classes' to be from 0 to below [2, 4], got [1 5]" in fault.message
+
+
+@pytest.mark.parametrize("pixel", [256, -1, np.nan])
+def test_pixels_out_of_range(pixel: float) -> None:
+    class Pixels(Scripted):
+        observation_space = gymnasium.spaces.Box(0, 255, (4, 4, 3), np.uint8)
+
+        def _observation(self, action: int) -> np.ndarray:
+            return np.full((4, 4, 3), pixel if self.position == 3 else 255, np.float32)
+
+    env = vector_env("inline", lambda index, seed: Pixels([(0.0, False, False)] * 10))
+    env.reset()
+    play(env, [np.zeros(N, np.int32)] * 2)
+    assert env.take_faults() == []
+    (batch,) = play(env, [np.zeros(N, np.int32)])
+    assert batch["is_first"].all()
+    assert [fault.kind for fault in env.take_faults()] == ["garbage"] * N
+    env.close()
 
 
 @pytest.mark.parametrize(

@@ -56,12 +56,12 @@ class TransitionCheck:
 
 def _test(space: Space) -> Test | None:
     if space.kind == "vector":
-        return _all_finite, "finite everywhere"
+        return (_all_finite, "finite everywhere") if space.shape else (_is_finite, "a finite number")
     if space.classes is None:
         return None
     if space.shape == ():
         count = space.classes[0]
-        return lambda value: 0 <= value < count, f"from 0 to {count - 1}"
+        return lambda value: 0 <= int(value) < count, f"from 0 to {count - 1}"
     counts = np.array(space.classes).reshape(space.shape)
     return lambda value: bool(((value >= 0) & (value < counts)).all()), f"from 0 to below {counts.tolist()}"
 

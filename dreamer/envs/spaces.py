@@ -13,7 +13,7 @@ from typing import Any
 import gymnasium.spaces as gs
 import numpy as np
 
-from dreamer.envs.interface import EnvError, TaskError
+from dreamer.envs.interface import TaskError, TransitionError
 from dreamer.types import Space
 
 #: Bounds this large mean "unbounded": rescaling [-1, 1] to them would be senseless.
@@ -121,10 +121,10 @@ def _observe_box(space: gs.Box, name: str) -> Observed:
 
 
 def as_pixels(value: Any, what: str) -> np.ndarray:
-    """A uint8 copy of an image of any dtype. EnvError for a value that uint8 would wrap around."""
+    """A uint8 copy of an image of any dtype. TransitionError for a value that uint8 would wrap around."""
     image = np.asarray(value)
     if image.dtype != np.uint8 and image.size and not (image.min() >= 0 and image.max() <= 255):  # NaN neither
-        raise EnvError(
+        raise TransitionError(
             f"expected pixels from 0 to 255 in {what}, got {image.dtype} from {image.min():g} to {image.max():g}; "
             "correct the environment, or scale its images to 0 ... 255"
         )
