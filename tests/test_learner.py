@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from fake_envs import Script, Scripted
+from flax import serialization
 from tiny_runs import Collection, same, vector_env
 
 from dreamer.replay import Selection
@@ -214,30 +215,52 @@ def test_broken_weights_are_found_by_the_next_update(learner: Learner) -> None:
         learner.settle()
 
 
-def test_the_batch_that_waits_survives_a_resume(tmp_path: Path) -> None:
+def stored(progress: dict[str, Any]) -> dict[str, Any]:
+    """As it comes back from a file."""
+    return serialization.msgpack_restore(serialization.msgpack_serialize(progress))
+
+
+def test_a_learner_without_updates_has_nothing_on_its_way(learner: Learner) -> None:
+    progress = stored(learner.progress())
+    assert progress == {"newest": None, "next": None}
+    learner.restore(progress)
+    assert learner.batch is None and learner._next is None
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_what_is_on_its_way_survives_a_resume(tmp_path: Path, settled: bool) -> None:
+    """Two learners, one of them made from the other's files in the middle: all that follows is equal, bit for bit."""
     collection = collected()
     learner = learner_of(collection)
-    assert learner.prefetched() is None
     for _ in range(3):
         learner.update()
-    learner.settle()
-    waiting = learner._next
-    stored = json.loads(json.dumps(learner.prefetched()))
+    if settled:
+        learner.settle()
+    progress = stored(learner.progress())
+    state = jax.tree.map(np.array, jax.device_get(learner.state))
     manifest = json.loads(json.dumps(collection.replay.save(tmp_path)))
 
     resumed = collected(0)
     resumed.replay.load(tmp_path, manifest)
-    again = Learner(resumed.agent, learner.state, resumed.replay, BATCH)
-    again.prefetch(stored)
-    assert same(again._next[0].rows, waiting[0].rows)
-    for key in ("vector", "action", "reward", "is_first"):
-        np.testing.assert_array_equal(again._next[1][key], waiting[1][key])
-    again.update()
-    assert again.batch["vector"].tolist() == waiting[1]["vector"].tolist()
+    again = Learner(resumed.agent, jax.device_put(state), resumed.replay, BATCH)
+    again.restore(progress)
+    assert same(again.batch, learner.batch)
+    for _ in range(3):
+        ours, theirs = learner.update(), again.update()
+        assert same(jax.device_get(ours), jax.device_get(theirs))
+        assert same(learner.batch, again.batch)
+    learner.settle()
+    again.settle()
+    assert same(jax.device_get(learner.state), jax.device_get(again.state))
+    everything = Selection(np.arange(2), np.zeros(2, int), np.zeros(2, bool), 40)
+    assert same(collection.replay.gather(everything), resumed.replay.gather(everything))
+    assert collection.replay.stats() == resumed.replay.stats()
 
 
-def test_a_waiting_batch_that_was_overwritten_is_drawn_anew(collection: Collection) -> None:
-    learner = learner_of(collection)
-    learner.prefetch({"env": [0, 1], "row": [0, 500], "online": [False, False]})
-    assert learner.prefetched() is None
+def test_progress_of_broken_weights_is_refused(learner: Learner) -> None:
     learner.update()
+    value = learner.state["params"]["world_model"]["reward"]
+    learner.state["params"]["world_model"]["reward"] = jax.tree.map(lambda x: x * np.nan, value)
+    learner.update()
+    with pytest.raises(NonFiniteUpdateError, match="update 2 was not finite: .*loss/rew = nan"):
+        learner.progress()

@@ -94,9 +94,17 @@ class Checkpointer:
 
     # Saving
 
-    def save(self, step: int, state: Any, meta: Mapping[str, Any], replay: SavableReplay | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        meta: Mapping[str, Any],
+        replay: SavableReplay | None = None,
+        files: Mapping[str, bytes] | None = None,
+    ) -> None:
         """Saves `state` (pytree of arrays) and `meta` (JSON values, numpy arrays) as the checkpoint of `step`.
 
+        files: further contents by name; `check` of `restore` is where to read them (`snapshot.read_file`).
         Returns when the state is copied and the replay's new transitions are written; the rest goes on in the
         background. Waits for a save that is still running; if that one failed, its CheckpointError is raised once
         this save is under way. The manifest of the replay comes back from `restore` as `meta["replay"]`.
@@ -109,7 +117,7 @@ class Checkpointer:
                 meta["replay"] = replay.save(self.replay_folder)
             except OSError as error:
                 raise CheckpointError(self._failure(f"checkpoint {step}: replay", error)) from error
-        self._start(f"checkpoint {step}", lambda: self._write(step, leaves, meta), failure)
+        self._start(f"checkpoint {step}", lambda: self._write(step, leaves, meta, files), failure)
 
     def save_best(self, score: float, params: Any, meta: Mapping[str, Any]) -> None:
         """Saves the weights of the best evaluation so far in place of the former best ones. As `save`."""
@@ -152,14 +160,14 @@ class Checkpointer:
         template: Any = None,
         step: int | None = None,
         parts: Iterable[str] | None = None,
-        check: Callable[[dict[str, Any]], None] | None = None,
+        check: Callable[[dict[str, Any], Path], None] | None = None,
     ) -> tuple[int, Any, dict[str, Any]]:
         """The newest intact checkpoint, or that of `step`: (agent step, tree of numpy arrays, meta).
 
         template  Tree with the structure, shapes and dtypes expected; None: nested dicts as saved.
         parts     Top-level keys of the state to read; None: all.
-        check     Called with the meta data, to load the replay say; if it raises ReplayError, OSError or
-                  DamagedCheckpointError, this checkpoint counts as damaged.
+        check     Called with the meta data and the snapshot's folder, to load the replay say; if it raises
+                  ReplayError, OSError or DamagedCheckpointError, this checkpoint counts as damaged.
 
         Damaged checkpoints are skipped with a CheckpointWarning and, unless read-only, set aside under another
         name. Raises CheckpointMismatchError if an intact one does not fit the template, CheckpointError if none
@@ -170,7 +178,7 @@ class Checkpointer:
         def load(entry: _Entry) -> tuple[int, Any, dict[str, Any]]:
             tree, meta = snapshot.read(entry.folder, template, parts)
             if check is not None:
-                check(meta)
+                check(meta, entry.folder)
             return entry.step, tree, meta
 
         return self._newest_intact(self._folder, load, step)
@@ -192,6 +200,13 @@ class Checkpointer:
         self.wait()
         entries = _entries(self._best_folder)
         return snapshot.read_meta(entries[-1].folder)["score"] if entries else None
+
+    def forget_best_after(self, agent_steps: int) -> None:
+        """Sets aside best weights of a later step: the run goes on from before them."""
+        self.wait()
+        for entry in _entries(self._best_folder):
+            if snapshot.read_meta(entry.folder).get("agent_steps", 0) > agent_steps:
+                _set_aside(entry.folder, "abandoned")
 
     def _newest_intact(self, folder: Path, load: Callable[[_Entry], Result], step: int | None = None) -> Result:
         for _ in range(_LOOKS):
@@ -255,11 +270,13 @@ class Checkpointer:
 
     # In the background thread
 
-    def _write(self, step: int, leaves: snapshot.Leaves, meta: dict[str, Any]) -> None:
+    def _write(
+        self, step: int, leaves: snapshot.Leaves, meta: dict[str, Any], files: Mapping[str, bytes] | None
+    ) -> None:
         entries = _entries(self._folder)
         generation = max((e.generation + 1 for e in entries if e.step == step), default=0)
         folder = self._folder / (f"{step:012d}" + (f".{generation}" if generation else ""))
-        snapshot.write(folder, leaves, meta)
+        snapshot.write(folder, leaves, meta, files)
         for entry in entries:
             if entry.step > step:  # The run went back to an earlier checkpoint: this future never happened.
                 _set_aside(entry.folder, "abandoned")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dreamer.agent import Agent, stream_key
-from dreamer.envs import VectorEnv
-from dreamer.envs.interface import Batch
+from dreamer.envs import EnvError, VectorEnv
+from dreamer.envs.interface import Batch, Fault
 from dreamer.runtime.nonfinite import NonFiniteActionError, not_finite
 from dreamer.types import LOG_PREFIX, TRANSITION_FIELDS, visible
 
@@ -41,22 +42,65 @@ class Collector:
         episodes = collector.wait()            the next observations are there
     """
 
-    def __init__(self, agent: Agent, envs: VectorEnv, run_key: np.ndarray, stream: str, sample: bool = True) -> None:
+    def __init__(
+        self,
+        agent: Agent,
+        envs: VectorEnv,
+        run_key: np.ndarray,
+        stream: str,
+        sample: bool = True,
+        on_fault: Callable[[Fault], None] | None = None,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        """sample: False takes the most likely actions. on_fault: told of every environment that failed and begins a
+        new episode now; None: a failure is an EnvError. state: go on from there, the environments from theirs.
+        """
         self.envs = envs
         self._agent = agent
         self._key = jax.jit(lambda counter: stream_key(run_key, stream, counter)) if sample else None
+        self._on_fault = on_fault or _refuse
         self.counter = 0
-        self._carry = agent.init_policy(envs.num_envs)
         self._visible = list(visible(envs.observation_spaces))
-        self._obs = envs.reset()
-        count = envs.num_envs
-        self._scores, self._lengths = np.zeros(count), np.zeros(count, int)
         self._logged = [key for key in envs.observation_spaces if key.startswith(LOG_PREFIX)]
+        self._frames: list[np.ndarray] = []
+        self._wanted = self._recording = False
+        if state is None:
+            self._begin()
+        else:
+            self._restore(state)
+
+    def _begin(self) -> None:
+        count = self.envs.num_envs
+        self._carry = self._agent.init_policy(count)
+        self._obs = self.envs.reset()
+        self._scores, self._lengths = np.zeros(count), np.zeros(count, int)
         self._log_sum = {key: np.zeros(count) for key in self._logged}
         self._log_max = {key: np.zeros(count) for key in self._logged}
         self._account()
-        self._frames: list[np.ndarray] = []
-        self._wanted = self._recording = False
+
+    def state(self) -> dict[str, Any]:
+        """Everything the next action and the running statistics depend on, host arrays in plain containers.
+
+        A recording begins again with the next episode.
+        """
+        return {
+            "counter": self.counter,
+            "carry": jax.device_get(self._carry),
+            "obs": self._obs,
+            "scores": self._scores,
+            "lengths": self._lengths,
+            "log_sum": self._log_sum,
+            "log_max": self._log_max,
+            "wanted": self._wanted or self._recording,
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.counter, self._wanted = state["counter"], state["wanted"]
+        # A copy: the policy donates its carry.
+        self._carry = jax.tree.map(jnp.array, state["carry"])
+        self._obs = state["obs"]
+        self._scores, self._lengths = state["scores"], state["lengths"]
+        self._log_sum, self._log_max = dict(state["log_sum"]), dict(state["log_max"])
 
     def act(self, params: Any) -> Batch:
         """Choose actions and start stepping. Returns what replay stores: transition, action and policy extras."""
@@ -76,6 +120,10 @@ class Collector:
     def wait(self) -> list[Episode]:
         """Take the next observations; returns the episodes that have ended with them."""
         self._obs = self.envs.step_wait()
+        for fault in self.envs.take_faults():
+            if fault.env == 0 and self._recording:
+                self._wanted, self._recording, self._frames = True, False, []
+            self._on_fault(fault)
         self._account()
         self._begin_recording()
         return [self._finished(int(i)) for i in np.flatnonzero(self._obs["is_last"])]
@@ -116,6 +164,10 @@ class Collector:
             logs[f"{name}/mean"] = float(self._log_sum[key][index]) / (steps + 1)
             logs[f"{name}/max"] = float(self._log_max[key][index])
         return Episode(index, float(self._scores[index]), steps, logs, frames)
+
+
+def _refuse(fault: Fault) -> None:
+    raise EnvError(f"environment {fault.env} {fault.kind}: {fault.message}\n{fault.traceback}")
 
 
 def run_episodes(

@@ -49,6 +49,7 @@ class Display:
         self._history = _History()
         self._steps = Steps(0, 0, 0)
         self._status = ""
+        self._shares = ""
         self._marks: collections.deque[tuple[float, int]] = collections.deque()
         self._begin = clock()
         self._shown = -float("inf")
@@ -91,6 +92,12 @@ class Display:
         interval = _REFRESH_SECONDS if self._live is not None else _LINE_SECONDS
         if now - self._shown >= interval or (changed and self._live is not None):
             self.refresh()
+
+    def times(self, values: Mapping[str, float]) -> None:
+        """Where the time went: shares by section, as the stopwatch names them; those under 1 % are left out."""
+        shares = {k.removeprefix("time/"): v for k, v in values.items() if k.startswith("time/") and v >= 0.01}
+        ordered = sorted(shares.items(), key=lambda item: -item[1])
+        self._shares = "  ".join(f"{name} {100 * share:.0f} %" for name, share in ordered)
 
     def refresh(self) -> None:
         """Draws now."""
@@ -146,7 +153,8 @@ class Display:
         counts = Text.assemble((f"{steps:,}", "bold"), f" / {total:,} agent steps  ")
         counts.append_text(Text.assemble((f"{self._steps.updates:,}", "bold"), f" updates  {speed}"))
         elapsed = Text(format_duration(self._clock() - self._begin), "dim")
-        body = Group(_sides(line, curve), _sides(counts, elapsed), _sides(bar, share))
+        rows = [_sides(line, curve), _sides(counts, elapsed), _sides(bar, share)]
+        body = Group(*rows, *([Text(f"time  {self._shares}", "dim", no_wrap=True)] if self._shares else []))
         title = Text.assemble((self._task, "bold"), (f"  {self._status}" if self._status else "", "yellow"))
         return Panel(body, title=title, title_align="left", border_style="dim", box=box.ROUNDED, width=width)
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from dreamer.agent import Agent
 from dreamer.config import Config
 from dreamer.envs import TaskError, VectorEnv, best_score, human_normalized
+from dreamer.envs.interface import Fault
 from dreamer.envs.vector import MakeEnv
 from dreamer.presets import CONFIG_FILE, load_config
 from dreamer.runtime.acting import load_agent
@@ -25,9 +26,19 @@ from dreamer.runtime.video import save_gif
 class Evaluator:
     """Evaluation inside a run: environments are made at the first evaluation and reused."""
 
-    def __init__(self, config: Config, agent: Agent, run_key: np.ndarray, make_env: MakeEnv | None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        agent: Agent,
+        run_key: np.ndarray,
+        make_env: MakeEnv | None,
+        on_fault: Callable[[Fault], None] | None = None,
+    ) -> None:
+        """on_fault: told of environments that failed; their episodes do not count. None: a failure is an EnvError."""
         self._config, self._agent, self._key, self._make_env = config, agent, run_key, make_env
+        self._on_fault = on_fault
         self._envs: VectorEnv | None = None
+        self._states: list[bytes] | None = None
         #: Evaluations so far; each draws actions of its own.
         self.rounds = 0
 
@@ -36,11 +47,24 @@ class Evaluator:
         run = self._config.run
         if self._envs is None:
             self._envs = evaluation_envs(self._config, self._make_env, min(run.eval_envs, run.eval_episodes))
-        collector = Collector(self._agent, self._envs, self._key, "eval", sample=run.eval_policy == "sample")
+            if self._states is not None and len(self._states) == self._envs.num_envs:
+                self._envs.set_state(self._states)
+        sample = run.eval_policy == "sample"
+        collector = Collector(self._agent, self._envs, self._key, "eval", sample, self._on_fault)
         # Rounds draw different actions; a million steps each keep their counters apart.
         collector.counter = self.rounds * 1_000_000
         self.rounds += 1
         return run_episodes(collector, params, run.eval_episodes, on_step)
+
+    def state(self) -> list[bytes] | None:
+        """State of each environment; None: there are none yet, or they cannot say."""
+        if self._envs is None:
+            return self._states
+        return self._envs.get_state() if self._envs.restorable else None
+
+    def restore(self, states: list[bytes] | None) -> None:
+        """Let the environments, when they are made, go on from these states."""
+        self._states = states
 
     def close(self) -> None:
         if self._envs is not None:

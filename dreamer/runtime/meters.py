@@ -35,9 +35,18 @@ class Aggregator:
 
     def result(self) -> dict[str, float]:
         """One number for each metric added since the last call. Nothing finite is made of what is not finite."""
-        values, self._values = jax.device_get(self._values), {}
-        flat = {name: np.concatenate([np.ravel(x).astype(np.float64) for x in xs]) for name, xs in values.items()}
+        flat = self.state()
+        self._values = {}
         return {name: float(_reduction(name)(array)) for name, array in flat.items() if array.size}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """All values added since the last result, in order, float64; waits for the device."""
+        values = jax.device_get(self._values)
+        return {name: np.concatenate([np.ravel(x).astype(np.float64) for x in xs]) for name, xs in values.items()}
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go on with the values of a `state`."""
+        self._values = {name: [array] for name, array in state.items()}
 
 
 class Stopwatch:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fractions
+import time
+from collections.abc import Callable
 from typing import Any
 
 
@@ -56,3 +58,31 @@ class Every:
         current = agent_steps // self._interval
         fired, self._last = current > self._last, current
         return fired
+
+
+class SaveTimer:
+    """When to save: each so many agent steps, each so many minutes, and a minute after an attempt that failed."""
+
+    RETRY_SECONDS = 60.0
+
+    def __init__(
+        self,
+        agent_steps: int,
+        interval: int | None,
+        minutes: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """agent_steps: where the run is now. interval: agent steps; None: by the clock only."""
+        self._due, self._seconds, self._clock = Every(interval, agent_steps), 60 * minutes, clock
+        self._next = clock() + self._seconds
+
+    def __call__(self, agent_steps: int) -> bool:
+        """Whether to save now; the time to the next save begins anew."""
+        due = self._due(agent_steps) or self._clock() >= self._next
+        if due:
+            self._next = self._clock() + self._seconds
+        return due
+
+    def failed(self) -> None:
+        """The newest save did not succeed."""
+        self._next = min(self._next, self._clock() + self.RETRY_SECONDS)

@@ -4,6 +4,7 @@ A snapshot is a folder::
 
     state/           the arrays, written by orbax as one flat dict {"params.encoder.kernel": array, ...}
     meta.json        whatever else the caller wants back: counters, generator states, manifests
+    files/           further files of the caller's, bytes
     manifest.json    path, shape and dtype of every array; size and checksum of every file above
 
 It is built under a hidden name and becomes valid by one last rename.
@@ -84,7 +85,7 @@ def to_host(tree: Any) -> Leaves:
     return {p: np.asarray(h) if f else np.array(h) for (p, f, h) in zip(leaves, fresh, host, strict=True)}
 
 
-def write(folder: Path, leaves: Leaves, meta: Mapping[str, Any]) -> None:
+def write(folder: Path, leaves: Leaves, meta: Mapping[str, Any], files: Mapping[str, bytes] | None = None) -> None:
     """Writes a snapshot to `folder`, which must not exist; it appears there complete or not at all."""
     partial = folder.with_name(PARTIAL + folder.name)
     shutil.rmtree(partial, ignore_errors=True)
@@ -96,6 +97,9 @@ def write(folder: Path, leaves: Leaves, meta: Mapping[str, Any]) -> None:
             with ocp.PyTreeCheckpointer() as saver:
                 saver.save((partial / "state").absolute(), stored)
         (partial / "meta.json").write_text(json.dumps(meta, default=_encode), encoding="utf-8")
+        for name, data in (files or {}).items():
+            (partial / "files").mkdir(exist_ok=True)
+            (partial / "files" / name).write_bytes(data)
         manifest = {
             "format": FORMAT,
             "arrays": [[list(p), list(a.shape), a.dtype.name] for p, a in leaves.items()],
@@ -126,6 +130,23 @@ def read_meta(folder: Path) -> dict[str, Any]:
         return json.loads((folder / "meta.json").read_text(encoding="utf-8"), object_hook=_decode)
     except (OSError, ValueError) as error:
         raise DamagedCheckpointError(f"{folder}: meta.json cannot be read ({error})") from error
+
+
+def read_file(folder: Path, name: str) -> bytes | None:
+    """One of the caller's files, None if there is none of this name; to be asked for after `read` has verified it.
+
+    CheckpointError if it belongs to another user: what is made of it may be as powerful as a program.
+    """
+    path = folder / "files" / name
+    try:
+        owner = path.stat().st_uid
+        if hasattr(os, "getuid") and owner != os.getuid():
+            raise CheckpointError(f"{path}: expected a file of the user who resumes the run, got one of user {owner}")
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise DamagedCheckpointError(f"{path} cannot be read ({error})") from error
 
 
 def read(folder: Path, template: Any = None, parts: Iterable[str] | None = None) -> tuple[Any, dict[str, Any]]:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import shlex
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 
 from dreamer.config import Config
+from dreamer.envs import EnvError
+from dreamer.envs.faults import FaultBudget
+from dreamer.envs.interface import Fault
 from dreamer.envs.vector import MakeEnv
 from dreamer.presets import CONFIG_FILE, check_resume, save_config, stored_config
 from dreamer.runtime.checkpoint import Checkpointer, CheckpointError
@@ -28,7 +31,8 @@ from dreamer.runtime.meters import Aggregator, Stopwatch
 from dreamer.runtime.nonfinite import NonFiniteActionError, NonFiniteError
 from dreamer.runtime.provenance import versions
 from dreamer.runtime.report import open_loop_report
-from dreamer.runtime.schedule import Every, UpdateSchedule
+from dreamer.runtime.resume import Progress, changed_surroundings, pack_progress, read_progress
+from dreamer.runtime.schedule import Every, SaveTimer, UpdateSchedule
 from dreamer.runtime.setup import (
     make_agent,
     make_replay,
@@ -43,13 +47,16 @@ from dreamer.runtime.weights import warm_start
 
 #: Exit code of a run whose numbers were not finite.
 NON_FINITE = 3
+#: Exit code of a run whose environments failed too often.
+ENVIRONMENTS_FAILED = 4
 
 
 def train(config: Config, make_env: MakeEnv | None = None) -> int:
     """Run, or resume, the training that `config` describes; returns the exit code.
 
     make_env: ``(index, seed) -> environment``, a Gymnasium or `dreamer.envs.Env` one, instead of `config.task`.
-    0: reached the end or was asked to stop (a checkpoint is saved); 3: a loss or an action was not finite.
+    0: reached the end or was asked to stop (a checkpoint is saved); 3: a loss or an action was not finite; 4:
+    environments failed too often (a checkpoint is saved).
     """
     config = resolve_logdir(config if make_env is None else name_own_task(config))
     logdir = Path(config.logdir)
@@ -70,6 +77,9 @@ def train(config: Config, make_env: MakeEnv | None = None) -> int:
             return NON_FINITE
         finally:
             run.close()
+        if run.failed:
+            console.print(f"[bold red]stopped:[/] {escape(run.failed)}", soft_wrap=True)
+            return ENVIRONMENTS_FAILED
         if stop:
             again = f"dreamer train --logdir {shlex.quote(str(logdir))}"
             console.print(f"\nstopped; go on with: {again if make_env is None else 'the same call'}", soft_wrap=True)
@@ -80,35 +90,42 @@ class Run:
     """One run: its parts, its counters, and the loop."""
 
     def __init__(self, config: Config, make_env: MakeEnv | None, console: Console) -> None:
-        self.config, self.logdir, self.console = config, Path(config.logdir), console
+        self.config, self.logdir, self.console, self._make_env = config, Path(config.logdir), console, make_env
         self.checkpointer = Checkpointer(self.logdir, config.run.checkpoint_keep, config.run.checkpoint_milestones)
-        resuming = self.checkpointer.latest() is not None
-        self.restarts = self._next_restart() if resuming else 0
+        found = self.checkpointer.restore(parts=())[2] if self.checkpointer.latest() is not None else None
+        # Environments that go on from their states need no new seeds.
+        self.restarts = 0 if found is None else found["restarts"] + (not found["exact"])
         self.envs = training_envs(config, self.restarts, make_env)
         try:
-            self._build(make_env, resuming)
+            self._build(found is not None)
         except BaseException:
             self.envs.close()
             raise
 
-    def _build(self, make_env: MakeEnv | None, resuming: bool) -> None:
+    def _build(self, resuming: bool) -> None:
         config = self.config
         self.agent = make_agent(config, self.envs.observation_spaces, self.envs.action_spaces)
         self.replay = make_replay(config, self.agent)
         self.schedule = UpdateSchedule(config.run.train_ratio, config.run.batch_size, config.run.batch_length)
         self.logger = Logger(self.logdir, config.log.jsonl, config.log.tensorboard, config.log.video_fps)
         self.agent_steps = self.updates = 0
+        self.failed: str | None = None
         self.dream_video: Path | None = None
         self.metrics, self.watch = Aggregator(), Stopwatch()
+        self.faults = FaultBudget(config.env)
         self.display = Display(config.task, config.run.agent_steps, live=config.run.display, console=self.console)
-        state, meta = self._restore() if resuming else self._begin()
+        state, meta, progress = self._restore() if resuming else self._begin()
         run_key = np.asarray(state["key"])
-        self.learner = Learner(self.agent, state, self.replay, config.run.batch_size)
-        self.learner.prefetch(meta.get("next_batch"))
-        self.collector = Collector(self.agent, self.envs, run_key, "policy")
-        self.collector.counter = self.agent_steps // self.envs.num_envs
-        self.evaluator = Evaluator(config, self.agent, run_key, make_env)
+        self.learner = Learner(self.agent, state, self.replay, config.run.batch_size, self.watch)
+        self.evaluator = Evaluator(config, self.agent, run_key, self._make_env, self._evaluation_fault)
         self.evaluator.rounds = meta.get("evaluations", 0)
+        collecting = None if progress is None else self._go_on(progress)
+        self.collector = Collector(
+            self.agent, self.envs, run_key, "policy", on_fault=self._training_fault, state=collecting
+        )
+        self.collector.counter = self.agent_steps // self.envs.num_envs
+        if collecting is None and config.log.videos:
+            self.collector.record()
         save_config(config, self.logdir / CONFIG_FILE)
         title = f"Resuming at agent step {self.agent_steps:,}" if resuming else "Training"
         self.console.print(start_summary(title, summary_rows(config, self.agent, state, self.replay, self.envs)))
@@ -118,17 +135,14 @@ class Run:
         return Steps(self.agent_steps, self.agent_steps * self.config.repeat, self.updates)
 
     def loop(self, stop: StopRequest) -> None:
-        """Until `run.agent_steps` or a request to stop."""
+        """Until `run.agent_steps`, a request to stop, or too many failures of environments."""
         self.stop = stop
         run, watch, start = self.config.run, self.watch, self.agent_steps
         due_log, due_report = Every(run.log_every, start), Every(run.report_every, start)
-        due_eval, due_save = Every(run.eval_every, start), Every(run.checkpoint_every, start)
-        due_video = Every(self.config.log.video_every, start)
-        saved_at = time.monotonic()
-        if self.config.log.videos:
-            self.collector.record()
+        due_eval, due_video = Every(run.eval_every, start), Every(self.config.log.video_every, start)
+        self.due_save = SaveTimer(start, run.checkpoint_every, run.checkpoint_minutes)
         with self.display:
-            while self.agent_steps < run.agent_steps and not stop:
+            while self.agent_steps < run.agent_steps and not stop and not self.failed:
                 with watch.section("act"):
                     step = self._act()
                 with watch.section("replay"):
@@ -149,13 +163,14 @@ class Run:
                     self.report()
                 if due_eval(self.agent_steps):
                     self.evaluate()
-                if due_save(self.agent_steps) or time.monotonic() - saved_at > 60 * run.checkpoint_minutes:
+                self._try_saving(self.checkpointer.poll)
+                if self.due_save(self.agent_steps):
                     self.save()
-                    saved_at = time.monotonic()
-            self.learner.settle()
-            self._log_metrics()
+            if not stop and not self.failed:
+                self.learner.settle()
+                self._log_metrics()
             self.save()
-        if not stop:
+        if not stop and not self.failed:
             self._finish()
 
     def _act(self) -> dict[str, np.ndarray]:
@@ -172,9 +187,7 @@ class Run:
         if not self.schedule.started and self.replay.starts >= run.batch_size * run.batch_length:
             self.schedule.start(self.agent_steps)
         for _ in range(self.schedule.due(self.agent_steps)):
-            with self.watch.section("update"):
-                metrics = self.learner.update()
-            self.metrics.add(metrics, "train/")
+            self.metrics.add(self.learner.update(), "train/")
             self.schedule.done()
             self.updates += 1
             self.watch.count(train=run.batch_size * run.batch_length)
@@ -188,9 +201,25 @@ class Run:
             if episode.frames:
                 self.logger.video(self.steps, "episode/video", np.stack(episode.frames))
 
+    def _training_fault(self, fault: Fault) -> None:
+        """An environment failed and begins a new episode: the one that was cut is stored as abandoned."""
+        self.replay.abandon([fault.env])
+        self._evaluation_fault(fault)
+
+    def _evaluation_fault(self, fault: Fault) -> None:
+        self.metrics.add({"env/failures_sum": 1})
+        text = f"environment {fault.env} {fault.kind} and was started anew: {fault.message}\n{fault.traceback}"
+        self.console.print(f"[bold red]{self.config.task}[/]", escape(text), soft_wrap=True)
+        try:
+            self.faults.add(fault)
+        except EnvError as error:
+            self.failed = str(error)
+
     def _log_metrics(self) -> None:
         stats = {f"replay/{name}": value for name, value in self.replay.stats().items()}
-        self.logger.scalars(self.steps, {**self.metrics.result(), **stats, **self.watch.result()})
+        times = self.watch.result()
+        self.display.times(times)
+        self.logger.scalars(self.steps, {**self.metrics.result(), **stats, **times})
 
     def report(self) -> None:
         """Write the open-loop dream video and its errors."""
@@ -227,54 +256,78 @@ class Run:
         return bool(self.stop)
 
     def save(self) -> None:
-        """Save a checkpoint in the background."""
+        """Save a checkpoint in the background. It changes no number: what is on its way stays so."""
         with self.watch.section("checkpoint"):
-            self.learner.settle()
+            files = pack_progress(self.learner, self.collector, self.metrics, self.envs, self.evaluator)
             meta = {
                 "agent_steps": self.agent_steps,
                 "updates": self.updates,
                 "restarts": self.restarts,
+                "exact": self.envs.restorable,
                 "schedule": self.schedule.state(),
                 "train_ratio": self.config.run.train_ratio,
                 "observations": spaces_to_json(self.agent.observations),
                 "actions": spaces_to_json(self.agent.actions),
-                "next_batch": self.learner.prefetched(),
                 "evaluations": self.evaluator.rounds,
                 "episodes": self.display.state(),
                 "offsets": self.logger.offsets(),
                 "versions": versions(),
             }
-            self._try_saving(lambda: self.checkpointer.save(self.agent_steps, self.learner.state, meta, self.replay))
+            state, replay = self.learner.state, self.replay
+            self._try_saving(lambda: self.checkpointer.save(self.agent_steps, state, meta, replay, files))
 
-    def _try_saving(self, save: Callable[[], None]) -> None:
-        """A disk that refuses is reported, and training goes on."""
+    def _try_saving(self, save: Callable[[], object]) -> None:
+        """A disk that refuses is reported, training goes on, and the checkpoint is tried again soon."""
         try:
             save()
         except CheckpointError as error:
-            self.console.print(f"[bold red]checkpoint failed:[/] {error}", soft_wrap=True)
+            self.console.print(f"[bold red]checkpoint failed:[/] {escape(str(error))}", soft_wrap=True)
+            self.due_save.failed()
 
-    def _begin(self) -> tuple[Any, dict[str, Any]]:
-        """(fresh training state, no meta data); what an attempt that left no checkpoint has recorded is forgotten."""
+    def _begin(self) -> tuple[Any, dict[str, Any], None]:
+        """(fresh training state, no meta data, no progress); what an attempt that left no checkpoint has recorded is
+        forgotten."""
         self.logger.truncate(dict.fromkeys(self.logger.offsets(), 0), self.steps)
-        return warm_start(self.config, self.agent.init(self.config.seed)), {}
+        return warm_start(self.config, self.agent.init(self.config.seed)), {}, None
 
-    def _restore(self) -> tuple[Any, dict[str, Any]]:
-        """(training state, meta data) of the newest checkpoint; counters, replay and log files go on from there."""
+    def _restore(self) -> tuple[Any, dict[str, Any], Progress]:
+        """(training state, meta data, progress) of the newest checkpoint; counters, replay and log files go on from
+        there."""
         template = jax.eval_shape(self.agent.init, 0)
-        folder = self.checkpointer.replay_folder
+        found: list[Progress] = []
 
-        load_replay = lambda meta: self.replay.load(folder, meta["replay"])  # noqa: E731
-        _, state, meta = self.checkpointer.restore(template, check=load_replay)
+        def load(meta: dict[str, Any], folder: Path) -> None:
+            self.replay.load(self.checkpointer.replay_folder, meta["replay"])
+            found[:] = [read_progress(folder)]
+
+        _, state, meta = self.checkpointer.restore(template, check=load)
         self.agent_steps, self.updates = meta["agent_steps"], meta["updates"]
         changed = meta["train_ratio"] != self.config.run.train_ratio
         self.schedule.restore(meta["schedule"], self.agent_steps, changed)
-        self.replay.close_open_episodes()
         self.display.restore(meta["episodes"])
         self.logger.truncate(meta["offsets"], self.steps)
-        return jax.device_put(state), meta
+        self.checkpointer.forget_best_after(self.agent_steps)
+        if surroundings := changed_surroundings(meta["versions"]):
+            text = "; ".join(surroundings)
+            self.console.print(f"[yellow]not the surroundings of the checkpoint[/], so last digits may differ: {text}")
+        return jax.device_put(state), meta, found[0]
 
-    def _next_restart(self) -> int:
-        return int(self.checkpointer.restore(parts=())[2]["restarts"]) + 1
+    def _go_on(self, progress: Progress) -> Mapping[str, Any] | None:
+        """Learner, statistics and environments go on from a checkpoint. Returns the collector's state, or None where
+        the environments begin anew: then the episodes that were cut are stored as abandoned."""
+        self.learner.restore(progress.loop["learner"])
+        self.metrics.restore(progress.loop["metrics"])
+        saved = progress.environments
+        if saved is not None and self.envs.restorable:
+            self.envs.set_state(saved["training"])
+            self.evaluator.restore(saved["evaluation"])
+            return progress.loop["collector"]
+        if saved is not None:  # They could be saved then, but not put back now: same seeds would repeat themselves.
+            self.envs.close()
+            self.restarts += 1
+            self.envs = training_envs(self.config, self.restarts, self._make_env)
+        self.replay.close_open_episodes()
+        return None
 
     def _finish(self) -> None:
         """What a person wants to see at the end."""
