@@ -6,8 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dreamer.replay import Replay, ReplayError, Selection, bytes_at_capacity, bytes_per_step, largest_capacity
-from dreamer.replay import storage as storage_module
+from dreamer.replay import Replay, ReplayError, Selection, budget, bytes_at_capacity, bytes_per_step, memory
 from dreamer.types import Field
 
 FIELDS = {
@@ -58,8 +57,8 @@ def test_size200m_step_with_a_64x64_image_stays_below_29_kilobytes():
 
 
 def test_capacity_beyond_the_memory_is_refused_with_the_largest_that_fits(monkeypatch):
-    monkeypatch.setattr(storage_module, "machine_memory", lambda: 24_000)
-    assert largest_capacity(FIELDS) == 900
+    monkeypatch.setattr(memory, "machine_memory", lambda: 24_000)
+    assert budget("host", FIELDS, ["deter", "stoch"]).largest == 900
     with pytest.raises(ReplayError, match=r"1000 steps of 24 bytes.*largest that fits is 900 steps"):
         Replay(FIELDS, 2, 1000, 5, seed=0)
     assert Replay(FIELDS, 2, 900, 5, seed=0).capacity == 900

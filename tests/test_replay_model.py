@@ -1,6 +1,8 @@
-"""The buffer against a slow model of it: plain Python lists, driven by random operations."""
+"""The buffer against a slow model of it: plain Python lists, driven by random operations, on every storage."""
 
+import copy
 import json
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -19,67 +21,115 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from dreamer.replay import Replay, ReplayError, Selection, persistence, prune
+from dreamer.config import SelectionConfig
+from dreamer.replay import Replay, ReplayError, Selection, disk, persistence, prune, versions
 from dreamer.types import Field
 
 FIELDS = {
     "serial": Field((), np.dtype(np.int32)),
+    "is_last": Field((), np.dtype(bool)),
     "deter": Field((2,), np.dtype(ml_dtypes.bfloat16)),
     "stoch": Field((1,), np.dtype(np.uint8)),
 }
+MIXTURES = [
+    SelectionConfig(),
+    SelectionConfig(uniform=0, prioritised=1),
+    SelectionConfig(uniform=0, prioritised=1, priority_zero_on_sample=True),
+    SelectionConfig(uniform=1, prioritised=2, recency=1, recency_half_life=5),
+]
+SMALL = [(persistence, "CHUNK_BYTES", 120), (disk, "SEGMENT_BYTES", 30), (disk, "SEGMENTS", 3)]
+SMALL += [(versions, "EXTENT_BYTES", 20), (versions, "EXTENTS", 4), (disk, "VERIFIED_BYTES", 10**9)]
+
+
+class Model:
+    """Per environment, `history` lists every step ever made; the ring holds those from `tails` on."""
+
+    def __init__(self, num_envs: int, rows: int, length: int, limit: int):
+        self.rows, self.length, self.limit = rows, length, limit
+        self.history: list[list[dict]] = [[] for _ in range(num_envs)]
+        self.tails = [0] * num_envs
+        self.queue: list[tuple[int, int]] = []  # (env, row) of complete stretches not served yet
+        self.cut = [0] * num_envs
+        self.priorities: dict[tuple[int, int], float] = {}  # of starts that have one; others: infinite
+
+    def shrink(self) -> None:
+        for env, steps in enumerate(self.history):
+            self.tails[env] = max(self.tails[env], len(steps) - self.rows)
+
+    def starts(self) -> set[tuple[int, int]]:
+        ends = [len(steps) - self.length for steps in self.history]
+        return {(e, r) for e, end in enumerate(ends) for r in range(self.tails[e], end + 1)}
+
+    def priority(self, start: tuple[int, int]) -> float:
+        return self.priorities.get(start, math.inf)
 
 
 class ReplayMachine(RuleBasedStateMachine):
-    """Per environment, `history` lists every step ever made; the ring holds the last `rows` of it."""
+    storage = "host"
 
     def __init__(self):
         super().__init__()
-        self.folder = tempfile.TemporaryDirectory()
-        self.path = Path(self.folder.name)
+        self.folder = tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+        self.path = Path(self.folder.name) / "replay"
         self.serial = self.mark = 0
         self.pending: list[Selection] = []
-        self.manifests: list[dict] = []
+        self.saves: list[tuple[dict, Model, dict]] = []
         self.patch = pytest.MonkeyPatch()
-        self.patch.setattr(persistence, "CHUNK_BYTES", 120)
+        for module, name, value in SMALL:
+            self.patch.setattr(module, name, value)
         self.patch.setattr(os, "fsync", lambda descriptor: None)  # no test of ours cuts the power
 
     def teardown(self):
         self.patch.undo()
         self.folder.cleanup()
 
-    @initialize(num_envs=st.integers(1, 3), rows=st.integers(4, 12), length=st.integers(2, 4), limit=st.integers(1, 6))
-    def begin(self, num_envs, rows, length, limit):
-        self.num_envs, self.rows, self.length, self.limit = num_envs, rows, length, limit
-        self.history = [[] for _ in range(num_envs)]
-        self.tails = [0] * num_envs
-        self.queue: list[tuple[int, int]] = []  # (env, row) of complete stretches not served yet
-        self.cut = [0] * num_envs
+    @initialize(
+        num_envs=st.integers(1, 3),
+        rows=st.integers(4, 12),
+        length=st.integers(2, 4),
+        limit=st.integers(1, 6),
+        mixture=st.sampled_from(MIXTURES),
+    )
+    def begin(self, num_envs, rows, length, limit, mixture):
+        if self.storage == "device":  # one shape, so that little is compiled
+            num_envs, rows = 2, 9
+        self.model, self.mixture = Model(num_envs, rows, length, limit), mixture
         self.replay = self.build(rows)
 
     def build(self, rows: int) -> Replay:
-        return Replay(FIELDS, self.num_envs, self.num_envs * rows, self.length, seed=5, online_limit=self.limit)
-
-    def valid_starts(self) -> set[tuple[int, int]]:
-        ends = [len(steps) - self.length for steps in self.history]
-        return {(e, r) for e in range(self.num_envs) for r in range(self.tails[e], ends[e] + 1)}
+        model = self.model
+        return Replay(
+            FIELDS,
+            len(model.history),
+            len(model.history) * rows,
+            model.length,
+            seed=5,
+            online_limit=model.limit,
+            selection=self.mixture,
+            storage=self.storage,
+            folder=self.path,
+        )
 
     @rule(count=st.integers(1, 9), data=st.data())
     def add(self, count, data):
-        some = data.draw(st.none() | st.lists(st.integers(0, self.num_envs - 1), unique=True, min_size=1))
-        envs = list(range(self.num_envs)) if some is None else some
+        model, num_envs = self.model, len(self.model.history)
+        some = data.draw(st.none() | st.lists(st.integers(0, num_envs - 1), unique=True, min_size=1))
+        envs = list(range(num_envs)) if some is None else some
         for _ in range(count):
             serials = [self.serial + i for i in range(len(envs))]
             self.serial += len(envs)
             for env, serial in zip(envs, serials, strict=True):
-                self.history[env].append({"serial": serial, "deter": serial % 100, "stoch": serial % 256})
-                self.tails[env] = max(self.tails[env], len(self.history[env]) - self.rows)
+                step = {"serial": serial, "deter": serial % 100, "stoch": serial % 256, "is_last": serial % 7 == 0}
+                model.history[env].append(step)
+            model.shrink()
             for env in sorted(envs):
-                if len(self.history[env]) == self.cut[env] + self.length:
-                    self.queue.append((env, self.cut[env]))
-                    self.cut[env] += self.length - 1
-            self.queue = self.queue[-self.limit :]
+                if len(model.history[env]) == model.cut[env] + model.length:
+                    model.queue.append((env, model.cut[env]))
+                    model.cut[env] += model.length - 1
+            model.queue = model.queue[-model.limit :]
             step = {
                 "serial": np.array(serials, np.int32),
+                "is_last": np.array(serials) % 7 == 0,
                 "deter": np.repeat(np.array(serials)[:, None] % 100, 2, 1).astype(ml_dtypes.bfloat16),
                 "stoch": (np.array(serials)[:, None] % 256).astype(np.uint8),
             }
@@ -87,7 +137,7 @@ class ReplayMachine(RuleBasedStateMachine):
 
     @rule(batch=st.integers(1, 5))
     def select(self, batch):
-        valid = self.valid_starts()
+        valid = self.model.starts()
         assert self.replay.starts == len(valid)
         if not valid:
             with pytest.raises(ReplayError):
@@ -96,81 +146,128 @@ class ReplayMachine(RuleBasedStateMachine):
         selection = self.replay.select(batch)
         drawn = list(zip(selection.env.tolist(), selection.row.tolist(), strict=True))
         assert set(drawn) <= valid
-        waiting = [item for item in self.queue if item in valid]
+        waiting = [item for item in self.model.queue if item in valid]
         served = waiting[:batch]
         assert drawn[: len(served)] == served
         assert selection.online.tolist() == [i < len(served) for i in range(batch)]
-        self.queue = waiting[len(served) :]
+        self.model.queue = waiting[len(served) :]
+        if self.mixture.prioritised and not self.mixture.uniform:
+            self.check_priorities(drawn[len(served) :], valid)
         self.check_content(selection)
         self.pending.append(selection)
 
+    def check_priorities(self, drawn, valid):
+        fresh = {start for start in valid if self.model.priority(start) == math.inf}
+        first, rest = drawn[: len(fresh)], drawn[len(fresh) :]
+        assert set(first) <= fresh and len(set(first)) == len(first)
+        ranked = [start for start in valid if 0 < self.model.priority(start) < math.inf]
+        if fresh or ranked:
+            assert set(rest) <= set(ranked or fresh)
+            if self.mixture.priority_zero_on_sample:
+                self.model.priorities |= dict.fromkeys(drawn, 0)
+
     @precondition(lambda self: self.pending)
-    @rule(index=st.integers(0, 100), newest_first=st.booleans())
-    def write(self, index, newest_first):
+    @rule(index=st.integers(0, 100), newest_first=st.booleans(), both=st.booleans())
+    def write(self, index, newest_first, both):
+        model = self.model
         selection = self.pending.pop(-1 if newest_first else index % len(self.pending))
-        marks = np.arange(self.mark, self.mark + len(selection) * (self.length - 1)).reshape(len(selection), -1)
+        marks = np.arange(self.mark, self.mark + len(selection) * (model.length - 1)).reshape(len(selection), -1)
         self.mark += marks.size
         values = {"deter": np.stack([marks % 90, marks % 90], -1).astype(np.float32), "stoch": (marks % 256)[..., None]}
+        values = values if both else {"stoch": values["stoch"]}
         touched = set()
-        for b, (env, row) in enumerate(zip(selection.env, selection.row, strict=True)):
-            for t in range(self.length - 1):
-                if row + 1 + t >= self.tails[env]:
-                    step = self.history[env][row + 1 + t]
-                    step["deter"], step["stoch"] = marks[b, t] % 90, marks[b, t] % 256
+        for b, (env, row) in enumerate(zip(selection.env.tolist(), selection.row.tolist(), strict=True)):
+            for t in range(model.length - 1):
+                if row + 1 + t >= model.tails[env]:
+                    step = model.history[env][row + 1 + t]
+                    step |= {"deter": marks[b, t] % 90, "stoch": marks[b, t] % 256} if both else {}
+                    step["stoch"] = marks[b, t] % 256
                     touched.add((env, row + 1 + t))
         assert self.replay.write(selection, {k: v.astype(FIELDS[k].dtype) for k, v in values.items()}) == len(touched)
 
-    @rule(rows=st.none() | st.integers(4, 14), keep=st.booleans())
-    def save_and_go_on_from_disk(self, rows, keep):
-        """A new buffer, of another capacity sometimes, takes over; `keep`: the old one goes on instead."""
-        manifest = json.loads(json.dumps(self.replay.save(self.path)))
-        self.manifests = [*self.manifests, manifest][-2:]
-        prune(self.path, self.manifests)
-        if keep:
+    @precondition(lambda self: self.pending)
+    @rule(index=st.integers(0, 100), data=st.data())
+    def prioritize(self, index, data):
+        selection = self.pending[index % len(self.pending)]
+        if not self.replay.prioritised:
             return
-        loaded = self.build(rows or self.rows)
-        loaded.load(self.path, manifest)
-        if rows in (None, self.rows) and self.valid_starts():
-            # Both draw the same, then go their own ways.
-            ours, theirs = self.replay.select(7), loaded.select(7)
-            assert (ours.env.tolist(), ours.row.tolist()) == (theirs.env.tolist(), theirs.row.tolist())
-            self.queue = [item for item in self.queue if item in self.valid_starts()][7:]
-        self.rows, self.replay = rows or self.rows, loaded
-        for env, steps in enumerate(self.history):
-            self.tails[env] = max(self.tails[env], len(steps) - self.rows)
+        values = data.draw(st.lists(st.integers(-1, 3), min_size=len(selection), max_size=len(selection)))
+        trained = np.repeat(np.array(values, np.float32)[:, None], self.model.length - 1, 1)
+        self.replay.prioritize(selection, trained)
+        for env, row, value in zip(selection.env.tolist(), selection.row.tolist(), values, strict=True):
+            if row >= self.model.tails[env]:
+                self.model.priorities[env, row] = max(value, 0)
+
+    @rule(data=st.data())
+    def abandon(self, data):
+        envs = data.draw(st.lists(st.integers(0, len(self.model.history) - 1), unique=True))
+        self.replay.abandon(envs)
+        for env in envs:
+            if len(self.model.history[env]) > self.model.tails[env]:
+                self.model.history[env][-1]["is_last"] = True
+
+    @rule()
+    def save(self):
+        manifest = json.loads(json.dumps(self.replay.save(self.path)))
+        self.saves = [*self.saves, (manifest, copy.deepcopy(self.model), self.replay.stats())][-2:]
+        prune(self.path, [manifest for manifest, _, _ in self.saves])
+
+    @precondition(lambda self: self.saves)
+    @rule(rows=st.none() | st.integers(4, 14), older=st.booleans(), prune_newer=st.booleans())
+    def go_on_from_a_save(self, rows, older, prune_newer):
+        """A new buffer, of another capacity sometimes, goes on from one of the two newest saves."""
+        index = 0 if older else -1
+        manifest, model, stats = self.saves[index]
+        self.model, self.pending = copy.deepcopy(model), []
+        rows = rows if rows and self.storage != "device" else model.rows
+        self.replay = self.build(rows)
+        self.replay.load(self.path, manifest)
+        if rows == model.rows:
+            found = json.loads(json.dumps(self.replay._selector.state()))
+            assert found == manifest["selector"] and self.replay.stats() == stats
+        self.model.rows = rows
+        self.model.shrink()
+        if older and prune_newer:
+            self.saves = self.saves[:1]
+            prune(self.path, [manifest])
 
     def check_content(self, selection: Selection):
         batch = self.replay.gather(selection)
         for b, (env, row) in enumerate(zip(selection.env, selection.row, strict=True)):
-            steps = self.history[env][row : row + self.length]
+            steps = self.model.history[env][row : row + self.model.length]
             assert batch["serial"][b].tolist() == [s["serial"] for s in steps]
+            assert batch["is_last"][b].tolist() == [s["is_last"] for s in steps]
             assert batch["deter"][b].astype(int).tolist() == [[s["deter"]] * 2 for s in steps]
             assert batch["stoch"][b].tolist() == [[s["stoch"]] for s in steps]
 
     @invariant()
     def everything_is_as_the_model_has_it(self):
-        valid = sorted(self.valid_starts())
-        assert len(self.replay) == sum(len(s) - t for s, t in zip(self.history, self.tails, strict=True))
+        model = self.model
+        valid = sorted(model.starts())
+        assert len(self.replay) == sum(len(s) - t for s, t in zip(model.history, model.tails, strict=True))
         if valid:
             env, row = np.array(valid, np.int64).T
-            self.check_content(Selection(env, row, np.zeros(len(valid), bool), self.length))
+            self.check_content(Selection(env, row, np.zeros(len(valid), bool), model.length))
         for selection in self.pending:
-            if (selection.row < np.array(self.tails)[selection.env]).any():
+            if (selection.row < np.array(model.tails)[selection.env]).any():
                 with pytest.raises(ReplayError, match="overwritten"):
                     self.replay.gather(selection)
 
 
-def drive(examples: int, steps: int) -> None:
+def drive(storage: str, examples: int, steps: int) -> None:
+    machine = type("Machine", (ReplayMachine,), {"storage": storage})
     options = settings(
         max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck)
     )
-    run_state_machine_as_test(ReplayMachine, settings=options)
+    run_state_machine_as_test(machine, settings=options)
 
 
-def test_random_operations_agree_with_the_model():
-    drive(examples=60, steps=40)
+@pytest.mark.parametrize(("storage", "examples"), [("host", 30), ("disk", 30), ("device", 6)])
+def test_random_operations_agree_with_the_model(storage, examples):
+    drive(storage, examples, steps=40)
 
 
 @pytest.mark.slow
-def test_random_operations_agree_with_the_model_for_long():
-    drive(examples=1000, steps=100)
+@pytest.mark.parametrize(("storage", "examples"), [("host", 600), ("disk", 600), ("device", 100)])
+def test_random_operations_agree_with_the_model_for_long(storage, examples):
+    drive(storage, examples, steps=100)

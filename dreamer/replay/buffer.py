@@ -18,12 +18,14 @@ from typing import Any
 import numpy as np
 
 from dreamer.config import SelectionConfig
+from dreamer.replay.disk import DiskStorage
 from dreamer.replay.errors import ReplayError
 from dreamer.replay.files import StoredFile, read_file, write_file
-from dreamer.replay.persistence import ChunkLog, check_fields, describe_fields
+from dreamer.replay.memory import Budget, Fields, Kind, budget, bytes_per_step
+from dreamer.replay.persistence import check_fields, describe_fields
 from dreamer.replay.ring import Ring
 from dreamer.replay.selection import Selection, Selector
-from dreamer.replay.storage import Fields, HostStorage, bytes_per_step
+from dreamer.replay.storage import HostStorage, SlotStorage, Storage
 from dreamer.types import LOG_PREFIX
 
 MANIFEST_VERSION = 2
@@ -32,7 +34,7 @@ _COUNTERS = ("inserts", "sequences", "online", "written", "write_dropped")
 
 
 class Replay:
-    """N rings of steps in host memory.
+    """N rings of steps.
 
     fields        What a step consists of.
     num_envs      N.
@@ -43,8 +45,12 @@ class Replay:
     latent_keys   Fields that `write` may change.
     online_limit  Most stretches that wait in the online queue; None: 256, or four per environment if that is more.
     selection     The mixture that is drawn from behind the online queue; None: uniform.
+    storage       Where the steps lie.
+    folder        Disk storage: where its files are, and where alone it can be saved.
+    sharding      Device storage: how its arrays are laid out; None: on the default device.
+    device_bytes  Device storage: free memory; None: not known, not checked.
 
-    ReplayError if the capacity is too small for one sequence or too large for this machine's memory.
+    ReplayError if the capacity is too small for one sequence or too large for what the machine has.
     """
 
     def __init__(
@@ -58,6 +64,10 @@ class Replay:
         latent_keys: Sequence[str] = ("deter", "stoch"),
         online_limit: int | None = None,
         selection: SelectionConfig | None = None,
+        storage: Kind = "host",
+        folder: Path | None = None,
+        sharding: Any = None,
+        device_bytes: int | None = None,
     ):
         rows = capacity // num_envs
         if length < 2:
@@ -75,10 +85,12 @@ class Replay:
         self.length = length
         self.latent_keys = tuple(latent_keys)
         self._ring = Ring(num_envs, rows)
-        self._storage = HostStorage(self.fields, num_envs * rows)
+        self._budget = budget(storage, self.fields, self.latent_keys, folder, device_bytes)
+        if storage != "device" or device_bytes is not None:
+            self._budget.check(num_envs * rows)
+        self.storage = self._make_storage(storage, folder, sharding)
         limit = max(256, 4 * num_envs) if online_limit is None else online_limit
         self._selector = Selector(self._ring, length, seed, limit if online else None, selection or SelectionConfig())
-        self._log = ChunkLog(self.fields, self.latent_keys, self._ring)
         self._marks: set[tuple[int, int]] = set()  # (env, row) of stored steps that were made last ones
         self._counters = dict.fromkeys(_COUNTERS, 0)
         self._all = np.arange(num_envs)
@@ -98,8 +110,13 @@ class Replay:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory at capacity. Less is in use before the rings are full."""
+        """Bytes of all steps at capacity. Less is in use before the rings are full."""
         return self.capacity * self.nbytes_per_step
+
+    @property
+    def budget(self) -> Budget:
+        """What the storage needs in memory, disk and device, and what there is."""
+        return self._budget
 
     def __len__(self) -> int:
         """Stored steps over all environments."""
@@ -128,7 +145,7 @@ class Replay:
             )
         for name, value in values.items():
             self._check_value(name, value, (len(ids),))
-        self._storage.put(self._ring.slots(ids, self._ring.head[ids]), values)
+        self.storage.add(ids, self._ring.head[ids], values)
         self._ring.head[ids] += 1
         self._selector.update(ids)
         self._counters["inserts"] += len(ids)
@@ -148,10 +165,8 @@ class Replay:
 
         ReplayError if one of them was overwritten since it was selected.
         """
-        env, rows = selection.env[:, None], selection.rows
-        if not self._ring.alive(env, rows).all():
-            raise ReplayError("expected a selection that is still stored, got overwritten steps; gather before adding")
-        return self._storage.gather(self._ring.slots(env, rows))
+        self._check_alive(selection)
+        return self.storage.gather(selection.env, selection.row, selection.length)
 
     def write(self, selection: Selection, values: Mapping[str, np.ndarray]) -> int:
         """Replace latents of the trained steps of a selection by `values` (B, T, ...). Returns how many steps changed.
@@ -167,18 +182,42 @@ class Replay:
         arrays = {name: np.asarray(value) for name, value in values.items()}
         for name, value in arrays.items():
             self._check_value(name, value, (len(selection), selection.length - 1))
+        source = self._landing(selection)
+        env = np.repeat(selection.env, selection.length - 1)[source]
+        flat = {name: value.reshape(-1, *self.fields[name].shape)[source] for name, value in arrays.items()}
+        self.storage.put(env, selection.rows[:, 1:].reshape(-1)[source], flat)
+        return len(source)
+
+    def slots(self, selection: Selection) -> np.ndarray:
+        """Where device storage holds a selection: int32 (B, 1 + T), for `device.gather`.
+
+        ReplayError if one of them was overwritten since it was selected.
+        """
+        self._check_alive(selection)
+        return self._ring.slots(selection.env[:, None], selection.rows).astype(np.int32)
+
+    def write_slots(self, selection: Selection) -> np.ndarray:
+        """Where the latents of a selection go in device storage: int32 (B, T), for `device.write`, which must follow.
+
+        Steps that were overwritten since, or that a later sequence of the batch has too, go beyond the end: nowhere.
+        """
+        assert isinstance(self.storage, SlotStorage), "only storages in memory are addressed by slots"
+        source = self._landing(selection)
+        slots = np.full(len(selection) * (selection.length - 1), self.capacity, np.int32)
+        slots[source] = self._ring.slots(selection.env[:, None], selection.rows[:, 1:]).reshape(-1)[source]
+        self.storage.touch(slots[source])
+        return slots.reshape(len(selection), -1)
+
+    def _landing(self, selection: Selection) -> np.ndarray:
+        """Which of the B * T trained steps of a selection are written: distinct ones that are stored; counted."""
         env, rows = selection.env[:, None], selection.rows[:, 1:]
         kept = np.flatnonzero(self._ring.alive(env, rows))
         slots = self._ring.slots(env, rows).reshape(-1)[kept]
-        # numpy leaves open which of several assignments to one slot wins; unique() keeps the first of the reversed.
-        distinct, last = np.unique(slots[::-1], return_index=True)
-        source = kept[::-1][last]
-        flat = {name: value.reshape(-1, *self.fields[name].shape)[source] for name, value in arrays.items()}
-        self._storage.put(distinct, flat)
-        self._log.touch(distinct)
-        self._counters["written"] += len(distinct)
+        # unique() keeps the first of the reversed: of several values for one step the last.
+        source = kept[::-1][np.unique(slots[::-1], return_index=True)[1]]
+        self._counters["written"] += len(source)
         self._counters["write_dropped"] += rows.size - len(kept)
-        return len(distinct)
+        return source
 
     @property
     def prioritised(self) -> bool:
@@ -229,7 +268,7 @@ class Replay:
         if self._selector.priorities is not None:
             stem = f"priorities-{self._ring.head.max():012d}"
             priorities = write_file(folder, stem, [self._selector.priorities.state()]).entry()
-        files = self._log.save(folder, self._storage)
+        files = self.storage.save(folder)
         return {
             "version": MANIFEST_VERSION,
             "fields": describe_fields(self.fields),
@@ -275,7 +314,7 @@ class Replay:
         marked = 0
         for env, (tail, head) in enumerate(zip(self._ring.tail, self._ring.head, strict=True)):
             rows = np.arange(tail, head)
-            first, last = (self._storage.take(name, self._ring.slots(env, rows)) for name in ("is_first", "is_last"))
+            first, last = (self.storage.take(name, env, rows) for name in ("is_first", "is_last"))
             begins_next = np.append(first[1:], True)[: len(first)]
             cut = rows[begins_next & ~last]
             self._mark_last(env, cut)
@@ -283,13 +322,13 @@ class Replay:
         return marked
 
     def _mark_last(self, env: int, rows: np.ndarray) -> None:
-        self._storage.put(self._ring.slots(env, rows), {"is_last": np.ones(len(rows), bool)})
+        self.storage.mark_last(env, rows)
         self._marks.update((int(env), row) for row in rows.tolist())
 
     def clear(self) -> None:
         """Forget all steps and counts. The random stream goes on, and files on disk stay."""
         self._ring.reset()
-        self._log.forget()
+        self.storage.clear()
         self._marks.clear()
         self._selector.clear()
         self._counters = dict.fromkeys(_COUNTERS, 0)
@@ -309,7 +348,7 @@ class Replay:
         head = np.array(manifest["head"], np.int64)
         tail = np.maximum(np.array(manifest["tail"], np.int64), head - self._ring.rows)
         counters = {name: int(manifest["counters"][name]) for name in _COUNTERS}
-        self._log.load(folder, self._storage, manifest, head, tail)
+        self.storage.load(folder, manifest, head, tail)
         self._ring.reset(head, tail)
         for env, row in manifest["marks"]:
             if row >= tail[env]:
@@ -318,6 +357,21 @@ class Replay:
         if self._selector.priorities is not None:
             self._restore_priorities(folder, manifest)
         self._counters = counters
+
+    def _make_storage(self, kind: Kind, folder: Path | None, sharding: Any) -> Storage:
+        if kind == "host":
+            return HostStorage(self.fields, self.latent_keys, self._ring)
+        if kind == "disk":
+            if folder is None:
+                raise ReplayError("expected a folder for disk storage, got none")
+            return DiskStorage(self.fields, self.latent_keys, self._ring, folder)
+        from dreamer.replay.device import DeviceStorage
+
+        return DeviceStorage(self.fields, self.latent_keys, self._ring, sharding)
+
+    def _check_alive(self, selection: Selection) -> None:
+        if not self._ring.alive(selection.env[:, None], selection.rows).all():
+            raise ReplayError("expected a selection that is still stored, got overwritten steps; gather before adding")
 
     def _restore_priorities(self, folder: Path, manifest: Mapping[str, Any]) -> None:
         """Those of the manifest, if it has some of sequences of the same length; otherwise all are infinite."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,19 @@ import numpy as np
 
 from dreamer.replay.errors import ReplayError
 from dreamer.replay.files import StoredFile, read_file, sync_folder, write_file
+from dreamer.replay.memory import Fields, bytes_per_step
 from dreamer.replay.ring import Ring
-from dreamer.replay.storage import Fields, HostStorage, bytes_per_step
 
 #: A file has at most about this many bytes (one row of each environment at least).
 CHUNK_BYTES = 64 * 2**20
 
 _ADDRESS_BYTES = 4 + 8  # environment and row of a patched step
+
+Values = Mapping[str, np.ndarray]
+#: Gives one field (M, ...) of rows (M,) of an environment.
+Take = Callable[[str, int, np.ndarray], np.ndarray]
+#: Receives values (M, ...) of steps: their environments and rows, (M,) each.
+Place = Callable[[np.ndarray, np.ndarray, Values], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +96,7 @@ class ChunkLog:
         """The mutable fields of these slots (M,) were rewritten."""
         self._dirty[slots] = True
 
-    def save(self, folder: Path, storage: HostStorage) -> dict[str, Any]:
+    def save(self, folder: Path, take: Take) -> dict[str, Any]:
         """Write what the files do not hold yet. Returns the manifest's entries of all files with live rows.
 
         OSError (disk full, say) loses nothing: saving again later continues from there.
@@ -104,40 +110,23 @@ class ChunkLog:
         if not present.issuperset(files):
             # Another folder than last time, or somebody removed files: what is missing cannot be referred to.
             self._chunks, self._patches, self._saved = [], [], np.zeros_like(self._saved)
-        self._patch(folder, storage)
+        self._patch(folder, take)
         start = np.maximum(self._saved, tail)
         rows = max(1, CHUNK_BYTES // (bytes_per_step(self._fields) * self._ring.num_envs))
         while (start < self._ring.head).any():
             stop = np.minimum(start + rows, self._ring.head)
-            self._chunks.append(self._write(folder, storage, start, stop))
+            self._chunks.append(self._write(folder, take, start, stop))
             self._saved = start = stop
         sync_folder(folder)
         sync_folder(folder.parent)
         return {"chunks": [c.entry() for c in self._chunks], "patches": [p.entry() for p in self._patches]}
 
-    def load(
-        self, folder: Path, storage: HostStorage, entries: Mapping[str, Any], head: np.ndarray, tail: np.ndarray
-    ) -> None:
-        """Read rows [tail, head) of each environment, (N,) each, into `storage`; ReplayError if that cannot be."""
-        chunks = [Chunk.parse(c, self._ring.num_envs, bytes_per_step(self._fields)) for c in entries["chunks"]]
-        patches = [Patch.parse(p) for p in entries["patches"]]
-        covered = tail
-        for chunk in chunks:
-            if (np.array(chunk.start) > covered).any():
-                break
-            covered = np.maximum(covered, chunk.stop)
-        if (covered != head).any():
-            raise ReplayError(
-                f"expected chunks with rows {tail.tolist()} to {head.tolist()} of the environments, but the manifest's"
-                f" end at {covered.tolist()}; use an older checkpoint"
-            )
-        for chunk in chunks:
-            if (np.array(chunk.stop) > tail).any():
-                self._read(folder, storage, chunk, tail)
-        for patch in patches:
-            if (np.array(patch.stop) > tail).any():
-                self._apply(folder, storage, patch, tail)
-        self._chunks, self._patches, self._saved = chunks, patches, head.copy()
+    def load(self, folder: Path, entries: Mapping[str, Any], head: np.ndarray, tail: np.ndarray, place: Place) -> None:
+        """Hand the rows [tail, head) of each environment, (N,) each, to `place`; ReplayError if that cannot be."""
+        self._chunks, self._patches = read_chunks(
+            folder, entries, self._fields, self._mutable, head, tail, place, place
+        )
+        self._saved = head.copy()
         self._dirty[:] = False
 
     def forget(self) -> None:
@@ -145,18 +134,16 @@ class ChunkLog:
         self._chunks, self._patches, self._saved = [], [], np.zeros_like(self._saved)
         self._dirty[:] = False
 
-    def _write(self, folder: Path, storage: HostStorage, start: np.ndarray, stop: np.ndarray) -> Chunk:
+    def _write(self, folder: Path, take: Take, start: np.ndarray, stop: np.ndarray) -> Chunk:
         def pieces() -> Iterator[np.ndarray]:
             for name in sorted(self._fields):
                 for env in range(self._ring.num_envs):
-                    low, count = env * self._ring.rows, int(stop[env] - start[env])
-                    first = low + int(start[env]) % self._ring.rows
-                    yield from storage.pieces(name, first, count, low, low + self._ring.rows)
+                    yield take(name, env, np.arange(start[env], stop[env]))
 
         stored = write_file(folder, f"rows-{start.min():012d}-{stop.max():012d}", pieces())
         return Chunk(stored, tuple(start.tolist()), tuple(stop.tolist()))
 
-    def _patch(self, folder: Path, storage: HostStorage) -> None:
+    def _patch(self, folder: Path, take: Take) -> None:
         """Write patches of what was rewritten; of everything, in place of the earlier ones, if that is less."""
         step = bytes_per_step(self._mutable) + _ADDRESS_BYTES
         rows = self._rows_in_chunks(only_dirty=True)
@@ -166,7 +153,7 @@ class ChunkLog:
             rows, earlier = self._rows_in_chunks(only_dirty=False), []
         count = max(1, CHUNK_BYTES // step)
         starts = range(0, len(rows), count)
-        self._patches = [*earlier, *(self._write_patch(folder, storage, *rows[i : i + count].T) for i in starts)]
+        self._patches = [*earlier, *(self._write_patch(folder, take, *rows[i : i + count].T) for i in starts)]
         self._dirty[:] = False  # rows that are in no chunk yet get there with their newest values
 
     def _rows_in_chunks(self, only_dirty: bool) -> np.ndarray:
@@ -179,37 +166,77 @@ class ChunkLog:
             found.append(np.stack([np.full_like(row, env), row], 1))
         return np.concatenate(found)
 
-    def _write_patch(self, folder: Path, storage: HostStorage, env: np.ndarray, row: np.ndarray) -> Patch:
-        slots = self._ring.slots(env, row)
-        values = (storage.take(name, slots) for name in self._mutable)
+    def _write_patch(self, folder: Path, take: Take, env: np.ndarray, row: np.ndarray) -> Patch:
+        ids, starts = np.unique(env, return_index=True)  # rows come sorted by environment
+        parts = list(zip(ids.tolist(), np.split(row, starts[1:]), strict=True))
+        values = (take(name, i, rows) for name in self._mutable for i, rows in parts)
         stored = write_file(folder, f"patch-{row.min():012d}-{row.max():012d}", [env.astype(np.int32), row, *values])
         stop = np.zeros(self._ring.num_envs, np.int64)
         np.maximum.at(stop, env, row + 1)
         return Patch(stored, tuple(stop.tolist()))
 
-    def _read(self, folder: Path, storage: HostStorage, chunk: Chunk, tail: np.ndarray) -> None:
-        data = read_file(folder, chunk.stored)
-        offset = 0
-        for name in sorted(self._fields):
-            field = self._fields[name]
-            for env, (start, stop) in enumerate(zip(chunk.start, chunk.stop, strict=True)):
-                size = (stop - start) * field.nbytes
-                values = data[offset : offset + size].view(field.dtype).reshape(stop - start, *field.shape)
-                offset += size
-                rows = np.arange(max(start, int(tail[env])), stop)
-                if len(rows):
-                    storage.put(self._ring.slots(env, rows), {name: values[rows[0] - start :]})
 
-    def _apply(self, folder: Path, storage: HostStorage, patch: Patch, tail: np.ndarray) -> None:
-        data = read_file(folder, patch.stored)
-        count = len(data) // (bytes_per_step(self._mutable) + _ADDRESS_BYTES)
-        env, row = data[: 4 * count].view(np.int32), data[4 * count : 12 * count].view(np.int64)
-        live, offset, values = row >= tail[env], 12 * count, {}
-        for name, field in self._mutable.items():
-            size = count * field.nbytes
-            values[name] = data[offset : offset + size].view(field.dtype).reshape(count, *field.shape)[live]
-            offset += size
-        storage.put(self._ring.slots(env[live].astype(np.int64), row[live]), values)
+def read_chunks(
+    folder: Path,
+    entries: Mapping[str, Any],
+    fields: Fields,
+    mutable: Sequence[str] | Fields,
+    head: np.ndarray,
+    tail: np.ndarray,
+    add: Place,
+    put: Place,
+) -> tuple[list[Chunk], list[Patch]]:
+    """Hand the rows [tail, head) of each environment, (N,) each, to `add`, then later values of them to `put`.
+
+    ReplayError if the files do not hold them, or not as they were written. Returns the files.
+    """
+    chunks = [Chunk.parse(c, len(head), bytes_per_step(fields)) for c in entries["chunks"]]
+    patches = [Patch.parse(p) for p in entries["patches"]]
+    covered = tail
+    for chunk in chunks:
+        if (np.array(chunk.start) > covered).any():
+            break
+        covered = np.maximum(covered, chunk.stop)
+    if (covered != head).any():
+        raise ReplayError(
+            f"expected chunks with rows {tail.tolist()} to {head.tolist()} of the environments, but the manifest's"
+            f" end at {covered.tolist()}; use an older checkpoint"
+        )
+    for chunk in chunks:
+        if (np.array(chunk.stop) > tail).any():
+            _read_chunk(read_file(folder, chunk.stored), fields, chunk, tail, add)
+    for patch in patches:
+        if (np.array(patch.stop) > tail).any():
+            changed = {name: fields[name] for name in sorted(mutable)}
+            _read_patch(read_file(folder, patch.stored), changed, tail, put)
+    return chunks, patches
+
+
+def _read_chunk(data: np.ndarray, fields: Fields, chunk: Chunk, tail: np.ndarray, add: Place) -> None:
+    counts = np.subtract(chunk.stop, chunk.start)
+    ends, offset = np.cumsum(counts), 0
+    columns = {}
+    for name in sorted(fields):
+        size = int(ends[-1]) * fields[name].nbytes
+        columns[name] = data[offset : offset + size].view(fields[name].dtype).reshape(ends[-1], *fields[name].shape)
+        offset += size
+    for env, (start, stop) in enumerate(zip(chunk.start, chunk.stop, strict=True)):
+        first = max(start, int(tail[env]))
+        if first < stop:
+            part = slice(int(ends[env]) - (stop - first), int(ends[env]))
+            rows = np.arange(first, stop)
+            add(np.full(len(rows), env), rows, {name: column[part] for name, column in columns.items()})
+
+
+def _read_patch(data: np.ndarray, fields: Fields, tail: np.ndarray, put: Place) -> None:
+    count = len(data) // (bytes_per_step(fields) + _ADDRESS_BYTES)
+    env, row = data[: 4 * count].view(np.int32).astype(np.int64), data[4 * count : 12 * count].view(np.int64)
+    live, offset, values = row >= tail[env], 12 * count, {}
+    for name, field in fields.items():
+        size = count * field.nbytes
+        values[name] = data[offset : offset + size].view(field.dtype).reshape(count, *field.shape)[live]
+        offset += size
+    put(env[live], row[live], values)
 
 
 def check_fields(expected: Fields, found: Mapping[str, Mapping[str, Any]]) -> None:

@@ -1,90 +1,127 @@
-"""Where the steps lie: host memory, one array per field, addressed by flat slots; and what it costs."""
+"""Where the steps lie: the protocol of storages, and the one in host memory.
+
+A storage is a set of arrays, addressed by environment and row. Which rows are valid, and which are drawn, is the
+matter of `ring.py` and `selection.py`, the same for all storages.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
-from dreamer.replay.errors import ReplayError
-from dreamer.types import Field
+from dreamer.replay.disk import read_blocks
+from dreamer.replay.memory import Fields
+from dreamer.replay.persistence import ChunkLog
+from dreamer.replay.ring import Ring
 
-Fields = Mapping[str, Field]
-
-#: Share of the machine's memory that replay may reserve; the rest is for the program itself.
-MEMORY_SHARE = 0.9
-
-_CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+Values = Mapping[str, np.ndarray]
 
 
-def bytes_per_step(fields: Fields) -> int:
-    """Bytes of one step of one environment."""
-    return sum(field.nbytes for field in fields.values())
+class Storage(Protocol):
+    """Fields of the steps in the rings."""
+
+    def add(self, env: np.ndarray, row: np.ndarray, values: Values) -> None:
+        """Store new steps: row `row` of environment `env`, (M,) each, `values` (M, ...) of all fields."""
+
+    def put(self, env: np.ndarray, row: np.ndarray, values: Values) -> None:
+        """Replace mutable fields of distinct stored steps (M,) by `values` (M, ...)."""
+
+    def mark_last(self, env: int, rows: np.ndarray) -> None:
+        """Set `is_last` of stored steps of one environment, rows (M,)."""
+
+    def gather(self, env: np.ndarray, row: np.ndarray, length: int) -> dict[str, np.ndarray]:
+        """`length` steps from each row on: fresh, contiguous arrays (B, length, ...), never handed out again.
+
+        jax may alias a numpy array that it was given, so none of them is ever reused.
+        """
+
+    def take(self, name: str, env: int, rows: np.ndarray) -> np.ndarray:
+        """One field of rows (M,) of one environment: a fresh array (M, ...)."""
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write what the files in `folder` do not hold yet. Returns entries for the manifest, JSON-able.
+
+        OSError (disk full, say) loses nothing: saving again later continues from there.
+        """
+
+    def load(self, folder: Path, entries: Mapping[str, Any], head: np.ndarray, tail: np.ndarray) -> None:
+        """Hold the rows [tail, head) of each environment, (N,) each, of a save; ReplayError if that cannot be.
+
+        The ring's counters are not set yet.
+        """
+
+    def clear(self) -> None:
+        """Hold nothing. What is saved stays on disk."""
 
 
-def bytes_at_capacity(fields: Fields, capacity: int) -> int:
-    """Bytes of `capacity` steps, environments counted together."""
-    return capacity * bytes_per_step(fields)
+class SlotStorage:
+    """A storage addressed by flat slots, that is saved as chunks and patches. Where its arrays lie is left open."""
+
+    def __init__(self, fields: Fields, mutable: Sequence[str], ring: Ring):
+        self.fields = dict(fields)
+        self._ring = ring
+        self._log = ChunkLog(self.fields, mutable, ring)
+
+    def write_slots(self, slots: np.ndarray, values: Values) -> None:
+        """Write `values` (M, ...) of some or all fields to distinct slots (M,)."""
+        raise NotImplementedError
+
+    def read_slots(self, name: str, slots: np.ndarray) -> np.ndarray:
+        """One field at `slots`, of any shape: a fresh array (*slots.shape, ...)."""
+        raise NotImplementedError
+
+    def add(self, env: np.ndarray, row: np.ndarray, values: Values) -> None:
+        self.write_slots(self._ring.slots(env, row), values)
+
+    def put(self, env: np.ndarray, row: np.ndarray, values: Values) -> None:
+        slots = self._ring.slots(env, row)
+        self.write_slots(slots, values)
+        self.touch(slots)
+
+    def touch(self, slots: np.ndarray) -> None:
+        """Take note that mutable fields of these slots are rewritten."""
+        self._log.touch(slots)
+
+    def mark_last(self, env: int, rows: np.ndarray) -> None:
+        self.write_slots(self._ring.slots(env, rows), {"is_last": np.ones(len(rows), bool)})
+
+    def gather(self, env: np.ndarray, row: np.ndarray, length: int) -> dict[str, np.ndarray]:
+        slots = self._ring.slots(env[:, None], row[:, None] + np.arange(length))
+        return {name: self.read_slots(name, slots) for name in self.fields}
+
+    def take(self, name: str, env: int, rows: np.ndarray) -> np.ndarray:
+        return self.read_slots(name, self._ring.slots(env, rows))
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        return {"format": "chunks", **self._log.save(folder, self.take)}
+
+    def load(self, folder: Path, entries: Mapping[str, Any], head: np.ndarray, tail: np.ndarray) -> None:
+        if entries["format"] == "chunks":
+            self._log.load(folder, entries, head, tail, self.add)
+        else:
+            read_blocks(folder, entries, self.fields, head, tail, self.add)
+
+    def clear(self) -> None:
+        self._log.forget()
 
 
-def machine_memory() -> int:
-    """Bytes of memory this process may use: the machine's, or its container's limit if that is lower."""
-    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in _CGROUP_LIMITS:
-        text = path.read_text().strip() if path.is_file() else "max"
-        if text != "max":
-            sizes.append(int(text))
-    return min(sizes)
-
-
-def largest_capacity(fields: Fields) -> int:
-    """Most steps, over all environments, that fit into this machine's memory."""
-    return int(machine_memory() * MEMORY_SHARE) // max(bytes_per_step(fields), 1)
-
-
-def check_capacity(fields: Fields, capacity: int) -> None:
-    """Raise ReplayError if `capacity` steps cannot fit into this machine's memory."""
-    largest = largest_capacity(fields)
-    if capacity > largest:
-        raise ReplayError(
-            f"expected a replay capacity that fits into memory, got {capacity} steps of {bytes_per_step(fields)} bytes"
-            f" = {bytes_at_capacity(fields, capacity) / 1e9:.1f} GB on a machine with {machine_memory() / 1e9:.1f} GB;"
-            f" the largest that fits is {largest} steps: set --replay.capacity {largest} or less"
-        )
-
-
-class HostStorage:
-    """Fields as numpy arrays (N * rows, ...) in host memory. Knows slots only: validity is the ring's matter.
+class HostStorage(SlotStorage):
+    """Fields as numpy arrays (N * rows, ...) in host memory.
 
     Pages that were never written cost no memory: the kernel hands out zeroed pages at the first touch.
     """
 
-    def __init__(self, fields: Fields, slots: int):
-        check_capacity(fields, slots)
-        self.fields = dict(fields)
+    def __init__(self, fields: Fields, mutable: Sequence[str], ring: Ring):
+        super().__init__(fields, mutable, ring)
+        slots = ring.num_envs * ring.rows
         self._arrays = {name: np.zeros((slots, *f.shape), f.dtype) for name, f in fields.items()}
 
-    def put(self, slots: np.ndarray, values: Mapping[str, np.ndarray]) -> None:
-        """Write `values` (M, ...) of some or all fields to distinct slots (M,)."""
+    def write_slots(self, slots: np.ndarray, values: Values) -> None:
         for name, value in values.items():
             self._arrays[name][slots] = value
 
-    def gather(self, slots: np.ndarray) -> dict[str, np.ndarray]:
-        """Steps at `slots` (B, L) as fresh, contiguous arrays (B, L, ...), never handed out again.
-
-        jax may alias a numpy array that it was given, so none of them is ever reused.
-        """
-        return {name: array.take(slots, axis=0) for name, array in self._arrays.items()}
-
-    def take(self, name: str, slots: np.ndarray) -> np.ndarray:
-        """One field at `slots` (M,), a fresh array (M, ...)."""
+    def read_slots(self, name: str, slots: np.ndarray) -> np.ndarray:
         return self._arrays[name].take(slots, axis=0)
-
-    def pieces(self, name: str, start: int, count: int, low: int, high: int) -> Iterator[np.ndarray]:
-        """Views of `count` slots of one field from `start` on, wrapping from slot `high` to slot `low`."""
-        first = min(count, high - start)
-        yield self._arrays[name][start : start + first]
-        if count > first:
-            yield self._arrays[name][low : low + count - first]

@@ -1,0 +1,138 @@
+"""Arrays over one file, mapped into memory: written like any array, on disk when the kernel likes or at a flush.
+
+A block that is not saved yet has the suffix `.open`; what was left so by a run that ended is worthless and is removed.
+Where the disk has no room, a block lives in memory until it is saved.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from dreamer.replay.errors import ReplayError
+from dreamer.replay.files import SUFFIX
+
+OPEN = ".open"
+
+#: Arrays begin at multiples of so many bytes.
+_ALIGNMENT = 64
+
+Layout = Mapping[str, tuple[tuple[int, ...], np.dtype]]
+
+
+class Block:
+    """Arrays of a `layout` (shape and dtype by name). Make one with `create` or `open`.
+
+    path    Its file; None: there was no room for one, the arrays are in memory.
+    dirty   Set by whoever writes to the arrays; a flush resets it.
+    """
+
+    def __init__(self, layout: Layout, path: Path | None, memory: mmap.mmap | bytearray):
+        self._layout, self._memory = layout, memory
+        self.path, self.dirty = path, False
+        self.arrays: dict[str, np.ndarray] = {}
+        offset = 0
+        for name, (shape, dtype) in layout.items():
+            self.arrays[name] = np.ndarray(shape, dtype, buffer=memory, offset=offset)
+            offset += _aligned(self.arrays[name].nbytes)
+
+    @staticmethod
+    def create(folder: Path, stem: str, layout: Layout) -> Block:
+        """Zeros in a new file of its own, or in memory if there is no room for one."""
+        try:
+            return Block._allocate(folder, stem, layout)
+        except OSError:
+            return Block(layout, None, bytearray(layout_bytes(layout)))
+
+    @staticmethod
+    def open(path: Path, layout: Layout) -> Block:
+        """What was saved, to be read and written; ReplayError if it is not of the right size."""
+        expected = layout_bytes(layout)
+        try:
+            with path.open("r+b") as file:
+                size = os.fstat(file.fileno()).st_size
+                if size == expected:
+                    return Block(layout, path, mmap.mmap(file.fileno(), size))
+        except OSError as error:
+            raise ReplayError(f"cannot read replay file {path}: {error}; use an older checkpoint") from error
+        raise ReplayError(
+            f"replay file {path} is truncated or was changed: expected {expected} bytes, got {size};"
+            " use an older checkpoint"
+        )
+
+    @property
+    def saved(self) -> bool:
+        return self.path is not None and self.path.suffix == SUFFIX
+
+    def save(self, folder: Path, stem: str) -> dict[str, str | int]:
+        """Write everything to the file, whose name becomes final: the manifest's entry. OSError if there is no room."""
+        if self.path is None:
+            placed = Block._allocate(folder, stem, self._layout)
+            for name, array in self.arrays.items():
+                placed.arrays[name][...] = array
+            self.path, self.arrays, self._memory, self.dirty = placed.path, placed.arrays, placed._memory, True
+        assert self.path is not None
+        if self.dirty and isinstance(self._memory, mmap.mmap):
+            self._memory.flush()
+            self.dirty = False
+        if not self.saved:
+            final = self.path.with_suffix(SUFFIX)
+            os.replace(self.path, final)
+            self.path = final
+        return {"file": self.path.name, "bytes": layout_bytes(self._layout)}
+
+    def discard(self) -> None:
+        """Give the file back, unless it was saved: then it is a matter of `prune`."""
+        if self.path is not None and not self.saved:
+            self.path.unlink(missing_ok=True)
+
+    @staticmethod
+    def _allocate(folder: Path, stem: str, layout: Layout) -> Block:
+        folder.mkdir(parents=True, exist_ok=True)
+        number = 0
+        while any((folder / f"{stem}-{number}{suffix}").exists() for suffix in (OPEN, SUFFIX)):
+            number += 1
+        path = folder / f"{stem}-{number}{OPEN}"
+        try:
+            with path.open("w+b") as file:
+                reserve(file.fileno(), layout_bytes(layout))
+                return Block(layout, path, mmap.mmap(file.fileno(), layout_bytes(layout)))
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+
+
+def layout_bytes(layout: Layout) -> int:
+    """Bytes of a file of this layout."""
+    sizes = (int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for shape, dtype in layout.values())
+    return max(sum(map(_aligned, sizes)), _ALIGNMENT)
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Room on the disk for a file of `size` bytes, zeros; OSError if there is none.
+
+    Writing to a mapped hole in a file kills the process when the disk is full, so there must be no holes.
+    """
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENODEV):
+            raise
+        for start in range(0, size, 2**20):  # a file system that cannot reserve
+            os.write(descriptor, bytes(min(2**20, size - start)))
+        os.fsync(descriptor)
+
+
+def remove_open(folder: Path) -> None:
+    """Remove the blocks that an earlier run had not saved."""
+    for path in folder.glob(f"*{OPEN}"):
+        path.unlink()
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
