@@ -198,6 +198,12 @@ class ReplayConfig:
     """The replay buffer."""
 
     capacity: int = option(5_000_000, "Steps kept, over all environments", "agent steps", gt=0)
+    gigabytes: float | None = option(None, "Size in place of replay.capacity; null: none", "10^9 bytes", gt=0)
+    storage: Literal["auto", "host", "disk", "device"] = option(
+        "auto",
+        "Where steps lie: the machine's memory, files in the logdir, the accelerator; auto: the fastest that fits",
+        resume=True,
+    )
     online: bool = option(True, "Train once on each new stretch of data, ahead of other sequences")
     selection: SelectionConfig = option(SelectionConfig, "Which sequences are drawn behind the online queue")
     preload: str | None = option(

@@ -129,6 +129,8 @@ class VersionedRows:
 
     def _allocate(self, count: int) -> np.ndarray:
         """`count` free places, in a new file if need be."""
+        if len(self._free) < count and self._drop_saves():
+            self._collect(self._place[self._place >= 0])
         while len(self._free) < count:
             taken = [int(p.stem.split("-")[1]) for p in self._folder.glob("latents-*")]
             index = 1 + max([*taken, *self._extents], default=-1)
@@ -144,10 +146,12 @@ class VersionedRows:
         self._references[places] += 1
         self._saves[name] = places
 
-    def _drop_saves(self) -> None:
-        """Saves whose list of places was removed need theirs no more."""
-        for name in [name for name in self._saves if not (self._folder / name).exists()]:
+    def _drop_saves(self) -> bool:
+        """Saves whose list of places was removed need theirs no more. Whether there were any."""
+        gone = [name for name in self._saves if not (self._folder / name).exists()]
+        for name in gone:
             self._references[self._saves.pop(name)] -= 1
+        return bool(gone)
 
     def _collect(self, places: np.ndarray) -> None:
         """Find the free places; `places` are those of the buffer."""

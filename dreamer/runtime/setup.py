@@ -17,7 +17,7 @@ from dreamer.config import Config
 from dreamer.envs import TaskError, VectorEnv, make_vector_env, suites
 from dreamer.envs.vector import MakeEnv
 from dreamer.presets import ConfigError
-from dreamer.replay import Replay, ReplayError, bytes_per_step
+from dreamer.replay import Replay, ReplayError, bytes_per_step, choose_storage
 from dreamer.runtime.devices import choose_device, compute_dtype
 from dreamer.runtime.display import Row, device_row, format_bytes, parameters_row
 from dreamer.runtime.provenance import versions
@@ -70,30 +70,47 @@ def make_agent(config: Config, observations: Spaces, actions: Spaces) -> Agent:
         raise ConfigError(str(error)) from error
 
 
-def replay_capacity(config: Config, preloaded: int = 0) -> int:
+def replay_capacity(config: Config, preloaded: int = 0, step_bytes: int = 1) -> int:
     """Steps to make room for: never more than the run collects or begins with (`preloaded`), a little more than one
-    sequence per environment."""
+    sequence per environment. step_bytes: of one step, if the room is given in gigabytes."""
     envs, length = config.env.num_envs, config.run.batch_length + 1
     collected = config.run.agent_steps + envs if config.run.collect else 0
-    needed = min(config.replay.capacity, preloaded + collected)
+    size = config.replay.gigabytes
+    limit = config.replay.capacity if size is None else int(size * 1e9) // step_bytes
+    needed = min(limit, preloaded + collected)
     return max(math.ceil(needed / envs), length + 1) * envs
 
 
 def make_replay(config: Config, agent: Agent, preloaded: int = 0) -> Replay:
-    """An empty replay with room for `preloaded` steps too; ConfigError if it cannot fit into this machine's memory."""
+    """An empty replay with room for `preloaded` steps too; ConfigError if it cannot fit into this machine."""
     fields = replay_fields(agent.observations, agent.actions, agent.extras)
+    capacity = replay_capacity(config, preloaded, bytes_per_step(fields))
+    folder, free = Path(config.logdir) / "replay", free_device_bytes(choose_device(config.run.platform))
+    kind = config.replay.storage
+    if kind == "auto":
+        kind = choose_storage(fields, tuple(agent.extras), capacity, folder, free)
     try:
         return Replay(
             fields,
             config.env.num_envs,
-            replay_capacity(config, preloaded),
+            capacity,
             config.run.batch_length + 1,
             config.seed,
             online=config.replay.online,
             latent_keys=tuple(agent.extras),
+            selection=config.replay.selection,
+            storage=kind,
+            folder=folder,
+            device_bytes=free,
         )
     except ReplayError as error:
         raise ConfigError(str(error)) from error
+
+
+def free_device_bytes(device: jax.Device) -> int | None:
+    """Free memory of an accelerator; None: it has none of its own, or does not tell."""
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    return stats["bytes_limit"] - stats["bytes_in_use"] if stats else None
 
 
 def module_sizes(params: Mapping[str, Any]) -> dict[str, int]:
@@ -106,9 +123,10 @@ def summary_rows(config: Config, agent: Agent, state: TrainState, replay: Replay
     """What will run."""
     device = jax.tree.leaves(state["params"])[0].devices().pop()
     found = versions()
-    per_step = bytes_per_step(replay.fields)
+    needs, has, stored = replay.budget.needs, replay.budget.has, replay.capacity
+    shares = [f"{format_bytes(stored * needs[m])} of {format_bytes(has[m])} {m}" for m in replay.budget.holds]
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    disk = min(replay.capacity, config.run.agent_steps) * per_step + (config.run.checkpoint_keep + 1) * weights
+    disk = stored * needs["disk"] + (config.run.checkpoint_keep + 1) * weights
     observations = ", ".join(f"{k} {s.shape}" for k, s in visible(agent.observations).items())
     actions = ", ".join(f"{k} {s.classes or s.shape}" for k, s in agent.actions.items())
     where = type(envs).__name__.removesuffix("VectorEnv").lower()
@@ -124,9 +142,11 @@ def summary_rows(config: Config, agent: Agent, state: TrainState, replay: Replay
         Row("compute", f"{agent.dtype.name}, batch {config.run.batch_size} x {config.run.batch_length}"),
         Row("updates", f"{config.updates_per_step:g} per agent step (train ratio {config.run.train_ratio:g})"),
         Row(
-            "replay", f"{format_bytes(per_step)} per step, {format_bytes(replay.nbytes)} for {replay.capacity:,} steps"
+            "replay",
+            f"{format_bytes(replay.nbytes_per_step)} per step, {format_bytes(replay.nbytes)} for {stored:,} steps;"
+            f" {replay.budget.kind} storage, up to {', '.join(shares)}",
         ),
-        Row("disk", f"about {format_bytes(disk)} at the end"),
+        Row("disk", f"up to about {format_bytes(disk)}, checkpoints included, of {format_bytes(has['disk'])} free"),
         Row("logdir", config.logdir),
     ]
 
