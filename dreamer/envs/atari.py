@@ -8,6 +8,7 @@ discounted.
 
 from __future__ import annotations
 
+import functools
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -113,9 +114,12 @@ class Atari:
     def _image(self) -> np.ndarray:
         """uint8 (H, W, 1 or 3)."""
         height, width = self.config.size
-        pooled = Image.fromarray(np.maximum.reduce(list(self._screens)))
+        pooled = Image.fromarray(functools.reduce(np.maximum, self._screens))
         image = np.array(pooled.resize((width, height), Image.Resampling.BILINEAR))
-        return (image @ GRAY // 1000).astype(np.uint8)[..., None] if self.config.gray else image
+        if not self.config.gray:
+            return image
+        red, green, blue = (image[..., channel] * share for channel, share in enumerate(GRAY))
+        return ((red + green + blue) // 1000).astype(np.uint8)[..., None]
 
 
 def make(name: str, config: EnvConfig, seed: int) -> Atari:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import pickle
 import select
 import sys
 import time
@@ -77,7 +76,8 @@ class Worker:
             theirs.close()
             trace.close()
         self._ready = select.poll()
-        self._ready.register(self.conn.fileno(), select.POLLIN)
+        self._descriptor = self.conn.fileno()
+        self._ready.register(self._descriptor, select.POLLIN)
         self._ready.register(self.process.sentinel, select.POLLIN)
         self._set_deadline()
 
@@ -93,20 +93,22 @@ class Worker:
     def restorable(self) -> bool:
         """Whether its environment can be put back; finding out may take it a while, once."""
         if self._restorable is None:
-            self.send(b"restorable")
+            self.send(worker.CAN_RESTORE)
             self._restorable = bool(self.receive())
         return self._restorable
 
     def share(self, file: int) -> None:
         """Give it the block of shared memory behind this descriptor."""
         with contextlib.suppress(OSError):
-            self.conn.send_bytes(b"block")
+            os.write(self.conn.fileno(), worker.BLOCK)
             send_handle(self.conn, file, self.pid)
 
-    def send(self, message: bytes) -> None:
-        """Ask for something; `receive` has the answer, or the reason why there is none."""
+    def send(self, asked: bytes, payload: bytes | None = None) -> None:
+        """Ask for something, in one byte; `receive` has the answer, or the reason why there is none."""
         with contextlib.suppress(OSError):
-            self.conn.send_bytes(message)
+            os.write(self._descriptor, asked)
+            if payload is not None:
+                self.conn.send_bytes(payload)
         self._set_deadline()
 
     def receive(self) -> Any:
@@ -115,9 +117,12 @@ class Worker:
         if not ready:
             raise self._failed("hung", f"gave no answer for {self._timeout:g} seconds (env.timeout_seconds)")
         try:
-            if all(descriptor != self.conn.fileno() for descriptor, _ in ready):
+            if all(descriptor != self._descriptor for descriptor, _ in ready):
                 raise EOFError  # the process has ended; what it has started may still hold its end of the pipe
-            answer = self.conn.recv_bytes()
+            status = os.read(self._descriptor, 1)
+            if status == worker.DONE:
+                return None
+            payload: Any = self.conn.recv()
         except (EOFError, OSError):
             self.process.join(CLOSING)
             code = self.process.exitcode
@@ -126,9 +131,7 @@ class Worker:
                 f"its worker process ended unexpectedly with exit code {code} "
                 "(negative: killed by that signal; -9 often means out of memory)",
             ) from None
-        status = answer[:1]
-        payload: Any = pickle.loads(answer[1:]) if len(answer) > 1 else None
-        if status == worker.DONE:
+        if status == worker.HERE:
             return payload
         kind, message, trace = payload
         if status == worker.REFUSED:
@@ -164,7 +167,8 @@ class Worker:
     def _where(self, ask: bool) -> str:
         """The traceback that a crashed worker left, or that one which hangs writes when it is asked to."""
         if ask:
-            os.kill(self.pid, worker.WHERE_SIGNAL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, worker.WHERE_SIGNAL)
         text = b""
         while self._trace.poll(SAYING_WHERE if ask and not text else 0.05):
             read = os.read(self._trace.fileno(), 2**16)
@@ -199,7 +203,7 @@ class Guard:
 def end_all(workers: dict[int, Worker]) -> None:
     """Ask all to close, wait a little for all together, then end the ones that have not. Empties the dict."""
     for one in workers.values():
-        one.send(b"close")
+        one.send(worker.CLOSE)
     end = time.monotonic() + CLOSING
     while workers:
         workers.popitem()[1].end(max(0.0, end - time.monotonic()))

@@ -73,7 +73,7 @@ class ProcessVectorEnv:
     def reset(self) -> Batch:
         if self._waiting:
             self.step_wait()
-        self._send(b"reset")
+        self._send(worker.RESET)
         batch = self._collect()
         self._begun = True
         return batch
@@ -84,7 +84,7 @@ class ProcessVectorEnv:
         check_actions(actions, self.action_spaces, self.num_envs)
         for key, view in self._inputs.items():
             view[...] = actions[key]
-        self._send(b"step")
+        self._send(worker.STEP)
         self._waiting = True
 
     def step_wait(self) -> Batch:
@@ -98,7 +98,7 @@ class ProcessVectorEnv:
         first = self._workers.get(0)
         if first is None:
             return None
-        first.send(b"render")
+        first.send(worker.RENDER)
         try:
             return first.receive()
         except RefusedError:  # a picture for people is not worth a run
@@ -108,11 +108,11 @@ class ProcessVectorEnv:
             return None
 
     def get_state(self) -> list[bytes]:
-        return self._exchange("get_state", b"save")
+        return self._exchange("get_state", worker.SAVE)
 
     def set_state(self, states: list[bytes]) -> None:
         check_states(states, self.num_envs)
-        self._recovery.attempts = self._exchange("set_state", b"restore", states)
+        self._recovery.attempts = self._exchange("set_state", worker.RESTORE, states)
         self._begun = True
 
     def take_faults(self) -> list[Fault]:
@@ -150,11 +150,11 @@ class ProcessVectorEnv:
         self._workers[index] = Worker(name, index, self._pickled[index], attempt, self.num_envs, self._timeout)
         self._guard.watch(self._workers.values())
 
-    def _send(self, message: bytes) -> None:
+    def _send(self, asked: bytes) -> None:
         if not self._open:
             raise EnvError(f"expected open environments of {self.task}, got closed ones; make new ones")
         for one in self._workers.values():
-            one.send(message)
+            one.send(asked)
 
     def _collect(self) -> Batch:
         """What every environment has put into the shared memory; those that fail begin anew."""
@@ -215,17 +215,16 @@ class ProcessVectorEnv:
         except TaskError as error:
             raise FailedError(fault_of(self.task, index, error), error) from error
         new.share(self._block.fileno())
-        new.send(b"reset")
+        new.send(worker.RESET)
 
-    def _exchange(self, what: str, message: bytes, payloads: Sequence[bytes] = ()) -> list[Any]:
+    def _exchange(self, what: str, asked: bytes, payloads: Sequence[bytes] | None = None) -> list[Any]:
         """Ask every worker the same between two steps. EnvError, after all have answered, if one could not."""
         self._between_steps(what)
         missing = self._missing()
         if missing:
             raise EnvError(f"expected {what} while all environments live, got it after {missing} failed; step first")
-        self._send(message)
-        for index, payload in enumerate(payloads):
-            self._workers[index].send(payload)
+        for index in range(self.num_envs):
+            self._workers[index].send(asked, None if payloads is None else payloads[index])
         answers, error = [], None
         for index in range(self.num_envs):
             try:

@@ -1,11 +1,12 @@
 """What a worker process runs: one environment behind a pipe and a block of shared memory.
 
-The pipe carries one short message each way per step; observations and actions lie in the shared block. This module
-imports nothing heavy, because every worker starts with it.
+Per step the pipe carries one byte each way; observations and actions lie in the shared block. This module imports
+nothing heavy, because every worker starts with it.
 
-An answer is one byte, then a pickle if there is something to say::
+What is asked is one byte: `STEP`, `RESET` and so on. So is the answer, which a pickle may follow::
 
-    DONE     as asked; the payload, or nothing for None
+    DONE     as asked, and nothing to say
+    HERE     as asked; the payload
     REFUSED  could not, and goes on: an Excuse
     FAILED   could not, and ends: an Excuse
 """
@@ -33,7 +34,8 @@ from dreamer.types import Spaces
 
 Fields = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 ALIGNMENT = 64  # bytes; a cache line, so that neighbours do not slow each other
-DONE, REFUSED, FAILED = b"d", b"r", b"f"
+STEP, RESET, RENDER, CAN_RESTORE, SAVE, RESTORE, BLOCK, CLOSE = (bytes([code]) for code in b"steparbc")
+DONE, HERE, REFUSED, FAILED = (bytes([code]) for code in b"dhrf")
 #: Makes a worker write down where it is, whatever it is doing.
 WHERE_SIGNAL = signal.SIGUSR1
 
@@ -125,8 +127,10 @@ def own_group() -> None:
 
 def _serve(conn: Connection, env: Env, attempt: int, index: int, num_envs: int) -> None:
     runner = AutoReset(env)
-    _say(conn, DONE, (dict(env.observation_spaces), dict(env.action_spaces)))
-    _hear(conn)  # b"block": every environment was made
+    _say(conn, HERE, (dict(env.observation_spaces), dict(env.action_spaces)))
+    if _hear(conn) == CLOSE:
+        return
+    # It was BLOCK: every environment was made.
     block = mmap.mmap(recv_handle(conn), 0)
     transitions, actions = block_fields(env.observation_spaces, env.action_spaces)
     views = block_views(block, {**transitions, **actions}, num_envs)
@@ -141,19 +145,19 @@ def _serve(conn: Connection, env: Env, attempt: int, index: int, num_envs: int) 
             slot[0] = result[key]
 
     asked: Mapping[bytes, Callable[[], Any]] = {
-        b"step": step,
-        b"reset": lambda: publish(runner.reset()),
-        b"restorable": lambda: _attempt(lambda: runner.restorable),
-        b"render": lambda: _attempt(env.render),
-        b"save": lambda: _attempt(lambda: runner.get_state(attempt)),
-        b"restore": lambda: _attempt(lambda: runner.set_state(conn.recv_bytes())),
+        STEP: step,
+        RESET: lambda: publish(runner.reset()),
+        CAN_RESTORE: lambda: _attempt(lambda: runner.restorable),
+        RENDER: lambda: _attempt(env.render),
+        SAVE: lambda: _attempt(lambda: runner.get_state(attempt)),
+        RESTORE: lambda: _attempt(lambda: runner.set_state(conn.recv_bytes())),
     }
-    while (message := _hear(conn)) != b"close":
+    while (message := _hear(conn)) != CLOSE:
         answer = asked[message]()
-        if isinstance(answer, Excuse):
-            _say(conn, REFUSED, answer)
+        if answer is None:
+            _say(conn, DONE)
         else:
-            _say(conn, DONE, answer)
+            _say(conn, REFUSED if isinstance(answer, Excuse) else HERE, answer)
 
 
 def _attempt(function: Callable[[], Any]) -> Any:
@@ -172,14 +176,21 @@ def _excuse(error: BaseException) -> Excuse:
 
 
 def _hear(conn: Connection) -> bytes:
+    """The next byte."""
     try:
-        return conn.recv_bytes()
-    except (EOFError, OSError) as error:
+        asked = os.read(conn.fileno(), 1)
+    except OSError as error:
         raise _ParentGoneError from error
+    if not asked:
+        raise _ParentGoneError
+    return asked
 
 
-def _say(conn: Connection, status: bytes, payload: Any) -> None:
+def _say(conn: Connection, status: bytes, payload: Any = None) -> None:
+    """One byte, and for all but DONE the payload."""
     try:
-        conn.send_bytes(status if payload is None else status + pickle.dumps(payload))
+        os.write(conn.fileno(), status)
+        if status != DONE:
+            conn.send_bytes(pickle.dumps(payload))
     except OSError as error:
         raise _ParentGoneError from error
