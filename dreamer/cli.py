@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, NoReturn
 
@@ -82,7 +83,8 @@ def train_config(arguments: Sequence[str]) -> Config:
 
 def train_command(arguments: Sequence[str]) -> int:
     if {"--help", "-h"} & set(arguments):
-        print(TRAIN_USAGE.format(presets=" ".join(preset_names())))
+        presets = textwrap.fill(" ".join(preset_names()), width=110, subsequent_indent=" " * 9)
+        print(TRAIN_USAGE.format(presets=presets))
         print(help_text())
         return 0
     config = train_config(arguments)
@@ -246,7 +248,7 @@ def envs_command(arguments: Sequence[str]) -> int:
         shown = ", ".join(tasks[:4]) + (f", ... ({len(tasks)} in all)" if len(tasks) > 4 else "")
         print(f"{name:10} {suite.description}", *([f"{'':10} {shown}"] if shown else []), sep="\n")
         if suite.package is not None and importlib.util.find_spec(suite.package[0]) is None:
-            print(f"{'':10} not installed: pip install 'dreamer[{suite.package[1]}]'")
+            print(f"{'':10} not installed: {suite.installation}")
     print(
         "\n`dreamer envs SUITE` lists every task of a suite; `dreamer train --configs PRESET --task TASK` trains one."
     )

@@ -97,6 +97,41 @@ class CrafterConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class MinigridConfig:
+    """MiniGrid."""
+
+    view: Literal["partial", "full"] = option("partial", "Observe what the agent sees ahead of it, or the whole grid")
+    size: tuple[int, int] = option((64, 64), "Image height and width", "pixels")
+
+
+@dataclass(frozen=True, config=_STRICT)
+class MemoryMazeConfig:
+    """Memory Maze."""
+
+    size: int = option(64, "Image height and width", "pixels", ge=16)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class VizdoomConfig:
+    """ViZDoom."""
+
+    size: tuple[int, int] = option((64, 64), "Image height and width", "pixels")
+    max_tics: int = option(2100, "Time limit of an episode", "tics of 1/35 s", gt=0)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ProcgenConfig:
+    """Procgen."""
+
+    size: tuple[int, int] = option(
+        (64, 64), "Image height and width; other than 64,64: scaled down from a large picture, slow to draw", "pixels"
+    )
+    mode: Literal["easy", "hard"] = option("hard", "Difficulty of the levels")
+    levels: int | None = option(None, "Different levels that are drawn from; null: unlimited", ge=1)
+    start_level: int = option(0, "The first of these levels, where their number is limited", ge=0)
+
+
+@dataclass(frozen=True, config=_STRICT)
 class GymConfig:
     """Any Gymnasium environment."""
 
@@ -163,6 +198,10 @@ class EnvConfig:
     atari: AtariConfig = option(AtariConfig, "Atari")
     dmc: DmcConfig = option(DmcConfig, "DeepMind Control")
     crafter: CrafterConfig = option(CrafterConfig, "Crafter")
+    minigrid: MinigridConfig = option(MinigridConfig, "MiniGrid")
+    memorymaze: MemoryMazeConfig = option(MemoryMazeConfig, "Memory Maze")
+    vizdoom: VizdoomConfig = option(VizdoomConfig, "ViZDoom")
+    procgen: ProcgenConfig = option(ProcgenConfig, "Procgen")
     gym: GymConfig = option(GymConfig, "Gymnasium")
     toy: ToyConfig = option(ToyConfig, "Built-in toy")
 

@@ -74,6 +74,8 @@ BENCHMARKS = {  # environments, train ratio, agent steps, action repeat
     "crafter": (1, 512, 1_100_000, 1),
     "dmc_proprio": (16, 1024, 1_100_000, 1),
     "dmc_vision": (16, 256, 1_100_000, 1),
+    "procgen": (16, 64, 110_000_000, 1),
+    "bsuite": (1, 1024, 1_100_000, 1),
 }
 
 

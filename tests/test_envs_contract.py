@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,11 @@ class Case:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     limit: int | None = 9
     steps: int = 40
+    marks: tuple[pytest.MarkDecorator, ...] = ()
+
+
+#: Wheels for Python 3.11 and 3.12 on x86-64 Linux only: tests/allowed_skips.txt.
+needs_procgen = pytest.mark.skipif(importlib.util.find_spec("procgen") is None, reason="procgen-mirror is missing")
 
 
 CASES = {
@@ -38,6 +44,24 @@ CASES = {
     "dmc-pixels": Case("dmc_cartpole_balance", {"dmc": {"pixels": True}}, steps=12),
     "crafter": Case("crafter_reward", limit=20, steps=24),
     "crafter-wide": Case("crafter_noreward", {"crafter": {"size": (48, 72)}}, limit=8, steps=10),
+    "bsuite": Case("bsuite_catch_noise/3", steps=24),
+    "bsuite-one-step": Case("bsuite_memory_size/0", limit=None),
+    "minigrid": Case("minigrid_DoorKey-6x6-v0", steps=24),
+    "minigrid-full": Case("minigrid_MultiRoom-N2-S4-v0", {"minigrid": {"view": "full", "size": (40, 56)}}, steps=24),
+    "memory-maze": Case("memorymaze_9x9", limit=3, steps=9, marks=(pytest.mark.slow,)),
+    "memory-maze-large": Case(
+        "memorymaze_15x15", {"memorymaze": {"size": 32}}, limit=2, steps=3, marks=(pytest.mark.slow,)
+    ),
+    "vizdoom": Case("vizdoom_take_cover", steps=24),
+    "vizdoom-limit": Case("vizdoom_take_cover", {"vizdoom": {"max_tics": 5, "size": (48, 64)}}, limit=None, steps=12),
+    "carracing": Case("gym_CarRacing-v3", {"gym": {"size": (64, 64)}}, limit=4, steps=9),
+    "procgen": Case("procgen_coinrun", steps=24, marks=(needs_procgen,)),
+    "procgen-large": Case(
+        "procgen_starpilot",
+        {"procgen": {"size": (96, 96), "mode": "easy", "levels": 3, "start_level": 7}},
+        steps=12,
+        marks=(needs_procgen,),
+    ),
     "gym-cartpole": Case("gym_CartPole-v1", limit=None),
     "gym-pendulum": Case("gym_Pendulum-v1", {"gym": {"repeat": 2}}),
     "gym-frozenlake": Case("gym_FrozenLake-v1", limit=None),
@@ -45,7 +69,14 @@ CASES = {
     "gym-render": Case("gym_Acrobot-v1", {"gym": {"render": True, "size": (40, 56)}}, steps=12),
     "gym-nested": Case("gym_fake_envs:Nested-v0", limit=None),
 }
+#: Episodes that begin alike for as long as the test on seeds plays; test_envs_suites.py plays ViZDoom for longer.
+BEGIN_ALIKE = {"crafter-wide", "vizdoom", "vizdoom-limit"}
 N = 2
+
+
+def each(*names: str) -> pytest.MarkDecorator:
+    """The test once per case, with the marks of the case."""
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=CASES[name].marks) for name in names])
 
 
 def vector_env(case: Case, workers: str, seed: int = 3, training: bool = True) -> VectorEnv:
@@ -80,7 +111,7 @@ def same(one: list[Batch], two: list[Batch]) -> bool:
     )
 
 
-@pytest.mark.parametrize("name", CASES)
+@each(*CASES)
 def test_shapes_dtypes_and_values(name: str) -> None:
     env = make_env(CASES[name].task, EnvConfig(**CASES[name].options), seed=0)
     fields = {key: (space.shape, space.dtype) for key, space in env.observation_spaces.items()}
@@ -96,7 +127,7 @@ def test_shapes_dtypes_and_values(name: str) -> None:
     env.close()
 
 
-@pytest.mark.parametrize("name", CASES)
+@each(*CASES)
 def test_flags_tell_one_story(name: str) -> None:
     batches = reference(name)
     assert batches[0]["is_first"].all() and not batches[0]["is_last"].any()
@@ -116,13 +147,13 @@ def test_flags_tell_one_story(name: str) -> None:
             assert batch["is_last"][0] or steps < limit
 
 
-@pytest.mark.parametrize("name", CASES)
+@each(*CASES)
 def test_worker_processes_give_the_same_numbers(name: str) -> None:
     """At once: equal seeds give equal episodes, and inline and worker environments agree."""
     assert same(rollout(CASES[name], "process"), reference(name))
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "crafter-wide"])
+@each(*(name for name in CASES if name not in BEGIN_ALIKE))
 def test_seeds_differ(name: str) -> None:
     """Environments of a run differ, and evaluation environments differ from training ones."""
     short = dataclasses.replace(CASES[name], steps=min(12, CASES[name].steps))
@@ -179,6 +210,9 @@ def test_every_suite_lists_its_tasks() -> None:
     assert tasks["toy"] == ["toy_catch"]
     assert tasks["crafter"] == ["crafter_reward", "crafter_noreward"]
     assert "gym_CartPole-v1" in tasks["gym"]
+    assert "minigrid_DoorKey-8x8-v0" in tasks["minigrid"] and "minigrid_MultiRoom-N4-S5-v0" not in tasks["minigrid"]
+    assert len(tasks["minigrid"]) > 60
+    assert len(tasks["procgen"]) == 16 and len(tasks["memorymaze"]) == 4 and tasks["vizdoom"] == ["vizdoom_take_cover"]
     from dm_control import suite
 
     known = {f"dmc_{domain}_{task}" for domain, task in suite.ALL_TASKS if domain != "lqr"}

@@ -8,7 +8,7 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 
 from dreamer.config import EnvConfig
-from dreamer.envs import atari, crafter, custom, dmc, gym, native, toy
+from dreamer.envs import atari, bsuite, crafter, custom, dmc, gym, memory_maze, minigrid, native, procgen, toy, vizdoom
 from dreamer.envs.interface import Env, TaskError, VectorEnv, nearest
 from dreamer.envs.options import wrap
 
@@ -21,6 +21,7 @@ class Suite:
     tasks       Names to list.
     check       TaskError if a name cannot be made; None: exactly the listed names can.
     package     Optional package it needs, and the pip extra of this project that installs it.
+    beside      Command that installs what the extra cannot.
     process     Whether it is slow enough to earn a process of its own.
     vector      (name, config, seeds) -> all environments at once, or None to make them one by one.
     best_score  (name, config) -> score of perfect play, where known.
@@ -32,10 +33,17 @@ class Suite:
     tasks: Callable[[], Sequence[str]]
     check: Callable[[str], object] | None = None
     package: tuple[str, str] | None = None
+    beside: str | None = None
     process: Callable[[EnvConfig], bool] = lambda config: True
     vector: Callable[[str, EnvConfig, Sequence[int]], VectorEnv | None] = lambda name, config, seeds: None
     best_score: Callable[[str, EnvConfig], float] | None = None
     normalized: Callable[[str, float], float | None] | None = None
+
+    @property
+    def installation(self) -> str:
+        """Commands that install what it needs; empty if that is nothing."""
+        extra = None if self.package is None else f"pip install 'dreamer[{self.package[1]}]'"
+        return " && ".join(command for command in (extra, self.beside) if command)
 
 
 def _atari(description: str) -> Suite:
@@ -57,6 +65,31 @@ SUITES: Mapping[str, Suite] = {
         dmc.tasks,
         package=("dm_control", "dmc"),
         process=lambda config: config.dmc.pixels,
+    ),
+    "bsuite": Suite(
+        "BSuite, experiments on single abilities",
+        bsuite.make,
+        bsuite.tasks,
+        package=("bsuite", "bsuite"),
+        process=lambda config: False,
+    ),
+    "minigrid": Suite(
+        "MiniGrid worlds as pictures", minigrid.make, minigrid.tasks, minigrid.check, package=("minigrid", "minigrid")
+    ),
+    "memorymaze": Suite(
+        "Memory Maze, coloured balls to be found again",
+        memory_maze.make,
+        memory_maze.tasks,
+        package=("memory_maze", "memorymaze"),
+    ),
+    "vizdoom": Suite("ViZDoom: take cover", vizdoom.make, vizdoom.tasks, package=("vizdoom", "vizdoom")),
+    "procgen": Suite(
+        "Procgen, 16 games with levels without end",
+        procgen.make,
+        procgen.tasks,
+        package=("procgen", "procgen"),
+        beside="pip install --no-deps procgen-mirror gym3",
+        process=lambda config: config.procgen.size != procgen.NATIVE,
     ),
     "gym": Suite("Any Gymnasium id", gym.make, gym.tasks, gym.check, process=lambda config: config.gym.render),
     "py": Suite(
@@ -107,10 +140,9 @@ def check_task(task: str) -> None:
             f"{nearest(name, suite.tasks(), prefix + '_')}; `dreamer envs` lists all"
         )
     if suite.package is not None and importlib.util.find_spec(suite.package[0]) is None:
-        package, extra = suite.package
         raise TaskError(
-            f"expected the package {package!r} for {task!r}, which is not installed; "
-            f"install it with `pip install 'dreamer[{extra}]'`"
+            f"expected the package {suite.package[0]!r} for {task!r}, which is not installed; "
+            f"install it with `{suite.installation}`"
         )
     if suite.check is not None:
         suite.check(name)

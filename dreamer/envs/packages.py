@@ -1,0 +1,22 @@
+"""Parts of packages whose front door asks for more than the part needs."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from types import ModuleType
+
+
+def part(package: str, module: str) -> ModuleType:
+    """``package.module`` without running ``package/__init__.py``, unless somebody has run it already.
+
+    For packages that import the unmaintained `gym` there only to register themselves. ModuleNotFoundError if there is
+    no such package.
+    """
+    if package not in sys.modules:
+        spec = importlib.util.find_spec(package)
+        if spec is None:
+            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+        sys.modules[package] = importlib.util.module_from_spec(spec)
+    return importlib.import_module(f"{package}.{module}")
