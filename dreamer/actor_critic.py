@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dreamer.config import ActorCriticConfig, ModelConfig
-from dreamer.distributions import Distribution, MultiOneHot, Normal, OneHot, TwoHot, sum_of
+from dreamer.distributions import Distribution, MaskedOneHot, MultiOneHot, Normal, OneHot, TwoHot, sum_of
 from dreamer.networks import MLP, Linear, at_least_float32
 from dreamer.types import Space, Spaces
 from dreamer.world_model import TwoHotHead
@@ -31,28 +31,34 @@ class ActionHead(nnx.Module):
             self.mean = Linear(units, space.flat_width, scale=0.01, rngs=rngs)
             self.std = Linear(units, space.flat_width, scale=0.01, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> Distribution:
+    def __call__(self, x: jax.Array, allowed: jax.Array | None = None) -> Distribution:
+        """allowed: bool (..., classes) of a single discrete action, None where every class is."""
         if self.classes is None:
             return Normal.bounded(self.mean(x), self.std(x), *self.limits)
         logits = self.logits(x)
+        if allowed is not None:
+            return MaskedOneHot(logits, allowed)
         return OneHot(logits) if len(self.classes) == 1 else MultiOneHot(logits, self.classes)
 
 
 class Policy(nnx.Module):
-    """Feature (..., F) -> one distribution per action; sampled, they lie side by side in key order (..., A)."""
+    """Feature (..., F) -> one distribution per action; sampled, they lie side by side in key order (..., A).
+
+    Where the environment masks its (single discrete) action, `allowed` (..., A) bool says which classes there are.
+    """
 
     def __init__(self, inputs: int, actions: Spaces, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         self.mlp = MLP(inputs, config.units, config.policy_layers, rngs=rngs)
         self.keys = tuple(sorted(actions))
         self.heads = nnx.Dict({k: ActionHead(config.units, actions[k], config, rngs=rngs) for k in self.keys})
 
-    def __call__(self, x: jax.Array) -> dict[str, Distribution]:
+    def __call__(self, x: jax.Array, allowed: jax.Array | None = None) -> dict[str, Distribution]:
         x = self.mlp(x)
-        return {key: self.heads[key](x) for key in self.keys}
+        return {key: self.heads[key](x, allowed) for key in self.keys}
 
-    def sample(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
+    def sample(self, x: jax.Array, key: jax.Array | None, allowed: jax.Array | None = None) -> jax.Array:
         """Actions (..., A) at least float32, one-hot where discrete; no gradient. The mode where key is None."""
-        dists = self(x)
+        dists = self(x, allowed)
         keys = [None] * len(dists) if key is None else jax.random.split(key, len(dists))
         return sg(jnp.concatenate([d.sample(k) for d, k in zip(dists.values(), keys, strict=True)], -1))
 
@@ -96,12 +102,14 @@ class Dream:
     """An imagined batch: features (M, H+1, F) of the start and H states after it, actions (M, H, A) between them.
 
     reward, cont (M, H+1): predicted at each state; everything without gradient.
+    allowed: bool (M, H+1, A), the actions that the dream offers at each state; None where it offers all.
     """
 
     features: jax.Array
     actions: jax.Array
     reward: jax.Array
     cont: jax.Array
+    allowed: jax.Array | None = None
 
 
 def critic_loss(dist: TwoHot, target: jax.Array, slow_value: jax.Array) -> jax.Array:
@@ -130,7 +138,8 @@ class ActorCritic(nnx.Module):
              w (CE(v, twohot(R)) + CE(v, twohot(slow v)))
         """
         config = self.config
-        value_dist, policy_dists = self.value(dream.features), self.policy(dream.features[:, :-1])
+        allowed = None if dream.allowed is None else dream.allowed[:, :-1]
+        value_dist, policy_dists = self.value(dream.features), self.policy(dream.features[:, :-1], allowed)
         value, slow_value = value_dist.mode(), slow_critic(dream.features).mode()
         weight = sg(jnp.cumprod(dream.cont, 1))
         returns = sg(lambda_return(dream.reward, value, dream.cont, config.lambda_))

@@ -19,7 +19,7 @@ from dreamer.distributions import sum_of
 from dreamer.networks import Draws
 from dreamer.optimizer import make_optimizer, root_mean_square, update_slow
 from dreamer.rssm import RSSM, State, feature
-from dreamer.types import Field, Spaces
+from dreamer.types import ACTION_MASK, Field, Spaces, masks_actions
 from dreamer.world_model import WorldModel
 
 sg = jax.lax.stop_gradient
@@ -74,6 +74,8 @@ class Agent:
         self._initial_state = model.world_model.rssm.init
         self.graph, state = nnx.split(model)
         self.critic_graph = nnx.graphdef(model.actor_critic.value)
+        self.masked = masks_actions(self.observations, self.actions)
+        self.dreams_masks = self._dreams_masks(model)
         self.loss_scales = self._loss_scales(model)
         self.numbered = nnx.to_pure_dict(state)
         self.opt_template = jax.eval_shape(self.optimizer.init, text_keys(self.numbered))
@@ -102,7 +104,8 @@ class Agent:
         rssm = model.world_model.rssm
         tokens = model.world_model.encoder(obs, obs["is_first"].shape, self.dtype)
         state, _ = rssm.observe_step(previous, carry["action"], tokens, obs["is_first"], observe_key)
-        flat = model.actor_critic.policy.sample(feature(state), act_key)
+        allowed = obs[ACTION_MASK] > 0 if self.masked else None
+        flat = model.actor_critic.policy.sample(feature(state), act_key, allowed)
         carry = {**state, "action": flat.astype(self.dtype)}
         return carry, self._split_action(flat), rssm.pack(state)
 
@@ -227,11 +230,24 @@ class Agent:
     def dream(self, model: DreamerModel, starts: State, key: jax.Array | None) -> Dream:
         """Imagine H steps from `starts` (M, ...), all without gradient; reward and continue read at all H+1 states."""
         world_model, policy = model.world_model, model.actor_critic.policy
-        act = lambda state, key: policy.sample(feature(state), key).astype(self.dtype)  # noqa: E731
+        allowed = lambda state: world_model.objective.allowed(state) if self.dreams_masks else None  # noqa: E731
+        act = lambda state, key: policy.sample(feature(state), key, allowed(state)).astype(self.dtype)  # noqa: E731
         states, actions = world_model.rssm.imagine(starts, act, self.config.actor_critic.horizon, key)
         path = jax.tree.map(lambda a, b: jnp.concatenate([a[:, None], b], 1), starts, states)
         x = sg(feature(path))
-        return Dream(x, sg(actions), sg(world_model.reward(x).mode()), sg(world_model.cont(x).mode()))
+        reward, cont = sg(world_model.reward(x).mode()), sg(world_model.cont(x).mode())
+        return Dream(x, sg(actions), reward, cont, allowed(path))
+
+    def _dreams_masks(self, model: DreamerModel) -> bool:
+        """Whether masks hold in imagination too. ValueError if they should, and the decoder does not predict them."""
+        if not self.masked or self.config.actor_critic.imagine_mask == "ignore":
+            return False
+        if ACTION_MASK not in model.world_model.objective.decoder.spaces:
+            raise ValueError(
+                f"expected model.decoder_keys to match {ACTION_MASK!r}, which imagination needs, got "
+                f"{self.config.model.decoder_keys!r}; extend it or pass --actor_critic.imagine_mask ignore"
+            )
+        return True
 
     def split_batch(self, rssm: RSSM, batch: Batch) -> tuple[State, jax.Array, dict[str, jax.Array]]:
         """(context state (B, ...), actions (B, T, A) that led to each trained step, trained steps (B, T, ...))::

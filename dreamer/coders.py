@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import jax
@@ -220,18 +220,21 @@ class Decoder(nnx.Module):
 
     def __call__(self, deter: jax.Array, stoch: jax.Array) -> dict[str, Output]:
         """deter (..., D), stoch (..., S, K)."""
+        outputs = self.vectors(deter, stoch, [k for k, s in self.spaces.items() if s.kind != "image"])
         batch = deter.shape[:-1]
         stoch = stoch.reshape(*batch, -1)
-        outputs: dict[str, Output] = {}
-        if self.mlp is not None:
-            x = self.mlp(jnp.concatenate([deter, stoch], -1))
-            for key in (k for k, s in self.spaces.items() if s.kind != "image"):
-                outputs[key] = self._vector_output(self.heads[key](x), self.spaces[key])
         if self.cnn is not None:
             flat = self.cnn(deter.reshape(-1, deter.shape[-1]), stoch.reshape(-1, stoch.shape[-1]))
             for key, image in flat.items():
                 outputs[key] = SquaredError(image.reshape(*batch, *image.shape[1:]), rank=3)
         return outputs
+
+    def vectors(self, deter: jax.Array, stoch: jax.Array, keys: Sequence[str]) -> dict[str, Output]:
+        """The same for some of the keys that are no images."""
+        if self.mlp is None:
+            return {}
+        x = self.mlp(jnp.concatenate([deter, stoch.reshape(*deter.shape[:-1], -1)], -1))
+        return {key: self._vector_output(self.heads[key](x), self.spaces[key]) for key in keys}
 
     def targets(self, observations: Observations) -> dict[str, jax.Array]:
         """Observations as the outputs' losses expect them: images in [0, 1], discrete one-hot, vectors as they are."""

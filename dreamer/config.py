@@ -138,6 +138,7 @@ class GymConfig:
     repeat: int = option(1, "Environment steps per agent step", "steps", ge=1)
     render: bool = option(False, "Observe the rendered image instead of the environment's own observation")
     size: tuple[int, int] | None = option(None, "Resize images to height and width; null: as they come", "pixels")
+    info_mask: bool = option(False, "Take only the actions that info['action_mask'] allows")
     kwargs: dict[str, Any] = option(dict, "Keyword arguments for gymnasium.make")
 
 
@@ -303,6 +304,9 @@ class ActorCriticConfig:
     horizon: int = option(15, "Imagined steps (H)", "agent steps", ge=1)
     imagine_last: int | None = option(
         None, "Imagine from the last so many steps of a sequence; null: from all", "steps"
+    )
+    imagine_mask: Literal["predict", "ignore"] = option(
+        "predict", "Where actions are masked, imagine with the masks that the decoder predicts, or with every action"
     )
     discount_horizon: float = option(333.0, "Horizon of the discount, 1 / (1 - gamma)", "agent steps", gt=1)
     lambda_: float = option(0.95, "Mixing of the lambda-return", ge=0, le=1)

@@ -109,6 +109,29 @@ class OneHot:
         return sg(jax.nn.one_hot(index, probs.shape[-1], dtype=probs.dtype)) + (probs - sg(probs))
 
 
+class MaskedOneHot(OneHot):
+    """A categorical variable renormalised over its allowed classes: logits (..., K), allowed (..., K) bool.
+
+    ``p = softmax(logits)`` over the allowed classes and exactly 0 elsewhere; forbidden logits get no gradient. Where
+    nothing is allowed (a mask may be predicted), everything is.
+    """
+
+    #: ln of "never": its exponential is 0 in every float dtype, and 0 times it is 0, which -inf would make NaN.
+    NEVER = -1e9
+
+    def __init__(self, logits: jax.Array, allowed: jax.Array) -> None:
+        self.allowed = allowed | ~allowed.any(-1, keepdims=True)
+        super().__init__(jnp.where(self.allowed, at_least_float32(logits), self.NEVER))
+
+    def sample(self, key: jax.Array | None) -> jax.Array:
+        if key is None:
+            return self.mode()
+        drawn = draw_class(key, sg(self.probs))
+        # Rounding of the cumulative sum lets one draw in millions fall on a class of probability 0.
+        fits = jnp.take_along_axis(self.allowed, drawn[..., None], -1)[..., 0]
+        return self._straight_through(jnp.where(fits, drawn, self.log_probs.argmax(-1)))
+
+
 class MultiOneHot:
     """Several independent categoricals of different sizes side by side: logits (..., sum(classes)).
 

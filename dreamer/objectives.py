@@ -1,6 +1,7 @@
 """What the latents are trained to predict. One table, `OBJECTIVES`; an objective is a module with two methods.
 
-``losses(states, observations) -> {name: (B, T)}`` and ``predict(states) -> {key: output}`` for reports.
+``losses(states, observations) -> {name: (B, T)}`` and ``predict(states) -> {key: output}`` for reports. One that can
+also dream of masked actions has ``allowed(states) -> (..., A)``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from dreamer.coders import Decoder, Observations
 from dreamer.config import ModelConfig
 from dreamer.distributions import Output
 from dreamer.rssm import State
-from dreamer.types import Spaces
+from dreamer.types import ACTION_MASK, Spaces
+
+sg = jax.lax.stop_gradient
 
 
 class Reconstruction(nnx.Module):
@@ -28,6 +31,11 @@ class Reconstruction(nnx.Module):
 
     def predict(self, states: State) -> dict[str, Output]:
         return self.decoder(states["deter"], states["stoch"])
+
+    def allowed(self, states: State) -> jax.Array:
+        """Which actions a masked environment is thought to allow, bool (..., A): those more likely so than not."""
+        entries = self.decoder.vectors(states["deter"], states["stoch"], [ACTION_MASK])[ACTION_MASK].mode()
+        return sg(entries).reshape(*entries.shape[:-1], -1, 2)[..., 1] > 0.5
 
 
 OBJECTIVES = {"reconstruction": Reconstruction}

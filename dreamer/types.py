@@ -36,7 +36,7 @@ LOG_PREFIX = "log/"
 #: The reward as the environment gave it, where the learner sees a scaled one: what scores sum.
 UNSCALED_REWARD = f"{LOG_PREFIX}unscaled_reward"
 
-#: The observation that says which actions are allowed now; see `masks_actions`.
+#: The observation that says which actions are allowed now; see `mask_space`.
 ACTION_MASK = "action_mask"
 
 
@@ -94,26 +94,32 @@ def visible(spaces: Spaces) -> dict[str, Space]:
     return {key: space for key, space in spaces.items() if not key.startswith(LOG_PREFIX)}
 
 
-def masks_actions(observations: Spaces, actions: Spaces) -> bool:
-    """Whether the environment says, with the observation `ACTION_MASK`, which actions are allowed.
+def mask_space(actions: Spaces) -> Space:
+    """The space of the observation `ACTION_MASK`: an entry per class of the one discrete action, 1 allowed, 0 not.
 
-    The mask is discrete, one entry of two classes per class of the one discrete action: 1 allowed, 0 forbidden.
-    ValueError for a mask of another kind, or beside other actions.
+    ValueError for other actions than one discrete.
+    """
+    classes = [space.classes or () for space in actions.values()]
+    if [len(counts) for counts in classes] != [1]:
+        raise ValueError(
+            f"expected a single discrete action where there is an {ACTION_MASK!r}, got {dict(actions)}; rename that "
+            "observation, or give the environment one discrete action"
+        )
+    count = classes[0][0]
+    return Space("discrete", (count,), (2,) * count)
+
+
+def masks_actions(observations: Spaces, actions: Spaces) -> bool:
+    """Whether the environment says, with the observation `ACTION_MASK`, which actions are allowed now.
+
+    ValueError for an observation of this name that is no mask of the action; see `mask_space`.
     """
     if ACTION_MASK not in observations:
         return False
-    found = [space.classes for space in actions.values()]
-    count = found[0][0] if len(found) == 1 and found[0] is not None and len(found[0]) == 1 else None
-    if count is None:
+    if observations[ACTION_MASK] != mask_space(actions):
         raise ValueError(
-            f"expected a single discrete action beside the observation {ACTION_MASK!r}, got {dict(actions)}; "
-            "rename that observation, or give the environment one discrete action"
-        )
-    mask = Space("discrete", (count,), (2,) * count)
-    if observations[ACTION_MASK] != mask:
-        raise ValueError(
-            f"expected {ACTION_MASK!r} to be {mask}, one entry per action, got {observations[ACTION_MASK]}; "
-            "correct the environment's mask or rename that observation"
+            f"expected {ACTION_MASK!r} to be {mask_space(actions)}, one entry per action, got "
+            f"{observations[ACTION_MASK]}; correct the environment's mask or rename that observation"
         )
     return True
 
