@@ -18,7 +18,7 @@ from dreamer.envs.gym_state import WAYS
 from dreamer.envs.interface import EnvError, TaskError, Transition, as_rgb, check_spaces, transition
 from dreamer.envs.proof import disproof
 from dreamer.envs.spaces import action_leaves, as_pixels, flatten, observation_leaves, unflatten
-from dreamer.types import Space
+from dreamer.types import ACTION_MASK, Space, Spaces, mask_space
 
 
 class GymEnv:
@@ -50,23 +50,25 @@ class GymEnv:
             env.reset(seed=self._seed)  # most renderers need a state
             height, width = config.size or self._rendered().shape[:2]
             self.observation_spaces = {"image": Space("image", (height, width, 3))}
+        if config.info_mask:
+            self.observation_spaces[ACTION_MASK] = _info_mask_space(self.action_spaces)
         check_spaces(self.observation_spaces, self.action_spaces)
 
     def reset(self) -> Transition:
-        observation, _ = self._env.reset(seed=self._seed)
+        observation, info = self._env.reset(seed=self._seed)
         self._seed = None  # later episodes go on with the environment's own random stream
-        return transition(self._observe(observation), is_first=True)
+        return transition(self._observe(observation, info), is_first=True)
 
     def step(self, action: Mapping[str, np.ndarray]) -> Transition:
         choice = unflatten(self._env.action_space, self._act, action)
         total = 0.0
         for _ in range(self._config.repeat):
-            observation, reward, terminated, truncated, _ = self._env.step(choice)
+            observation, reward, terminated, truncated, info = self._env.step(choice)
             total += float(reward)
             if terminated or truncated:
                 break
         over = bool(terminated or truncated)
-        return transition(self._observe(observation), total, is_last=over, is_terminal=bool(terminated))
+        return transition(self._observe(observation, info), total, is_last=over, is_terminal=bool(terminated))
 
     @property
     def restorable(self) -> bool:
@@ -134,7 +136,7 @@ class GymEnv:
             reasons.append(f"by its {way}: {reason}")
         return None, "; ".join(reasons)
 
-    def _observe(self, observation: Any) -> dict[str, np.ndarray]:
+    def _observe(self, observation: Any, info: Mapping[str, Any]) -> dict[str, np.ndarray]:
         flat = {"image": self._rendered()} if self._config.render else flatten(self._see, observation)
         if self._first_observation:
             self._check(flat)
@@ -142,6 +144,8 @@ class GymEnv:
         for key, space in self.observation_spaces.items():
             if space.kind == "image":
                 flat[key] = self._images[key] = _resize(flat[key], space.shape)
+        if self._config.info_mask:
+            flat[ACTION_MASK] = _info_mask(info, self.observation_spaces[ACTION_MASK])
         return flat
 
     def _check(self, flat: Mapping[str, np.ndarray]) -> None:
@@ -167,6 +171,24 @@ class GymEnv:
                 f"expected an environment with render_mode='rgb_array' for --env.gym.render true, "
                 f"got {self._env.render_mode!r}; observe its own observation: --env.gym.render false"
             )
+
+
+def _info_mask_space(actions: Spaces) -> Space:
+    try:
+        return mask_space(actions)
+    except ValueError as error:
+        raise TaskError(f"{error}; or pass --env.gym.info_mask false") from error
+
+
+def _info_mask(info: Mapping[str, Any], space: Space) -> np.ndarray:
+    """int32 (actions,), 1 where info["action_mask"] is not 0. EnvError if it is missing or of another length."""
+    mask = np.asarray(info.get(ACTION_MASK, ()))
+    if mask.shape != space.shape:
+        raise EnvError(
+            f"expected info[{ACTION_MASK!r}] with one entry per action, shape {space.shape}, for "
+            f"--env.gym.info_mask true, got shape {mask.shape}; it must be there after every reset and step"
+        )
+    return (mask != 0).astype(np.int32)
 
 
 def _resize(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

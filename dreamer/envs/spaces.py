@@ -14,7 +14,7 @@ import gymnasium.spaces as gs
 import numpy as np
 
 from dreamer.envs.interface import TaskError, TransitionError
-from dreamer.types import Space
+from dreamer.types import ACTION_MASK, Space
 
 #: Bounds this large mean "unbounded": rescaling [-1, 1] to them would be senseless.
 LARGE = 1e9
@@ -40,7 +40,8 @@ def observation_leaves(space: gs.Space) -> list[Leaf]:
     leaves = []
     for path, part in _walk(space, ()):
         name = "/".join(map(str, path))
-        ours, convert = _lookup(OBSERVATIONS, part, f"observation {name!r}" if name else "the observation")(part, name)
+        kind = _lookup(OBSERVATIONS, part, f"observation {name!r}" if name else "the observation")
+        ours, convert = (_observe_mask if name == ACTION_MASK else kind)(part, name)
         leaves.append(Leaf(name or ours.kind, path, ours, convert))
     return leaves
 
@@ -144,6 +145,12 @@ def _observe_multi_discrete(space: gs.MultiDiscrete, name: str) -> Observed:
 def _observe_multi_binary(space: gs.MultiBinary, name: str) -> Observed:
     ours = Space("discrete", space.shape, (2,) * int(np.prod(space.shape)))
     return ours, lambda value: np.array(value, np.int32)
+
+
+def _observe_mask(space: gs.Space, name: str) -> Observed:
+    """Which actions are allowed, (actions,): whatever is not 0 is."""
+    count = int(np.prod(space.shape or (), dtype=int))
+    return Space("discrete", (count,), (2,) * count), lambda value: (np.asarray(value) != 0).astype(np.int32).flatten()
 
 
 def _act_box(space: gs.Box, key: str) -> tuple[Space, Callable]:
