@@ -183,7 +183,7 @@ class EnvConfig:
         10.0, "Time within which failures of environments are counted", "minutes", resume=True, gt=0
     )
     repeat: int = option(
-        1, "Times each action is taken, for suites without such an option of their own", "steps per agent step", ge=1
+        1, "Times each action is taken; not beside a suite's own repeat above 1", "steps per agent step", ge=1
     )
     time_limit: int | None = option(
         None, "Cut episodes after so many; null: the environment's own limit", "agent steps"
@@ -206,13 +206,10 @@ class EnvConfig:
     gym: GymConfig = option(GymConfig, "Gymnasium")
     toy: ToyConfig = option(ToyConfig, "Built-in toy")
 
-    def suite_repeat(self, suite: str) -> int | None:
-        """Action repeat by the suite's own option, None if it has none. Unknown names: a user's Gymnasium environment.
-
-        `EnvConfig.repeat` is 1 where this is not None (`envs.options.wrap` insists on it).
-        """
+    def suite_repeat(self, suite: str) -> int:
+        """Action repeat by the suite's own option, 1 if it has none. Unknown names: a user's Gymnasium environment."""
         section = {"atari100k": "atari"}.get(suite, suite)
-        return getattr(getattr(self, section, self.gym), "repeat", None)
+        return getattr(getattr(self, section, self.gym), "repeat", 1)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -393,5 +390,5 @@ class Config:
 
     @property
     def repeat(self) -> int:
-        """Environment frames per agent step: `env.repeat`, or the task's suite's own where it has one."""
-        return self.env.repeat * (self.env.suite_repeat(self.task.split("_", 1)[0]) or 1)
+        """Environment frames per agent step: `env.repeat` or the suite's own, one of which is 1 (`envs.options`)."""
+        return self.env.repeat * self.env.suite_repeat(self.task.split("_", 1)[0])

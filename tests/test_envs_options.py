@@ -62,7 +62,7 @@ def flat(level: int, shape: tuple[int, int, int] = (4, 6, 3)) -> np.ndarray:
 
 
 def wrapped(env: Env, seed: int = 0, **options: Any) -> Env:
-    return wrap(env, EnvConfig(**options), seed, None)
+    return wrap(env, EnvConfig(**options), seed, 1)
 
 
 def episode(env: Env, steps: int, actions: list[int] | None = None) -> list[dict]:
@@ -107,10 +107,26 @@ def test_frames_are_counted_with_the_one_repeat_there_is() -> None:
     assert Config(task="my_task", env={"repeat": 5}).repeat == 5
 
 
-@pytest.mark.parametrize("task", ["atari100k_pong", "dmc_cartpole_balance", "gym_CartPole-v1"])
-def test_repeats_never_multiply(task: str) -> None:
-    with pytest.raises(TaskError, match="repeat of its own, got 2"):
-        make_env(task, EnvConfig(repeat=2), seed=0)
+def test_repeats_never_multiply() -> None:
+    own = {"atari": {}, "dmc": {"dmc": {"repeat": 4}}, "gym": {"gym": {"repeat": 4}}}
+    for task in ("atari_pong", "dmc_cartpole_balance", "gym_CartPole-v1"):
+        with pytest.raises(TaskError, match="in one place, got env.repeat 2 beside the 4"):
+            make_env(task, EnvConfig(repeat=2, **own[task.partition("_")[0]]), seed=0)
+
+
+@pytest.mark.parametrize("task", ["dmc_cartpole_balance", "gym_CartPole-v1"])
+def test_either_repeat_is_the_same(task: str) -> None:
+    suite = task.partition("_")[0]
+    rng = np.random.default_rng(0)
+    general, own = (make_env(task, EnvConfig(**options), 3) for options in ({"repeat": 2}, {suite: {"repeat": 2}}))
+    assert Config(task=task, env={"repeat": 2}).repeat == Config(task=task, env={suite: {"repeat": 2}}).repeat == 2
+    pairs = [(general.reset(), own.reset())]
+    while not pairs[-1][0]["is_last"] and len(pairs) < 20:
+        action = {key: space.sample(rng) for key, space in own.action_spaces.items()}
+        pairs.append((general.step(action), own.step(action)))
+    for one, two in pairs:
+        assert all(np.array_equal(one[key], two[key]) for key in two if key != "reward")
+        np.testing.assert_allclose(one["reward"], two["reward"], rtol=1e-6)
 
 
 def test_gymnasiums_repeat_is_not_for_other_environments() -> None:
@@ -201,7 +217,7 @@ def test_a_mask_has_one_entry_per_action_of_the_one_discrete_action() -> None:
         wrapped(wrong)
     two = Masked([1, 1, 1, 1, 1])
     two.action_spaces["more"] = Space("vector", (1,))
-    with pytest.raises(TaskError, match="a single discrete action beside"):
+    with pytest.raises(TaskError, match="a single discrete action where"):
         wrapped(two)
 
 

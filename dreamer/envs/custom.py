@@ -9,8 +9,8 @@ entry point: a package with::
 brings the suite ``mygames``, and ``mygames_maze`` calls ``make`` for the name ``maze``.
 
 A class of Gymnasium is called with ``env.gym.kwargs``; anything else also with those of ``name``, ``config`` (our
-`EnvConfig`) and ``seed`` that its parameters name. It gives a ``gymnasium.Env``, to which ``env.gym.*`` apply, or an
-environment with our own interface (`dreamer.envs.interface.Env`).
+`EnvConfig`) and ``seed`` that its parameters name. It gives a ``gymnasium.Env``, to which ``env.gym.*`` apply, a
+``dm_env.Environment``, or an environment with our own interface (`dreamer.envs.interface.Env`).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from typing import Any
 import gymnasium
 
 from dreamer.config import EnvConfig
+from dreamer.envs.dm_env import adopted
 from dreamer.envs.gym import GymEnv
 from dreamer.envs.interface import Env, TaskError, check_spaces
 
@@ -123,14 +124,14 @@ class _Again:
 
 def build(recipe: _Recipe, config: EnvConfig, seed: int) -> Env:
     """The environment behind our interface. TaskError if what comes is none."""
-    made = recipe(config, seed)
+    made = adopted(recipe(config, seed))
     if isinstance(made, gymnasium.Env):
         return GymEnv(made, config.gym, seed, _Again(recipe, repr(config), config))
     task = f"{recipe.suite}_{recipe.name}"
     if not isinstance(made, Env):
         raise TaskError(
-            f"expected a gymnasium.Env for {task}, or an object with observation_spaces, action_spaces, reset, step, "
-            f"render and close, got {type(made).__name__}"
+            f"expected a gymnasium.Env or a dm_env.Environment for {task}, or an object with observation_spaces, "
+            f"action_spaces, reset, step, render and close, got {type(made).__name__}"
         )
     if config.gym.repeat > 1:
         raise TaskError(f"expected env.gym.repeat only for a gymnasium.Env, got {config.gym.repeat} for {task}")

@@ -195,25 +195,25 @@ OPTIONS: Mapping[str, Callable[[Env, EnvConfig, int], Env]] = {
 OFF = EnvConfig()
 
 
-def wrap(env: Env, config: EnvConfig, seed: int, own_repeat: int | None) -> Env:
+def wrap(env: Env, config: EnvConfig, seed: int, own_repeat: int) -> Env:
     """The environment with every wrapper that the configuration asks for.
 
     seed        The environment's own; the noise's stream is derived from it.
-    own_repeat  The action repeat it has by an option of its suite, None if its suite has none.
+    own_repeat  The action repeat it has already, by an option of its suite.
 
     TaskError for an option that does not fit the environment.
     """
-    if own_repeat is not None and config.repeat != OFF.repeat:
+    if config.repeat > 1 and own_repeat > 1:
         raise TaskError(
-            f"expected env.repeat only for a suite without an action repeat of its own, got {config.repeat} for one "
-            f"that repeats {own_repeat} times by env.SUITE.repeat; set that one instead"
+            f"expected an action repeat in one place, got env.repeat {config.repeat} beside the {own_repeat} of the "
+            "suite's own option; leave env.repeat out and set env.SUITE.repeat"
         )
     try:
         masked = masks_actions(env.observation_spaces, env.action_spaces)
     except ValueError as error:
         raise TaskError(str(error)) from error
     if masked:
-        if max(config.repeat, own_repeat or 1) > 1:
+        if max(config.repeat, own_repeat) > 1:
             raise TaskError(
                 f"expected no action repeat where the environment masks actions ({ACTION_MASK}), because an allowed "
                 "action may be forbidden when it is repeated; pass --env.repeat 1 (or env.SUITE.repeat 1)"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import gymnasium
 import numpy as np
 
 from dreamer.config import EnvConfig
+from dreamer.envs.dm_env import adopted
 from dreamer.envs.gym import GymEnv
 from dreamer.envs.inline import InlineVectorEnv, Maker
 from dreamer.envs.interface import Env, TaskError, VectorEnv, check_spaces
@@ -19,8 +21,8 @@ from dreamer.envs.registry import check_task, make_env, split_task
 #: Streams of seeds, so that evaluation never repeats a training environment.
 STREAMS = {"training": 0, "evaluation": 1}
 
-#: A user's own environment function: (index, seed) -> environment.
-MakeEnv = Callable[[int, int], "gymnasium.Env | Env"]
+#: A user's own environment function: (index, seed) -> gymnasium.Env, dm_env.Environment or our Env.
+MakeEnv = Callable[[int, int], Any]
 
 
 def env_seed(seed: int, training: bool, index: int, attempt: int = 0) -> int:
@@ -74,11 +76,11 @@ def adopt(make: MakeEnv, config: EnvConfig, index: int, seed: int) -> Env:
     made = make(index, seed)
     gymnasium_made = isinstance(made, gymnasium.Env)
     again = functools.partial(make, index, seed)
-    env = GymEnv(made, config.gym, seed, again) if isinstance(made, gymnasium.Env) else made
+    env = GymEnv(made, config.gym, seed, again) if isinstance(made, gymnasium.Env) else adopted(made)
     if not isinstance(env, Env):
         raise TaskError(
-            "expected make_env(index, seed) to return a gymnasium.Env or an object with observation_spaces, "
-            f"action_spaces, reset, step, render and close, got {type(env).__name__}"
+            "expected make_env(index, seed) to return a gymnasium.Env, a dm_env.Environment, or an object with "
+            f"observation_spaces, action_spaces, reset, step, render and close, got {type(env).__name__}"
         )
     if config.gym.repeat > 1 and not gymnasium_made:
         raise TaskError(
@@ -86,4 +88,4 @@ def adopt(make: MakeEnv, config: EnvConfig, index: int, seed: int) -> Env:
             "set env.repeat instead"
         )
     check_spaces(env.observation_spaces, env.action_spaces)
-    return wrap(env, config, seed, config.gym.repeat if gymnasium_made else None)
+    return wrap(env, config, seed, config.gym.repeat if gymnasium_made else 1)
