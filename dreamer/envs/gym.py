@@ -15,7 +15,15 @@ from PIL import Image
 
 from dreamer.config import EnvConfig, GymConfig
 from dreamer.envs.gym_state import WAYS
-from dreamer.envs.interface import EnvError, TaskError, Transition, as_rgb, check_spaces, transition
+from dreamer.envs.interface import (
+    EnvError,
+    TaskError,
+    Transition,
+    TransitionError,
+    as_rgb,
+    check_spaces,
+    transition,
+)
 from dreamer.envs.proof import disproof
 from dreamer.envs.spaces import action_leaves, as_pixels, flatten, observation_leaves, unflatten
 from dreamer.types import ACTION_MASK, Space, Spaces, mask_space
@@ -181,10 +189,10 @@ def _info_mask_space(actions: Spaces) -> Space:
 
 
 def _info_mask(info: Mapping[str, Any], space: Space) -> np.ndarray:
-    """int32 (actions,), 1 where info["action_mask"] is not 0. EnvError if it is missing or of another length."""
+    """int32 (actions,), 1 where info["action_mask"] is not 0. TransitionError if it is missing or of another length."""
     mask = np.asarray(info.get(ACTION_MASK, ()))
     if mask.shape != space.shape:
-        raise EnvError(
+        raise TransitionError(
             f"expected info[{ACTION_MASK!r}] with one entry per action, shape {space.shape}, for "
             f"--env.gym.info_mask true, got shape {mask.shape}; it must be there after every reset and step"
         )

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dreamer.config import EnvConfig
 from dreamer.envs.atari import GRAY
-from dreamer.envs.interface import Env, EnvError, Restorable, TaskError, Transition, restorable
+from dreamer.envs.interface import Env, Restorable, TaskError, Transition, TransitionError, restorable
 from dreamer.envs.wrappers import TimeLimit
 from dreamer.types import ACTION_MASK, UNSCALED_REWARD, Space, masks_actions
 
@@ -165,7 +165,7 @@ class RewardScale(Wrapper):
 
 
 class MaskCheck(Wrapper):
-    """Sees to it that there is always an action to take: EnvError where a mask forbids all of them.
+    """Sees to it that there is always an action to take: TransitionError where a mask forbids all of them.
 
     On the last step of an episode such a mask becomes one that allows all; no action is executed there.
     """
@@ -175,7 +175,7 @@ class MaskCheck(Wrapper):
         if mask.any():
             return result
         if not result["is_last"]:
-            raise EnvError(
+            raise TransitionError(
                 f"expected an {ACTION_MASK} that allows at least one action, got all of {mask.size} forbidden before "
                 "the episode's last step; correct the environment's mask"
             )
