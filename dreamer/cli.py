@@ -230,8 +230,43 @@ def export_command(arguments: Sequence[str]) -> int:
 # --- dreamer envs ------------------------------------------------------------------------------
 
 
+ENVS_HELP = "List the suites, or all tasks of one. `dreamer envs check TASK` tries one out."
+CHECK_USAGE = """\
+usage: dreamer envs check TASK [--steps N] [--configs NAME_OR_FILE ...] [--OPTION VALUE ...]
+
+Plays N (1000) agent steps of random actions and reports the spaces, the speed, the growth of memory, whether equal
+seeds give equal episodes, whether the state can be saved, and every violation of the contract. Options as in
+`dreamer train`: --env.gym.repeat 2. Exit code 0: no violation, 1: violations, 2: a mistake in what was asked.
+"""
+
+
+def check_command(arguments: Sequence[str]) -> int:
+    """`dreamer envs check`."""
+    if not arguments or {"--help", "-h"} & set(arguments):
+        print(CHECK_USAGE)
+        return 0 if arguments else USAGE_ERROR
+    task, *rest = arguments
+    if task.startswith("-"):
+        raise ConfigError(f"expected a task first, as in `dreamer envs check toy_catch`, got {task!r}")
+    configs, overrides = split_arguments(rest)
+    steps = overrides.pop("steps", "1000")
+    if not steps.isdigit() or int(steps) == 0:
+        raise ConfigError(f"--steps: expected a whole number above 0, got {steps!r}")
+    config = load_config(configs, {**overrides, "task": task})
+
+    from dreamer.envs.audit import audit
+    from dreamer.envs.audit_table import show
+    from dreamer.envs.registry import make_env
+
+    report = audit(lambda seed: make_env(config.task, config.env, seed), int(steps))
+    show(config.task, report)
+    return 1 if report.violations else 0
+
+
 def envs_command(arguments: Sequence[str]) -> int:
-    parser = _Parser(prog="dreamer envs", description="List the suites, or all tasks of one.", allow_abbrev=False)
+    if arguments[:1] == ["check"]:
+        return check_command(arguments[1:])
+    parser = _Parser(prog="dreamer envs", description=ENVS_HELP, allow_abbrev=False)
     parser.add_argument("suite", nargs="?", help="list every task of this suite, one a line")
     given = parser.parse_args(arguments)
 
@@ -262,7 +297,7 @@ COMMANDS: dict[str, Command] = {
     "eval": Command("play episodes with a trained agent and print its scores", eval_command),
     "collect": Command("write episodes of a random or a trained policy", collect_command),
     "export": Command("write the episodes of a run's replay", export_command),
-    "envs": Command("list the environments", envs_command),
+    "envs": Command("list the environments, or check one", envs_command),
 }
 
 

@@ -84,6 +84,12 @@ def test_commands_parse(path, tmp_path, monkeypatch):
                 check_task(config.task)
             case ("export", arguments):
                 cli._export_parser().parse_args(arguments)
+            case ("envs", ["check", task, *options]):
+                configs, overrides = cli.split_arguments(options)
+                overrides.pop("steps", None)
+                load_config(configs, {**overrides, "task": task})
+                if "my_" not in task:
+                    check_task(task)
             case ("envs", arguments):
                 assert set(arguments) <= set(SUITES), words
             case None:

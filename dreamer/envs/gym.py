@@ -117,6 +117,10 @@ class GymEnv:
             _dark.add(kind)
             return None
 
+    def put_between(self, wrap: Callable[[gymnasium.Env], gymnasium.Env]) -> None:
+        """Puts a wrapper around the Gymnasium environment, such as one that watches it."""
+        self._env = wrap(self._env)
+
     def close(self) -> None:
         self._env.close()
 
