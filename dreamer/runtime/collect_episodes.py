@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from rich.console import Console
@@ -10,7 +10,7 @@ from rich.console import Console
 from dreamer.config import Config
 from dreamer.envs import VectorEnv, make_vector_env
 from dreamer.envs.faults import FaultBudget, describe
-from dreamer.envs.interface import Batch
+from dreamer.envs.interface import Batch, Fault
 from dreamer.replay.episodes import EpisodeCutter
 from dreamer.runtime.acting import load_agent
 from dreamer.runtime.collect import Collector
@@ -34,15 +34,20 @@ def collect_command(config: Config, out: str, steps: int, policy: str, console: 
     """
     console = console or Console(highlight=False)
     writer = new_writer(out)
+    failures = FaultBudget(config.env)
+
+    def tell(fault: Fault) -> None:
+        console.print(describe(fault), markup=False, soft_wrap=True)
+        failures.add(fault)
+
     envs = make_vector_env(config.task, config.env, config.env.num_envs, config.seed, training=True)
     try:
-        source = random_steps(envs, config.seed) if policy == "random" else _agent_steps(config, envs, policy)
-        cutter, failures = EpisodeCutter(envs.num_envs), FaultBudget(config.env)
+        source = random_steps(envs, config.seed) if policy == "random" else _agent_steps(config, envs, policy, tell)
+        cutter = EpisodeCutter(envs.num_envs)
         for _ in range(-(-steps // envs.num_envs)):
             step = next(source)
             for fault in envs.take_faults():
-                console.print(describe(fault), markup=False, soft_wrap=True)
-                failures.add(fault)
+                tell(fault)
             for env in range(envs.num_envs):
                 for episode in cutter.add(env, {key: value[env : env + 1] for key, value in step.items()}):
                     writer.write(episode)
@@ -80,11 +85,11 @@ def _random_allowed(envs: VectorEnv, rng: np.random.Generator, mask: np.ndarray)
     return {key: np.array(chosen, space.dtype).reshape(-1, *space.shape)}
 
 
-def _agent_steps(config: Config, envs: VectorEnv, policy: str) -> Iterator[Batch]:
+def _agent_steps(config: Config, envs: VectorEnv, policy: str, on_fault: Callable[[Fault], None]) -> Iterator[Batch]:
     """The same with the actions of a trained agent."""
     agent, params, key = load_agent(config)
     check_spaces_as_trained(agent, envs)
-    collector = Collector(agent, envs, key, "eval", sample=policy == "sample")
+    collector = Collector(agent, envs, key, "eval", policy == "sample", on_fault)
     while True:
         step = collector.act(params)
         yield {key: value for key, value in step.items() if key not in agent.extras}
