@@ -1,0 +1,1 @@
+"""Looking at machines, runs and models."""
