@@ -295,6 +295,14 @@ def test_drawing_that_ends_the_worker_gives_no_picture(trouble: str, kind: str, 
     env.close()
 
 
+def test_every_attempt_has_a_seed_of_its_own() -> None:
+    """And the first ones are those that stored runs began with."""
+    first = [env_seed(0, True, 0), env_seed(7, False, 3), env_seed(5, True, 15)]
+    assert first == [2968811710, 1916955614, 1101709037]
+    seeds = [env_seed(seed, True, index, attempt) for seed in range(3) for index in range(16) for attempt in range(16)]
+    assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**32 for seed in seeds)
+
+
 def test_the_budget_counts_within_its_minutes() -> None:
     now = 0.0
     budget = FaultBudget(EnvConfig(failure_limit=2, failure_minutes=1), clock=lambda: now)
