@@ -146,9 +146,10 @@ class Worker:
             # Its group is there as soon as it runs; before that, it is in ours.
             guard.end_groups([self.pid])
             self.process.kill()
-            self.process.join()
+            self.process.join(CLOSING)
         guard.end_groups([self.pid])
-        self.process.close()
+        with contextlib.suppress(ValueError):  # one that a driver or a network disk holds cannot be ended by anybody
+            self.process.close()
         self.conn.close()
         self._trace.close()
 
