@@ -333,3 +333,24 @@ def test_task_errors_pass_through() -> None:
     with pytest.raises(TaskError):
         audit(lambda seed: make_env("toy_nothing", None, seed), 5)  # type: ignore[arg-type]
     assert "dreamer.envs.audit" in sys.modules
+
+
+class Masked(Fine):
+    """Allows only the action that is the number of the step, and insists on it."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.observation_spaces = {**self.observation_spaces, "action_mask": Space("discrete", (3,), (2, 2, 2))}
+
+    def step(self, action: Any) -> dict[str, Any]:
+        if int(action["action"]) != self.time % 3:
+            raise ValueError("forbidden")
+        return super().step(action)
+
+    def observed(self) -> dict[str, Any]:
+        return {**super().observed(), "action_mask": np.eye(3, dtype=np.int32)[self.time % 3]}
+
+
+def test_masks_are_respected() -> None:
+    report = audit(Masked, STEPS)
+    assert report.violations == () and report.state == "" and report.repeats == ""

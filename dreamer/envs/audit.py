@@ -15,8 +15,8 @@ import numpy as np
 from dreamer.envs.audit_rules import Findings, Rules, Watch
 from dreamer.envs.gym import GymEnv
 from dreamer.envs.interface import Env, Restorable, TaskError, Transition, restorable
-from dreamer.envs.proof import copied, difference, disproof
-from dreamer.types import Spaces
+from dreamer.envs.proof import choose, copied, difference, disproof, move
+from dreamer.types import ACTION_MASK, Spaces
 
 #: Steps of the comparison of two instances with equal seeds; no more than the steps asked for.
 COMPARED = 200
@@ -112,10 +112,10 @@ def _play(env: Env, steps: int, rules: Rules, findings: Findings, played: _Playe
     dead = 0  # episodes in a row that were over before their first action
     while played.steps < steps and dead < 3:
         wall, cpu = time.perf_counter(), time.process_time()
-        if first := result is None or bool(result["is_last"]):
+        action = None if result is None else choose(env, rng, result)
+        if first := action is None:
             result = env.reset()
         else:
-            action = _sample(env, rng)
             before = copied(dict(action))
             result = env.step(action)
             played.steps += 1
@@ -135,10 +135,6 @@ def _play(env: Env, steps: int, rules: Rules, findings: Findings, played: _Playe
     played.growth = (_resident() - memory) * 1000 / max(steps - settled, 1)
 
 
-def _sample(env: Env, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    return {key: np.asarray(space.sample(rng)) for key, space in env.action_spaces.items()}
-
-
 def _picture(env: Env, findings: Findings) -> None:
     picture = env.render()
     if picture is None:
@@ -149,9 +145,11 @@ def _picture(env: Env, findings: Findings) -> None:
 
 
 def _edges(env: Env, findings: Findings) -> None:
-    """The bounds of the action space, from the start of an episode each."""
+    """The bounds of the action space, from the start of an episode each, where they are allowed there."""
     for words, action in edges(env.action_spaces):
-        env.reset()
+        mask = np.asarray(env.reset().get(ACTION_MASK, ()))
+        if mask.size and not all(mask[value] for value in action.values()):
+            continue
         try:
             env.step(action)
         except Exception as error:  # whatever an environment raises
@@ -202,8 +200,7 @@ def _rollout(env: Env, steps: int) -> list[Transition]:
     rng = np.random.default_rng(1)
     results = [copied(env.reset())]
     for _ in range(steps):
-        over = bool(results[-1]["is_last"])
-        results.append(copied(env.reset() if over else env.step(_sample(env, rng))))
+        results.append(copied(move(env, choose(env, rng, results[-1]))))
     return results
 
 

@@ -14,12 +14,13 @@ from __future__ import annotations
 import pickle
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import numpy as np
 
 from dreamer.envs.interface import Env, Restorable, Transition
+from dreamer.types import ACTION_MASK
 
 #: An action, or None for a reset.
 Move = Mapping[str, np.ndarray] | None
@@ -69,33 +70,34 @@ def _try(first: Env, second: Env, bounded: bool) -> str | None:
     rng = np.random.default_rng(0)
     enough, limit = _Clock(0.3), _Clock(1.0)
 
-    def moves(count: int) -> list[Move]:
-        return [{key: space.sample(rng) for key, space in first.action_spaces.items()} for _ in range(count)]
+    def in_time(result: Transition) -> Transition:
+        if bounded and limit.over():
+            raise _SlowError
+        return copied(result)
 
-    def played(env: Env, script: list[Move], over: bool = False) -> Iterator[Transition]:
-        for result in play(env, script, over):
-            if bounded and limit.over():
-                raise _SlowError
-            yield result
+    last = in_time(first.reset())
+    for _ in range(BEFORE):
+        last = in_time(move(first, choose(first, rng, last)))
+    other = in_time(second.reset())
+    for _ in range(BEFORE_SECOND):
+        other = in_time(move(second, choose(second, rng, other)))
 
-    *_, last = played(first, [None, *moves(BEFORE)])
-    list(played(second, [None, *moves(BEFORE_SECOND)]))
-    over, picture = bool(last["is_last"]), _copy(first.render())
+    picture = _copy(first.render())
     state = pickle.dumps(cast(Restorable, first).get_state())
-    must, may = [*moves(AFTER), None, *moves(AFTER_RESET)], moves(LONGER)
-    results = [copied(result) for result in played(first, must, over)]
-    for result in played(first, may, bool(results[-1]["is_last"])):
-        if bounded and enough.over():
+    moves, results = [], []
+    for count in range(AFTER + 1 + AFTER_RESET + LONGER):
+        if count > AFTER + AFTER_RESET and bounded and enough.over():
             break
-        results.append(copied(result))
+        moves.append(None if count == AFTER else choose(first, rng, last))
+        last = in_time(move(first, moves[-1]))
+        results.append(last)
     later = _copy(first.render())
 
     cast(Restorable, second).set_state(pickle.loads(state))
     if picture is not None and not _same(picture, second.render()):
         return "the picture is another one after restoring"
-    again = played(second, [*must, *may][: len(results)], over)
-    for step, (one, two) in enumerate(zip(results, again, strict=True), 1):
-        wrong = difference(one, two)
+    for step, (one, action) in enumerate(zip(results, moves, strict=True), 1):
+        wrong = difference(one, in_time(move(second, action)))
         if wrong is not None:
             return f"{wrong!r} is another one {step} steps after restoring"
     if later is not None and not _same(later, second.render()):
@@ -103,12 +105,20 @@ def _try(first: Env, second: Env, bounded: bool) -> str | None:
     return None
 
 
-def play(env: Env, moves: list[Move], over: bool) -> Iterator[Transition]:
-    """The transitions of these moves. A move after a last step is a reset, like a move that is None."""
-    for move in moves:
-        result = env.reset() if over or move is None else env.step(move)
-        over = bool(result["is_last"])
-        yield result
+def choose(env: Env, rng: np.random.Generator, last: Transition) -> Move:
+    """A random action of those that `last` allows, or None, a reset, after the last step of an episode."""
+    if last["is_last"]:
+        return None
+    mask = np.asarray(last.get(ACTION_MASK, ()))
+    if not mask.any():
+        return {key: np.asarray(space.sample(rng)) for key, space in env.action_spaces.items()}
+    ((key, space),) = env.action_spaces.items()
+    return {key: np.array(rng.choice(np.flatnonzero(mask)), space.dtype).reshape(space.shape)}
+
+
+def move(env: Env, action: Move) -> Transition:
+    """One step, or a reset where there is no action."""
+    return env.reset() if action is None else env.step(action)
 
 
 def copied(result: Transition) -> Transition:
