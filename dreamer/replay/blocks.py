@@ -41,13 +41,23 @@ class Block:
             self.arrays[name] = np.ndarray(shape, dtype, buffer=memory, offset=offset)
             offset += _aligned(self.arrays[name].nbytes)
 
+    @property
+    def bytes(self) -> np.ndarray:
+        """All of it, as it would be in a file: uint8."""
+        return np.frombuffer(self._memory, np.uint8)
+
+    @staticmethod
+    def in_memory(layout: Layout) -> Block:
+        """Zeros in memory."""
+        return Block(layout, None, bytearray(layout_bytes(layout)))
+
     @staticmethod
     def create(folder: Path, stem: str, layout: Layout) -> Block:
         """Zeros in a new file of its own, or in memory if there is no room for one."""
         try:
             return Block._allocate(folder, stem, layout)
         except OSError:
-            return Block(layout, None, bytearray(layout_bytes(layout)))
+            return Block.in_memory(layout)
 
     @staticmethod
     def open(path: Path, layout: Layout) -> Block:
@@ -81,6 +91,8 @@ class Block:
             self._memory.flush()
             self.dirty = False
         if not self.saved:
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
             final = self.path.with_suffix(SUFFIX)
             os.replace(self.path, final)
             self.path = final

@@ -1,13 +1,13 @@
 """Storage on disk, mapped into memory: the buffer is its own save, and a restart reads next to nothing back.
 
-What never changes lies in *segments*: append-only files with a stretch of rows of every environment each; all others
-of its fields lie in `versions.py`. A segment leaves when every row in it was overwritten and no kept checkpoint refers
-to it (`prune`), so the disk holds a few more steps than the capacity.
+What never changes lies in *segments*, files with a stretch of rows of every environment each: the newest grows in
+memory and is written when it is complete, and as it is at each save. All other fields lie in `versions.py`. A segment
+leaves when every row in it was overwritten and no kept checkpoint refers to it (`prune`), so the disk holds a few more
+steps than the capacity. Where it has no room, segments wait in memory, and training goes on.
 
-A save flushes what was written to disk; the kernel keeps mapped pages of a process that is killed, and what was
-written after the last save belongs to rows, and places, that no save refers to. After a power loss the newest save is
-whole if the disk keeps what it has confirmed; to notice where it does not, sizes of all files are checked on
-loading, and checksums of the newest segments.
+The kernel keeps what a process that is killed has written, and files that a save refers to are never written again.
+After a power loss the newest save is whole if the disk keeps what it has confirmed; to notice where it does not, the
+sizes of all files are checked on loading, and checksums of the newest segments and of all lists of places.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from dreamer.replay.blocks import Block, Layout, remove_open
+from dreamer.replay.blocks import OPEN, Block, Layout, remove_open
 from dreamer.replay.errors import ReplayError
-from dreamer.replay.files import StoredFile, sync_folder
+from dreamer.replay.files import SUFFIX, StoredFile, sync_folder, write_file
 from dreamer.replay.memory import Fields, bytes_per_step
 from dreamer.replay.persistence import Place, read_chunks
 from dreamer.replay.ring import Ring
@@ -45,22 +45,23 @@ class DiskStorage:
         self._fixed = {name: fields[name] for name in sorted(fields) if name not in self._mutable}
         self._ring, self._folder = ring, Path(folder)
         smallest = SEGMENT_BYTES // max(bytes_per_step(self._fixed) * ring.num_envs, 1)
-        self._rows = max(-(-ring.rows // SEGMENTS), smallest, 1)
+        self._rows = min(max(-(-ring.rows // SEGMENTS), smallest, 1), ring.rows)
         self._segments: dict[int, Block] = {}
-        self._checksums: dict[int, tuple[list[int], int]] = {}  # ends of the rows, checksum of them
+        self._stored: dict[int, tuple[list[int], StoredFile]] = {}  # ends of the rows in a segment's file, the file
+        self._spare: Block | None = None  # memory that the next segment can have
         self._first = np.zeros(ring.num_envs, np.int64)  # oldest row of each environment that segments hold
         self._marked = np.zeros(ring.num_envs * ring.rows, bool)  # made last ones later on
         self._versions = VersionedRows(self._folder, {name: fields[name] for name in self._mutable}, ring)
         remove_open(self._folder)
 
     def add(self, env: np.ndarray, row: np.ndarray, values: Values) -> None:
-        number = row // self._rows
-        for index in np.unique(number):
-            where = number == index
-            block = self._segment(int(index))
-            block.dirty = True
-            for name in self._fixed:
-                block.arrays[name][env[where], row[where] % self._rows] = values[name][where]
+        number, place = row // self._rows, row % self._rows
+        if (number == number[0]).all():
+            self._fill(int(number[0]), env, place, values)
+        else:
+            for index in np.unique(number):
+                where = number == index
+                self._fill(int(index), env[where], place[where], {n: values[n][where] for n in self._fixed})
         slots = self._ring.slots(env, row)
         self._marked[slots] = False
         self._versions.put(slots, {name: values[name] for name in self._mutable})
@@ -120,22 +121,47 @@ class DiskStorage:
     def clear(self) -> None:
         for block in self._segments.values():
             block.discard()
-        self._segments, self._checksums = {}, {}
+        self._segments, self._stored = {}, {}
         self._first[:] = 0
         self._marked[:] = False
         self._versions.clear()
 
-    def _segment(self, index: int) -> Block:
+    def _fill(self, index: int, env: np.ndarray, place: np.ndarray, values: Values) -> None:
         if index not in self._segments:
             self._drop_dead()
-            self._segments[index] = Block.create(self._folder, _segment(index), self._layout)
-        return self._segments[index]
+            self._write_complete()
+            spare, self._spare = self._spare, None
+            self._segments[index] = spare or Block.in_memory(self._layout)
+        together = len(env) == self._ring.num_envs and (place == place[0]).all() and (np.diff(env) > 0).all()
+        where = (slice(None), int(place[0])) if together else (env, place)
+        for name, array in self._segments[index].arrays.items():
+            array[where] = values[name]
 
     def _drop_dead(self) -> None:
         """Let go of segments in which every row was overwritten."""
         for index in [i for i in self._segments if ((i + 1) * self._rows <= self._ring.tail).all()]:
             self._segments.pop(index).discard()
-            self._checksums.pop(index, None)
+            self._stored.pop(index, None)
+
+    def _write_complete(self) -> None:
+        """Move segments that no environment adds to any more from memory to files, if there is room."""
+        for index, block in self._segments.items():
+            if block.path is None and (self._ring.head >= (index + 1) * self._rows).all():
+                try:
+                    self._write(index, OPEN, sync=False)
+                except OSError:
+                    return  # the next save tries again, and tells
+
+    def _write(self, index: int, suffix: str, sync: bool) -> None:
+        """A segment in memory to a file; it goes on from there if it is complete."""
+        block = self._segments[index]
+        self._folder.mkdir(parents=True, exist_ok=True)
+        stored = write_file(self._folder, _segment(index), [block.bytes], suffix, sync)
+        _, stop = self._rows_of(index)
+        self._stored[index] = (stop.tolist(), stored)
+        if (stop >= (index + 1) * self._rows).all():
+            self._segments[index] = Block.open(self._folder / stored.file, self._layout)
+            self._spare = block
 
     @property
     def _layout(self) -> Layout:
@@ -150,28 +176,22 @@ class DiskStorage:
             yield index, start, end
             start = end
 
-    def _save_segment(self, index: int) -> dict[str, Any]:
-        entry = self._segments[index].save(self._folder, _segment(index))
+    def _rows_of(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows [start, stop) of each environment, (N,) each, that a segment holds."""
         start = np.maximum(self._first, index * self._rows)
-        stop = np.maximum(np.minimum(self._ring.head, (index + 1) * self._rows), start)
-        if index not in self._checksums or self._checksums[index][0] != stop.tolist():
-            self._checksums[index] = (stop.tolist(), self._checksum(index, start, stop))
-        return {
-            **entry,
-            "index": index,
-            "start": start.tolist(),
-            "stop": stop.tolist(),
-            "crc32": self._checksums[index][1],
-        }
+        return start, np.maximum(np.minimum(self._ring.head, (index + 1) * self._rows), start)
 
-    def _checksum(self, index: int, start: Sequence[int] | np.ndarray, stop: Sequence[int] | np.ndarray) -> int:
-        """Of rows [start, stop) of each environment."""
-        crc, origin = 0, index * self._rows
-        for name in self._fixed:
-            for env, (low, high) in enumerate(zip(start, stop, strict=True)):
-                rows = self._segments[index].arrays[name][env, low - origin : high - origin]
-                crc = zlib.crc32(rows.reshape(-1).view(np.uint8).data, crc)
-        return crc
+    def _save_segment(self, index: int) -> dict[str, Any]:
+        start, stop = self._rows_of(index)
+        block = self._segments[index]
+        if block.path is None and (index not in self._stored or self._stored[index][0] != stop.tolist()):
+            self._write(index, SUFFIX, sync=True)
+        elif block.path is not None and not block.saved:
+            block.save(self._folder, _segment(index))
+            ends, stored = self._stored[index]
+            self._stored[index] = (ends, StoredFile(block.path.name, stored.bytes, stored.crc32))
+        entry = self._stored[index][1].entry()
+        return {**entry, "index": index, "start": start.tolist(), "stop": stop.tolist()}
 
     def _map(self, entries: Mapping[str, Any], head: np.ndarray, tail: np.ndarray) -> None:
         """Take the files of a save over as they are, but for what is still to grow."""
@@ -193,32 +213,22 @@ class DiskStorage:
             if (np.array(entry["stop"]) <= tail).all():
                 continue
             file = StoredFile.parse(entry)
-            self._segments[index] = Block.open(self._folder / file.file, self._layout)
-            if verified < VERIFIED_BYTES:
-                verified += file.bytes
-                self._verify(index, entry, file)
+            block = Block.open(self._folder / file.file, self._layout)
+            if verified < VERIFIED_BYTES and (crc := zlib.crc32(block.bytes.data)) != file.crc32:
+                raise ReplayError(
+                    f"replay file {self._folder / file.file} is corrupted: expected checksum {file.crc32:08x}, got"
+                    f" {crc:08x}; use an older checkpoint"
+                )
+            verified += file.bytes
             filled = np.array(entry["stop"]) > np.array(entry["start"])
             first = np.where(filled, np.minimum(first, entry["start"]), first)
-            self._checksums[index] = (list(entry["stop"]), file.crc32)
-            if (np.array(entry["stop"]) < (index + 1) * self._rows).any():
-                self._segments[index] = self._copy(index)
+            self._stored[index] = (list(entry["stop"]), file)
+            self._segments[index] = block
+            if (np.array(entry["stop"]) < (index + 1) * self._rows).any():  # goes on growing, in memory
+                self._segments[index] = Block.in_memory(self._layout)
+                self._segments[index].bytes[:] = block.bytes
         self._first = np.where(first > head, head, first)
         self._versions.load(entries["latents"], head, tail, np.array(entries["tail"]))
-
-    def _verify(self, index: int, entry: Mapping[str, Any], file: StoredFile) -> None:
-        if (crc := self._checksum(index, entry["start"], entry["stop"])) != file.crc32:
-            raise ReplayError(
-                f"replay file {self._folder / file.file} is corrupted: expected checksum {file.crc32:08x}, got"
-                f" {crc:08x}; use an older checkpoint"
-            )
-
-    def _copy(self, index: int) -> Block:
-        """A segment of our own: another checkpoint may know other rows behind those of this one."""
-        copy = Block.create(self._folder, _segment(index), self._layout)
-        copy.dirty = True
-        for name, array in self._segments[index].arrays.items():
-            copy.arrays[name][...] = array
-        return copy
 
 
 def read_blocks(

@@ -37,10 +37,12 @@ class StoredFile:
         return dataclasses.asdict(self)
 
 
-def write_file(folder: Path, stem: str, pieces: Iterable[np.ndarray]) -> StoredFile:
+def write_file(
+    folder: Path, stem: str, pieces: Iterable[np.ndarray], suffix: str = SUFFIX, sync: bool = True
+) -> StoredFile:
     """Write the bytes of `pieces` one after the other; the checksum becomes part of the name.
 
-    OSError (disk full, say) leaves no trace. `sync_folder` makes the name durable.
+    OSError (disk full, say) leaves no trace. `sync_folder` makes the name durable; without `sync` the content is not.
     """
     crc, size = 0, 0
     partial = folder / f"{stem}{PARTIAL}"
@@ -51,8 +53,9 @@ def write_file(folder: Path, stem: str, pieces: Iterable[np.ndarray]) -> StoredF
                 crc, size = zlib.crc32(raw, crc), size + len(raw)
                 file.write(raw)
             file.flush()
-            os.fsync(file.fileno())
-        final = partial.with_name(f"{stem}-{crc:08x}{SUFFIX}")
+            if sync:
+                os.fsync(file.fileno())
+        final = partial.with_name(f"{stem}-{crc:08x}{suffix}")
         os.replace(partial, final)
     except BaseException:
         partial.unlink(missing_ok=True)

@@ -37,7 +37,8 @@ class VersionedRows:
     def __init__(self, folder: Path, fields: Fields, ring: Ring):
         self._folder, self._fields, self._ring = folder, dict(fields), ring
         slots = ring.num_envs * ring.rows
-        self._size = max(-(-slots // EXTENTS), EXTENT_BYTES // max(bytes_per_step(fields), 1), 1)  # places of a file
+        smallest = EXTENT_BYTES // max(bytes_per_step(fields), 1)
+        self._size = min(max(-(-slots // EXTENTS), smallest, 1), slots)  # places of a file
         self._place = np.full(slots, -1, np.int32)
         self._extents: dict[int, Block] = {}
         self._references = np.zeros(0, np.uint16)  # by place: how many saves refer to it
