@@ -209,8 +209,9 @@ def test_workers_see_the_environment_variables_of_now(monkeypatch: pytest.Monkey
 def test_slow_suites_get_processes_and_fast_ones_none() -> None:
     config = EnvConfig()
     slow = {name for name, suite in suites().items() if suite.process(config)}
-    assert slow == {"atari", "atari100k", "crafter"}
+    assert slow == {"atari", "atari100k", "crafter", "minigrid", "memorymaze", "vizdoom"}
     assert suites()["dmc"].process(EnvConfig(dmc={"pixels": True}))
+    assert suites()["procgen"].process(EnvConfig(procgen={"size": (96, 96)}))
     alone = make_vector_env("atari_pong", config, 1, 0, True)
     assert isinstance(alone, InlineVectorEnv), "one environment gains nothing from a process"
     alone.close()

@@ -78,7 +78,7 @@ class Procgen:
         self._steps += 1
         if not over:
             self._image = self._picture()
-        late = self._steps >= self._limit and not self._env.get_info()[0]["prev_level_complete"]
+        late = over and self._steps >= self._limit and not self._env.get_info()[0]["prev_level_complete"]
         return transition({"image": self._image.copy()}, reward[0], is_last=over, is_terminal=over and not late)
 
     def render(self) -> np.ndarray:
