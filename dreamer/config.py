@@ -132,6 +132,26 @@ class ProcgenConfig:
 
 
 @dataclass(frozen=True, config=_STRICT)
+class MinecraftConfig:
+    """Minecraft through MineRL."""
+
+    size: tuple[int, int] = option((64, 64), "Image height and width", "pixels")
+    steps: int = option(36_000, "Time limit of an episode", "agent steps", gt=0)
+    break_speed: float = option(100.0, "How many times as fast blocks break", gt=0)
+    sticky_attack: int = option(30, "Steps that an attack goes on, where env.minecraft.break_speed is 1", ge=0)
+    sticky_jump: int = option(10, "Steps that a jump goes on", ge=0)
+    pitch_limit: float = option(60.0, "How far up and down one can look", "degrees", ge=0)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DmlabConfig:
+    """DeepMind Lab."""
+
+    repeat: int = option(4, "Frames per agent step", "frames", ge=1)
+    size: tuple[int, int] = option((64, 64), "Image height and width", "pixels")
+
+
+@dataclass(frozen=True, config=_STRICT)
 class GymConfig:
     """Any Gymnasium environment."""
 
@@ -203,6 +223,8 @@ class EnvConfig:
     memorymaze: MemoryMazeConfig = option(MemoryMazeConfig, "Memory Maze")
     vizdoom: VizdoomConfig = option(VizdoomConfig, "ViZDoom")
     procgen: ProcgenConfig = option(ProcgenConfig, "Procgen")
+    minecraft: MinecraftConfig = option(MinecraftConfig, "Minecraft")
+    dmlab: DmlabConfig = option(DmlabConfig, "DeepMind Lab")
     gym: GymConfig = option(GymConfig, "Gymnasium")
     toy: ToyConfig = option(ToyConfig, "Built-in toy")
 

@@ -29,7 +29,18 @@ CLOSED = {"envs", "replay"}  # these know only the vocabulary
 VOCABULARY = {"types", "config"}
 SEE_WHOLE_CONFIG = {"agent", "schema", "presets", "runtime", "diagnostics", "cli", "__init__"}
 OPTIONAL = {"dm_control", "mujoco", "crafter", "Box2D", "pygame", "tensorflow", "torch", "moviepy", "minerl", "minari"}
-OPTIONAL |= {"bsuite", "minigrid", "memory_maze", "labmaze", "vizdoom", "procgen", "gym3", "cffi"}
+OPTIONAL |= {
+    "bsuite",
+    "minigrid",
+    "memory_maze",
+    "labmaze",
+    "vizdoom",
+    "procgen",
+    "gym3",
+    "cffi",
+    "dm_env",
+    "deepmind_lab",
+}
 VAGUE = {"utils", "util", "common", "helpers", "helper", "manager", "misc"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,6 +65,8 @@ CASES = {
         steps=12,
         marks=(needs_procgen,),
     ),
+    "minecraft": Case("minecraft_diamond", limit=4, steps=12),
+    "dmlab": Case("dmlab_language_execute_random_task", limit=4, steps=12),
     "gym-cartpole": Case("gym_CartPole-v1", limit=None),
     "gym-pendulum": Case("gym_Pendulum-v1", {"gym": {"repeat": 2}}),
     "gym-frozenlake": Case("gym_FrozenLake-v1", limit=None),
@@ -72,6 +77,16 @@ CASES = {
 #: Episodes that begin alike for as long as the test on seeds plays; test_envs_suites.py plays ViZDoom for longer.
 BEGIN_ALIKE = {"crafter-wide", "vizdoom", "vizdoom-limit"}
 N = 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def stand_ins() -> Iterator[None]:
+    """Minecraft and DMLab are played by stand-ins of their packages, here and in worker processes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parent / "stand_ins")
+        yield
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("minerl", "deepmind_lab")]:
+        del sys.modules[name]
 
 
 def each(*names: str) -> pytest.MarkDecorator:

@@ -95,7 +95,7 @@ def test_pins_satisfy_the_requirements():
 
 def test_missing_packages_name_extras_that_exist():
     for suite in suites().values():
-        if suite.package is not None:
+        if suite.package is not None and suite.package[1] is not None:
             assert suite.package[1] in EXTRAS
 
 

@@ -8,7 +8,22 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 
 from dreamer.config import EnvConfig
-from dreamer.envs import atari, bsuite, crafter, custom, dmc, gym, memory_maze, minigrid, native, procgen, toy, vizdoom
+from dreamer.envs import (
+    atari,
+    bsuite,
+    crafter,
+    custom,
+    dmc,
+    dmlab,
+    gym,
+    memory_maze,
+    minecraft,
+    minigrid,
+    native,
+    procgen,
+    toy,
+    vizdoom,
+)
 from dreamer.envs.interface import Env, TaskError, VectorEnv, nearest
 from dreamer.envs.options import wrap
 
@@ -20,8 +35,8 @@ class Suite:
     make        (name, config, seed) -> Env; `name` is the task without the suite.
     tasks       Names to list.
     check       TaskError if a name cannot be made; None: exactly the listed names can.
-    package     Optional package it needs, and the pip extra of this project that installs it.
-    beside      Command that installs what the extra cannot.
+    package     Optional package it needs, and the pip extra of this project that installs it, if there is one.
+    beside      Commands that install what the extra cannot.
     process     Whether it is slow enough to earn a process of its own.
     vector      (name, config, seeds) -> all environments at once, or None to make them one by one.
     best_score  (name, config) -> score of perfect play, where known.
@@ -32,7 +47,7 @@ class Suite:
     make: Callable[[str, EnvConfig, int], Env]
     tasks: Callable[[], Sequence[str]]
     check: Callable[[str], object] | None = None
-    package: tuple[str, str] | None = None
+    package: tuple[str, str | None] | None = None
     beside: str | None = None
     process: Callable[[EnvConfig], bool] = lambda config: True
     vector: Callable[[str, EnvConfig, Sequence[int]], VectorEnv | None] = lambda name, config, seeds: None
@@ -42,7 +57,7 @@ class Suite:
     @property
     def installation(self) -> str:
         """Commands that install what it needs; empty if that is nothing."""
-        extra = None if self.package is None else f"pip install 'dreamer[{self.package[1]}]'"
+        extra = f"pip install 'dreamer[{self.package[1]}]'" if self.package and self.package[1] else None
         return " && ".join(command for command in (extra, self.beside) if command)
 
 
@@ -90,6 +105,22 @@ SUITES: Mapping[str, Suite] = {
         package=("procgen", "procgen"),
         beside="pip install --no-deps procgen-mirror gym3",
         process=lambda config: config.procgen.size != procgen.NATIVE,
+    ),
+    "minecraft": Suite(
+        "Minecraft: the way to a diamond",
+        minecraft.make,
+        minecraft.tasks,
+        package=("minerl", None),
+        beside="apt-get install openjdk-8-jdk && pip install git+https://github.com/minerllabs/minerl@v0.4.4",
+    ),
+    "dmlab": Suite(
+        "DeepMind Lab: the 30 levels of DMLab-30",
+        dmlab.make,
+        dmlab.tasks,
+        package=("deepmind_lab", None),
+        beside="git clone https://github.com/google-deepmind/lab && cd lab && "
+        "bazel build -c opt --python_version=PY3 //python/pip_package:build_pip_package && "
+        "./bazel-bin/python/pip_package/build_pip_package /tmp/dmlab && pip install /tmp/dmlab/*.whl",
     ),
     "gym": Suite("Any Gymnasium id", gym.make, gym.tasks, gym.check, process=lambda config: config.gym.render),
     "py": Suite(
