@@ -215,7 +215,7 @@ def test_priorities_and_draws_go_on_after_a_save(tmp_path, zero_on_sample):
     small = build([1, 1], rows=10, **mixture)
     small.load(tmp_path, manifest)
     assert (small.select(100).row >= 40).all()
-    (tmp_path / manifest["priorities"]["file"]).write_bytes(b"short")
+    (tmp_path / manifest["selector"]["priorities"]["file"]).write_bytes(b"short")
     with pytest.raises(ReplayError, match="truncated"):
         copy.load(tmp_path, manifest)
 

@@ -18,17 +18,13 @@ from typing import Any
 import numpy as np
 
 from dreamer.config import SelectionConfig
-from dreamer.replay.disk import DiskStorage
 from dreamer.replay.errors import ReplayError
-from dreamer.replay.files import StoredFile, read_file, write_file
-from dreamer.replay.memory import Budget, Fields, Kind, budget, bytes_per_step
-from dreamer.replay.persistence import check_fields, describe_fields
+from dreamer.replay.manifest import check_manifest, describe
+from dreamer.replay.memory import Fields, Kind, budget, bytes_per_step
 from dreamer.replay.ring import Ring
-from dreamer.replay.selection import Selection, Selector
-from dreamer.replay.storage import HostStorage, SlotStorage, Storage
+from dreamer.replay.selection import Selection, Selector, landing
+from dreamer.replay.storage import SlotStorage, make_storage
 from dreamer.types import LOG_PREFIX
-
-MANIFEST_VERSION = 2
 
 _COUNTERS = ("inserts", "sequences", "online", "written", "write_dropped")
 
@@ -48,7 +44,9 @@ class Replay:
     storage       Where the steps lie.
     folder        Disk storage: where its files are, and where alone it can be saved.
     sharding      Device storage: how its arrays are laid out; None: on the default device.
-    device_bytes  Device storage: free memory; None: not known, not checked.
+    device_bytes  Device storage: free memory of it; None: it has none of its own.
+
+    `budget` says what the storage needs in memory, on disk and on the device, and what there is.
 
     ReplayError if the capacity is too small for one sequence or too large for what the machine has.
     """
@@ -85,10 +83,9 @@ class Replay:
         self.length = length
         self.latent_keys = tuple(latent_keys)
         self._ring = Ring(num_envs, rows)
-        self._budget = budget(storage, self.fields, self.latent_keys, folder, device_bytes)
-        if storage != "device" or device_bytes is not None:
-            self._budget.check(num_envs * rows)
-        self.storage = self._make_storage(storage, folder, sharding)
+        self.budget = budget(storage, self.fields, self.latent_keys, folder, device_bytes)
+        self.budget.check(num_envs * rows)
+        self.storage = make_storage(storage, self.fields, self.latent_keys, self._ring, folder, sharding)
         limit = max(256, 4 * num_envs) if online_limit is None else online_limit
         self._selector = Selector(self._ring, length, seed, limit if online else None, selection or SelectionConfig())
         self._marks: set[tuple[int, int]] = set()  # (env, row) of stored steps that were made last ones
@@ -112,11 +109,6 @@ class Replay:
     def nbytes(self) -> int:
         """Bytes of all steps at capacity. Less is in use before the rings are full."""
         return self.capacity * self.nbytes_per_step
-
-    @property
-    def budget(self) -> Budget:
-        """What the storage needs in memory, disk and device, and what there is."""
-        return self._budget
 
     def __len__(self) -> int:
         """Stored steps over all environments."""
@@ -209,14 +201,10 @@ class Replay:
         return slots.reshape(len(selection), -1)
 
     def _landing(self, selection: Selection) -> np.ndarray:
-        """Which of the B * T trained steps of a selection are written: distinct ones that are stored; counted."""
-        env, rows = selection.env[:, None], selection.rows[:, 1:]
-        kept = np.flatnonzero(self._ring.alive(env, rows))
-        slots = self._ring.slots(env, rows).reshape(-1)[kept]
-        # unique() keeps the first of the reversed: of several values for one step the last.
-        source = kept[::-1][np.unique(slots[::-1], return_index=True)[1]]
+        """`landing` of a selection, counted."""
+        source, dropped = landing(self._ring, selection)
         self._counters["written"] += len(source)
-        self._counters["write_dropped"] += rows.size - len(kept)
+        self._counters["write_dropped"] += dropped
         return source
 
     @property
@@ -264,22 +252,16 @@ class Replay:
         self._marks = {(env, row) for env, row in self._marks if row >= tail[env]}
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        priorities = None
-        if self._selector.priorities is not None:
-            stem = f"priorities-{self._ring.head.max():012d}"
-            priorities = write_file(folder, stem, [self._selector.priorities.state()]).entry()
+        selector = self._selector.save(folder)
         files = self.storage.save(folder)
         return {
-            "version": MANIFEST_VERSION,
-            "fields": describe_fields(self.fields),
-            "num_envs": self.num_envs,
+            **describe(self.fields, self.num_envs),
             "length": self.length,
             "head": self._ring.head.tolist(),
             "tail": self._ring.tail.tolist(),
             **files,
             "marks": sorted([env, row] for env, row in self._marks),
-            "selector": self._selector.state(),
-            "priorities": priorities,
+            "selector": selector,
             "counters": dict(self._counters),
         }
 
@@ -334,17 +316,7 @@ class Replay:
         self._counters = dict.fromkeys(_COUNTERS, 0)
 
     def _load(self, folder: Path, manifest: Mapping[str, Any]) -> None:
-        if manifest["version"] != MANIFEST_VERSION:
-            raise ReplayError(
-                f"expected a replay manifest of version {MANIFEST_VERSION}, got {manifest['version']};"
-                " use the version of this program that wrote it"
-            )
-        check_fields(self.fields, manifest["fields"])
-        if manifest["num_envs"] != self.num_envs:
-            raise ReplayError(
-                f"expected a replay of {self.num_envs} environments, got one of {manifest['num_envs']};"
-                f" set --env.num_envs {manifest['num_envs']} or use another logdir"
-            )
+        check_manifest(manifest, self.fields, self.num_envs)
         head = np.array(manifest["head"], np.int64)
         tail = np.maximum(np.array(manifest["tail"], np.int64), head - self._ring.rows)
         counters = {name: int(manifest["counters"][name]) for name in _COUNTERS}
@@ -353,34 +325,12 @@ class Replay:
         for env, row in manifest["marks"]:
             if row >= tail[env]:
                 self._mark_last(env, np.array([row]))
-        self._selector.restore(manifest["selector"])
-        if self._selector.priorities is not None:
-            self._restore_priorities(folder, manifest)
+        self._selector.load(folder, manifest["selector"])
         self._counters = counters
-
-    def _make_storage(self, kind: Kind, folder: Path | None, sharding: Any) -> Storage:
-        if kind == "host":
-            return HostStorage(self.fields, self.latent_keys, self._ring)
-        if kind == "disk":
-            if folder is None:
-                raise ReplayError("expected a folder for disk storage, got none")
-            return DiskStorage(self.fields, self.latent_keys, self._ring, folder)
-        from dreamer.replay.device import DeviceStorage
-
-        return DeviceStorage(self.fields, self.latent_keys, self._ring, sharding)
 
     def _check_alive(self, selection: Selection) -> None:
         if not self._ring.alive(selection.env[:, None], selection.rows).all():
             raise ReplayError("expected a selection that is still stored, got overwritten steps; gather before adding")
-
-    def _restore_priorities(self, folder: Path, manifest: Mapping[str, Any]) -> None:
-        """Those of the manifest, if it has some of sequences of the same length; otherwise all are infinite."""
-        mass, counts = None, None
-        if manifest["priorities"] is not None and manifest["length"] == self.length:
-            mass = read_file(folder, StoredFile.parse(manifest["priorities"])).view(np.float64)
-            counts = np.maximum(np.subtract(manifest["head"], manifest["tail"]) - self.length + 1, 0)
-        assert self._selector.priorities is not None
-        self._selector.priorities.restore(mass, counts)
 
     def _check_value(self, name: str, value: np.ndarray, leading: tuple[int, ...]) -> None:
         field = self.fields[name]

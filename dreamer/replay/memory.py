@@ -90,7 +90,8 @@ class Budget:
 def budget(
     kind: Kind, fields: Fields, mutable: Sequence[str], folder: Path | None = None, device: int | None = None
 ) -> Budget:
-    """What `kind` of storage needs and finds. `mutable`: fields that change in place; `device`: free bytes of it.
+    """What `kind` of storage needs and finds. `mutable`: fields that change in place; `device`: free bytes of
+    its own, if any.
 
     Images and all else that never changes lie on disk once, however many checkpoints are kept; what changes in
     place lies there once more for each of them.
@@ -103,6 +104,8 @@ def budget(
         "device": {"memory": 0, "disk": disk, "device": step},
     }
     holds: dict[Kind, tuple[Medium, ...]] = {"host": ("memory",), "disk": ("memory", "disk"), "device": ("device",)}
+    if kind == "device" and device is None:  # of the processor: its memory is the machine's
+        needs["device"], holds["device"] = needs["host"], holds["host"]
     has: dict[Medium, int] = {"memory": machine_memory(), "disk": disk_space(folder), "device": device or 0}
     return Budget(kind, needs[kind], has, holds[kind])
 

@@ -237,24 +237,3 @@ def _read_patch(data: np.ndarray, fields: Fields, tail: np.ndarray, put: Place) 
         values[name] = data[offset : offset + size].view(field.dtype).reshape(count, *field.shape)[live]
         offset += size
     put(env[live], row[live], values)
-
-
-def check_fields(expected: Fields, found: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise ReplayError if the manifest's fields `found` are not those `expected`, naming the ones that differ."""
-    ours, theirs = describe_fields(expected), {name: dict(entry) for name, entry in found.items()}
-    wrong = [
-        f"{name}: expected {ours.get(name, 'no such field')}, got {theirs.get(name, 'no such field')}"
-        for name in sorted(set(ours) | set(theirs))
-        if ours.get(name) != theirs.get(name)
-    ]
-    if wrong:
-        raise ReplayError(
-            "the stored replay has other fields than this run: "
-            + "; ".join(wrong)
-            + ". Use the task and the model size it was collected with, or another logdir"
-        )
-
-
-def describe_fields(fields: Fields) -> dict[str, dict[str, Any]]:
-    """Shapes and dtypes of `fields`, JSON-able."""
-    return {name: {"shape": list(field.shape), "dtype": field.dtype.name} for name, field in sorted(fields.items())}

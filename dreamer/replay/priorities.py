@@ -6,10 +6,14 @@ Prioritized experience replay, https://arxiv.org/abs/1511.05952, proportional va
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from dreamer.replay.errors import ReplayError
+from dreamer.replay.files import StoredFile, read_file, write_file
 from dreamer.replay.ring import Ring
 
 #: Children of a node. Wide nodes make few levels, and few levels make few calls of numpy.
@@ -67,7 +71,7 @@ class Priorities:
     def __init__(self, ring: Ring, length: int, exponent: float, zero_on_sample: bool):
         self._ring, self._length = ring, length
         self._exponent, self._zero_on_sample = exponent, zero_on_sample
-        self.restore(None)
+        self.clear()
 
     def extend(self, ids: np.ndarray) -> None:
         """Take note of one row that was added to each of the environments `ids` (M,)."""
@@ -99,25 +103,29 @@ class Priorities:
         slots, last = np.unique(self._ring.slots(env[kept], row[kept])[::-1], return_index=True)
         self._set(slots, np.maximum(values[kept][::-1][last], 0) ** self._exponent)
 
-    def state(self) -> np.ndarray:
-        """pᵅ of all starts, by environment, then by row: float64."""
+    def save(self, folder: Path) -> dict[str, Any]:
+        """pᵅ of all starts, by environment, then by row, as a file: its entry for a manifest."""
         slots = self._starts()
-        return np.where(self._infinite.get(slots) > 0, np.inf, self._finite.get(slots))
+        mass = np.where(self._infinite.get(slots) > 0, np.inf, self._finite.get(slots))
+        stored = write_file(folder, f"priorities-{self._ring.head.max():012d}", [mass])
+        return {**stored.entry(), "starts": self._ring.starts(self._length).tolist()}
 
-    def restore(self, state: np.ndarray | None, counts: np.ndarray | None = None) -> None:
-        """Continue from a `state` of `counts` (N,) starts per environment; without one all are infinite.
+    def load(self, folder: Path, entry: Mapping[str, Any] | None) -> None:
+        """Continue from a save; without one all are infinite. Where the ring holds fewer starts, the newest count."""
+        self.clear()
+        slots = self._starts()
+        if entry is None:
+            self._set(slots, np.full(len(slots), np.inf))
+            return
+        mass = read_file(folder, StoredFile.parse(entry)).view(np.float64)
+        parts = np.split(mass, np.cumsum(entry["starts"])[:-1])
+        here = self._ring.starts(self._length)
+        self._set(slots, np.concatenate([part[len(part) - n :] for part, n in zip(parts, here, strict=True)]))
 
-        The ring is restored before. Where it holds fewer starts, the newest count.
-        """
+    def clear(self) -> None:
+        """Forget all priorities."""
         size = self._ring.num_envs * self._ring.rows
         self._finite, self._infinite = SumTree(size), SumTree(size)
-        slots = self._starts()
-        mass = np.full(len(slots), np.inf)
-        if state is not None and counts is not None:
-            here = self._ring.starts(self._length)
-            parts = np.split(state, np.cumsum(counts)[:-1])
-            mass = np.concatenate([part[len(part) - n :] for part, n in zip(parts, here, strict=True)])
-        self._set(slots, mass)
 
     def _set(self, slots: np.ndarray, mass: np.ndarray) -> None:
         infinite = np.isinf(mass)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,18 @@ class Selection:
 
     def __len__(self) -> int:
         return len(self.row)
+
+
+def landing(ring: Ring, selection: Selection) -> tuple[np.ndarray, int]:
+    """Which of the B * T trained steps of a selection take a new value, and how many were overwritten meanwhile.
+
+    The former are distinct: of several sequences that share a step, the last in the batch counts.
+    """
+    env, rows = selection.env[:, None], selection.rows[:, 1:]
+    kept = np.flatnonzero(ring.alive(env, rows))
+    slots = ring.slots(env, rows).reshape(-1)[kept]
+    # unique() keeps the first of the reversed: of several values for one step the last.
+    return kept[::-1][np.unique(slots[::-1], return_index=True)[1]], rows.size - len(kept)
 
 
 def uniform_starts(rng: np.random.Generator, ring: Ring, length: int, count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -211,17 +224,21 @@ class Selector:
         if self.queue is not None:
             self.queue.restore(None)
         if self.priorities is not None:
-            self.priorities.restore(None)
+            self.priorities.clear()
 
-    def state(self) -> dict[str, Any]:
-        """Generator and queue, JSON-able."""
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Generator and queue, and the name of a file of priorities: JSON-able. OSError if the disk fails."""
         return {
             "generator": self._rng.bit_generator.state,
             "online": None if self.queue is None else self.queue.state(),
+            "length": self._length,
+            "priorities": None if self.priorities is None else self.priorities.save(folder),
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state`; the ring is restored before."""
+    def load(self, folder: Path, state: Mapping[str, Any]) -> None:
+        """Continue from a save; the ring is restored before. Priorities of sequences of another length begin anew."""
         self._rng.bit_generator.state = state["generator"]
         if self.queue is not None:
             self.queue.restore(state["online"])
+        if self.priorities is not None:
+            self.priorities.load(folder, state["priorities"] if state["length"] == self._length else None)

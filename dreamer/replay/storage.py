@@ -12,8 +12,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dreamer.replay.disk import read_blocks
-from dreamer.replay.memory import Fields
+from dreamer.replay.disk import DiskStorage, read_blocks
+from dreamer.replay.errors import ReplayError
+from dreamer.replay.memory import Fields, Kind
 from dreamer.replay.persistence import ChunkLog
 from dreamer.replay.ring import Ring
 
@@ -125,3 +126,18 @@ class HostStorage(SlotStorage):
 
     def read_slots(self, name: str, slots: np.ndarray) -> np.ndarray:
         return self._arrays[name].take(slots, axis=0)
+
+
+def make_storage(
+    kind: Kind, fields: Fields, mutable: Sequence[str], ring: Ring, folder: Path | None, sharding: Any
+) -> Storage:
+    """Empty storage. `folder`: of disk storage; `sharding`: of device storage, None for the default device."""
+    if kind == "host":
+        return HostStorage(fields, mutable, ring)
+    if kind == "disk":
+        if folder is None:
+            raise ReplayError("expected a folder for disk storage, got none")
+        return DiskStorage(fields, mutable, ring, folder)
+    from dreamer.replay.device import DeviceStorage
+
+    return DeviceStorage(fields, mutable, ring, sharding)
