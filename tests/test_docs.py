@@ -18,6 +18,7 @@ import pytest
 import dreamer
 from dreamer import cli
 from dreamer.agent import Agent
+from dreamer.envs.interface import Fault
 from dreamer.envs.registry import SUITES, check_task
 from dreamer.presets import load_config, preset_names
 from dreamer.replay import Replay
@@ -239,11 +240,13 @@ def written(tmp_path_factory) -> set[str]:
     run.agent.report.return_value = {"true": seen, "pred": seen}
     run.evaluator.return_value = [episode]
     run.checkpointer.best_score.return_value, run.stop = None, StopRequest()
-    for section in re.findall(r'\.section\("(\w+)"\)', (ROOT / "dreamer" / "runtime" / "train.py").read_text()):
-        with run.watch.section(section):
-            pass
+    for name in ("train.py", "learner.py"):
+        for section in re.findall(r'\.section\("(\w+)"\)', (ROOT / "dreamer" / "runtime" / name).read_text()):
+            with run.watch.section(section):
+                pass
     Run._update(run)
     Run._log_episodes(run, [episode])
+    Run._evaluation_fault(run, Fault(0, "raised", "an error", ""))
     Run._log_metrics(run)
     Run.report(run)
     Run.evaluate(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -314,6 +315,50 @@ def test_too_little_data_to_train_on_alone_is_told(tmp_path: Path) -> None:
 def test_training_on_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"run\.collect false.*--replay\.preload"):
         tiny_config(run__collect=False)
+
+
+# --- Training on data alone --------------------------------------------------------------------
+
+
+def records(logdir: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (logdir / name).read_text().splitlines()]
+
+
+def test_a_run_that_collects_nothing_trains_on_its_data(tmp_path: Path) -> None:
+    """60 steps are counted, though none is taken; it goes on without the files; the data is what it was."""
+    assert main(["collect", TASK, str(tmp_path / "data"), "--steps", "100", "--env.num_envs", "2"]) == 0
+    data, logdir = tmp_path / "data", tmp_path / "run"
+    options: dict[str, Any] = {"run__collect": False, "run__eval_every": 20, "run__final_eval": False}
+
+    def train(agent_steps: int) -> dict[str, Any]:
+        config = preload_config(data, logdir=str(logdir), run__agent_steps=agent_steps, **options)
+        assert dreamer.train(config) == 0
+        return [record for record in records(logdir, "metrics.jsonl") if "train/loss/rew" in record][-1]
+
+    first = train(40)
+    # Train ratio 16, batches of 2 x 8: an update for each counted step after the first of the two environments.
+    assert (first["agent_steps"], first["updates"], first["replay/items"]) == (40, 38, 100)
+    shutil.rmtree(data)
+    second = train(60)
+    assert (second["agent_steps"], second["updates"], second["replay/items"]) == (60, 58, 100)
+    assert not (logdir / "scores.jsonl").exists()
+    assert sum("eval/score" in record for record in records(logdir, "metrics.jsonl")) == 3
+    assert main(["export", str(logdir), str(tmp_path / "again")]) == 0
+    episodes = read(tmp_path / "again")
+    assert len(episodes) == 20 and all(follows_the_script(episode) for episode in episodes)
+
+
+def test_a_run_can_begin_with_data_and_collect(tmp_path: Path) -> None:
+    assert main(["collect", TASK, str(tmp_path / "data"), "--steps", "100", "--env.num_envs", "2"]) == 0
+    logdir = tmp_path / "run"
+    options: dict[str, Any] = {"run__agent_steps": 40, "run__eval_every": None, "run__final_eval": False}
+    assert dreamer.train(preload_config(tmp_path / "data", logdir=str(logdir), **options)) == 0
+    last = [record for record in records(logdir, "metrics.jsonl") if "replay/items" in record][-1]
+    assert last["replay/items"] == 100 + 40
+    assert len(records(logdir, "scores.jsonl")) == 8
+    assert main(["export", str(logdir), str(tmp_path / "out")]) == 0
+    episodes = read(tmp_path / "out")
+    assert len(episodes) == 20 + 8 and all(follows_the_script(episode) for episode in episodes)
 
 
 # --- Minari ------------------------------------------------------------------------------------

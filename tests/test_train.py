@@ -248,8 +248,9 @@ def test_own_environment_function(
     keys = {key for record in lines(logdir / "metrics.jsonl") for key in record}
     assert {"train/loss/view", "train/loss/sense", "train/rand/action"} <= keys
     # Two training and two evaluation environments, all with seeds of their own.
-    assert [index for index, _ in seeds] == [0, 1, 0, 1]
-    assert len({seed for _, seed in seeds}) == 4
+    # (Others are made for a moment, to see whether their state can be saved.)
+    assert [index for index, _ in seeds[:2]] == [0, 1] and {index for index, _ in seeds} == {0, 1}
+    assert len({seed for _, seed in seeds}) >= 4
 
 
 def test_nan_reward_stops_the_run(

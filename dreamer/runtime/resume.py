@@ -44,7 +44,7 @@ def pack_progress(
     }
     files = {LOOP: serialization.msgpack_serialize(loop)}
     if envs.restorable:
-        states = {"training": envs.get_state(), "evaluation": evaluator.state()}
+        states = {"training": envs.get_state() if collector else None, "evaluation": evaluator.state()}
         files[ENVIRONMENTS] = serialization.msgpack_serialize(states)
     return files
 

@@ -5,7 +5,8 @@ A snapshot is a folder::
     state/           the arrays, written by orbax as one flat dict {"params.encoder.kernel": array, ...}
     meta.json        whatever else the caller wants back: counters, generator states, manifests
     files/           further files of the caller's, bytes
-    manifest.json    path, shape and dtype of every array; size and checksum of every file above
+    manifest.json    path, shape and dtype of every array; size and checksum of every file above,
+                     and of this one
 
 It is built under a hidden name and becomes valid by one last rename.
 """
@@ -25,7 +26,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-FORMAT = 1
+FORMAT = 2
 #: Prefix of folders that are being written; one that is left over was interrupted.
 PARTIAL = ".partial-"
 #: Prefix of folders that are being deleted.
@@ -105,6 +106,7 @@ def write(folder: Path, leaves: Leaves, meta: Mapping[str, Any], files: Mapping[
             "arrays": [[list(p), list(a.shape), a.dtype.name] for p, a in leaves.items()],
             "files": {f.relative_to(partial).as_posix(): _seal(f) for f in _files(partial)},
         }
+        manifest["crc32"] = _digest(manifest)
         (partial / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         _seal(partial / "manifest.json")
         for directory in [partial, *(d for d in partial.rglob("*") if d.is_dir())]:
@@ -180,6 +182,8 @@ def verify(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         version, files = manifest["format"], manifest["files"]
+        if manifest.pop("crc32") != _digest(manifest):
+            raise ValueError("its checksum differs")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedCheckpointError(f"{folder}: manifest.json is missing or unreadable ({error})") from error
     if version != FORMAT:
@@ -194,6 +198,11 @@ def verify(folder: Path) -> dict[str, Any]:
         except OSError as error:
             raise DamagedCheckpointError(f"{folder}: {name} cannot be read ({error.strerror})") from error
     return manifest
+
+
+def _digest(manifest: Mapping[str, Any]) -> int:
+    """Checksum of the manifest's own contents."""
+    return zlib.crc32(json.dumps(manifest).encode())
 
 
 def _load(folder: Path, saved: Mapping[tuple, jax.ShapeDtypeStruct]) -> Leaves:

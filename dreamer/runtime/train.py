@@ -29,6 +29,7 @@ from dreamer.runtime.lock import LogdirLock
 from dreamer.runtime.logging import Logger, Steps
 from dreamer.runtime.meters import Aggregator, Stopwatch
 from dreamer.runtime.nonfinite import NonFiniteActionError, NonFiniteError
+from dreamer.runtime.preload import Preload, check_trainable, find_preload
 from dreamer.runtime.provenance import versions
 from dreamer.runtime.report import open_loop_report
 from dreamer.runtime.resume import Progress, changed_surroundings, pack_progress, read_progress
@@ -93,19 +94,22 @@ class Run:
         self.config, self.logdir, self.console, self._make_env = config, Path(config.logdir), console, make_env
         self.checkpointer = Checkpointer(self.logdir, config.run.checkpoint_keep, config.run.checkpoint_milestones)
         found = self.checkpointer.restore(parts=())[2] if self.checkpointer.latest() is not None else None
+        self._found = found
         # Environments that go on from their states need no new seeds.
         self.restarts = 0 if found is None else found["restarts"] + (not found["exact"])
         self.envs = training_envs(config, self.restarts, make_env)
         try:
-            self._build(found is not None)
+            self._build()
         except BaseException:
             self.envs.close()
             raise
 
-    def _build(self, resuming: bool) -> None:
-        config = self.config
+    def _build(self) -> None:
+        config, resuming = self.config, self._found is not None
         self.agent = make_agent(config, self.envs.observation_spaces, self.envs.action_spaces)
-        self.replay = make_replay(config, self.agent)
+        preload = find_preload(config, self.agent.observations, self.agent.actions) if not resuming else None
+        self.preloaded = preload.room(self.envs.num_envs) if preload else (self._found or {}).get("preloaded", 0)
+        self.replay = make_replay(config, self.agent, self.preloaded)
         self.schedule = UpdateSchedule(config.run.train_ratio, config.run.batch_size, config.run.batch_length)
         self.logger = Logger(self.logdir, config.log.jsonl, config.log.tensorboard, config.log.video_fps)
         self.agent_steps = self.updates = 0
@@ -114,18 +118,21 @@ class Run:
         self.metrics, self.watch = Aggregator(), Stopwatch()
         self.faults = FaultBudget(config.env)
         self.display = Display(config.task, config.run.agent_steps, live=config.run.display, console=self.console)
-        state, meta, progress = self._restore() if resuming else self._begin()
+        state, meta, progress = self._restore() if resuming else self._begin(preload)
+        check_trainable(config, self.replay)
         run_key = np.asarray(state["key"])
         self.learner = Learner(self.agent, state, self.replay, config.run.batch_size, self.watch)
         self.evaluator = Evaluator(config, self.agent, run_key, self._make_env, self._evaluation_fault)
         self.evaluator.rounds = meta.get("evaluations", 0)
         collecting = None if progress is None else self._go_on(progress)
-        self.collector = Collector(
-            self.agent, self.envs, run_key, "policy", on_fault=self._training_fault, state=collecting
-        )
-        self.collector.counter = self.agent_steps // self.envs.num_envs
-        if collecting is None and config.log.videos:
-            self.collector.record()
+        self.collector: Collector | None = None
+        if config.run.collect:
+            self.collector = Collector(
+                self.agent, self.envs, run_key, "policy", on_fault=self._training_fault, state=collecting
+            )
+            self.collector.counter = self.agent_steps // self.envs.num_envs
+            if collecting is None and config.log.videos:
+                self.collector.record()
         save_config(config, self.logdir / CONFIG_FILE)
         title = f"Resuming at agent step {self.agent_steps:,}" if resuming else "Training"
         self.console.print(start_summary(title, summary_rows(config, self.agent, state, self.replay, self.envs)))
@@ -143,19 +150,13 @@ class Run:
         self.due_save = SaveTimer(start, run.checkpoint_every, run.checkpoint_minutes)
         with self.display:
             while self.agent_steps < run.agent_steps and not stop and not self.failed:
-                with watch.section("act"):
-                    step = self._act()
-                with watch.section("replay"):
-                    self.replay.add(step)
+                if self.collector is not None:
+                    self._act(self.collector)
                 self.agent_steps += self.envs.num_envs
-                watch.count(policy=self.envs.num_envs)
                 self._update()
-                with watch.section("env"):
-                    episodes = self.collector.wait()
+                if self.collector is not None:
+                    self._wait(self.collector, due_video)
                 with watch.section("log"):
-                    self._log_episodes(episodes)
-                    if due_video(self.agent_steps) and self.config.log.videos:
-                        self.collector.record()
                     if due_log(self.agent_steps):
                         self._log_metrics()
                     self.display.update(self.steps, "" if self.schedule.started else "filling replay")
@@ -173,13 +174,27 @@ class Run:
         if not stop and not self.failed:
             self._finish()
 
-    def _act(self) -> dict[str, np.ndarray]:
+    def _act(self, collector: Collector) -> None:
+        """Choose actions, send them off, store the steps."""
         try:
-            return self.collector.act(self.learner.params)
+            with self.watch.section("act"):
+                step = collector.act(self.learner.params)
         except NonFiniteActionError:
             # An update that is still under way may have broken the weights: then that is what to tell.
             self.learner.settle()
             raise
+        with self.watch.section("replay"):
+            self.replay.add(step)
+        self.watch.count(policy=self.envs.num_envs)
+
+    def _wait(self, collector: Collector, due_video: Every) -> None:
+        """Take the next observations and the episodes that have ended."""
+        with self.watch.section("env"):
+            episodes = collector.wait()
+        with self.watch.section("log"):
+            self._log_episodes(episodes)
+            if due_video(self.agent_steps) and self.config.log.videos:
+                collector.record()
 
     def _update(self) -> None:
         """Dispatch the updates that are due."""
@@ -264,6 +279,7 @@ class Run:
                 "updates": self.updates,
                 "restarts": self.restarts,
                 "exact": self.envs.restorable,
+                "preloaded": self.preloaded,
                 "schedule": self.schedule.state(),
                 "train_ratio": self.config.run.train_ratio,
                 "observations": spaces_to_json(self.agent.observations),
@@ -284,10 +300,12 @@ class Run:
             self.console.print(f"[bold red]checkpoint failed:[/] {escape(str(error))}", soft_wrap=True)
             self.due_save.failed()
 
-    def _begin(self) -> tuple[Any, dict[str, Any], None]:
+    def _begin(self, preload: Preload | None) -> tuple[Any, dict[str, Any], None]:
         """(fresh training state, no meta data, no progress); what an attempt that left no checkpoint has recorded is
         forgotten."""
         self.logger.truncate(dict.fromkeys(self.logger.offsets(), 0), self.steps)
+        if preload is not None:
+            self.console.print(f"data to begin with: {preload.fill(self.replay)}", soft_wrap=True)
         return warm_start(self.config, self.agent.init(self.config.seed)), {}, None
 
     def _restore(self) -> tuple[Any, dict[str, Any], Progress]:
@@ -319,14 +337,16 @@ class Run:
         self.metrics.restore(progress.loop["metrics"])
         saved = progress.environments
         if saved is not None and self.envs.restorable:
-            self.envs.set_state(saved["training"])
+            if saved["training"] is not None:
+                self.envs.set_state(saved["training"])
             self.evaluator.restore(saved["evaluation"])
             return progress.loop["collector"]
         if saved is not None:  # They could be saved then, but not put back now: same seeds would repeat themselves.
             self.envs.close()
             self.restarts += 1
             self.envs = training_envs(self.config, self.restarts, self._make_env)
-        self.replay.close_open_episodes()
+        if self.config.run.collect:
+            self.replay.close_open_episodes()
         return None
 
     def _finish(self) -> None:

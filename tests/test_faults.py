@@ -1,0 +1,291 @@
+"""Damage done to whole runs: environments that fail, a disk that is full, files that are cut or changed.
+
+What single workers do is in `test_faults_workers.py`, what single files do in `test_replay_persistence.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from failing_env import Failing, Rounds
+from tiny_runs import share_agents, tiny_config
+
+from dreamer.cli import main
+from dreamer.replay import Selection
+from dreamer.runtime.checkpoint import Checkpointer, CheckpointWarning
+from dreamer.runtime.logging import LogWarning
+from dreamer.runtime.schedule import SaveTimer
+from dreamer.runtime.train import ENVIRONMENTS_FAILED, Run, train
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def stored(run: Run, env: int) -> dict[str, np.ndarray]:
+    """All steps of an environment, (rows, ...)."""
+    rows = int(run.replay._ring.head[env])
+    found = run.replay.gather(Selection(np.array([env]), np.zeros(1, int), np.zeros(1, bool), rows))
+    return {name: array[0] for name, array in found.items()}
+
+
+@pytest.fixture
+def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Run]]:
+    """The runs of a test, in order."""
+    share_agents(monkeypatch)
+    made: list[Run] = []
+    build = Run._build
+    monkeypatch.setattr(Run, "_build", lambda run: (made.append(run), build(run))[1])
+    yield made
+
+
+@pytest.mark.parametrize(
+    ("trouble", "workers", "said"),
+    [
+        ("raise", "inline", "ZeroDivisionError: as told"),
+        ("raise", "process", "ZeroDivisionError: as told"),
+        ("kill", "process", "signal"),
+        ("exit", "process", "7"),
+        ("block", "process", "no answer for 5 seconds"),
+        ("nan reward", "inline", "reward"),
+        ("shape", "process", "shape"),
+    ],
+)
+def test_a_failing_environment_costs_an_episode(
+    trouble: str, workers: str, said: str, runs: list[Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logdir = tmp_path / "run"
+    config = tiny_config(
+        logdir=str(logdir), env__num_envs=2, env__workers=workers, env__timeout_seconds=5.0, env__restart_seconds=0.01,
+        run__agent_steps=80, run__train_ratio=4, run__eval_every=None, run__report_every=None, run__final_eval=False,
+        run__log_every=80,
+    )  # fmt: skip
+    make = lambda index, seed: Failing(trouble, tmp_path / "once") if index == 1 else Rounds()  # noqa: E731
+    assert train(config, make) == 0
+    text = capsys.readouterr().out
+    assert "environment 1" in text and "started anew" in text and said in text
+    assert sum(row.get("env/failures_sum", 0) for row in lines(logdir / "metrics.jsonl")) == 1
+    healthy, failed = (stored(runs[0], env) for env in (0, 1))
+    # Episodes have 8 stored steps. The second one of the failing environment was cut after its third.
+    assert np.flatnonzero(healthy["is_last"]).tolist() == [7, 15, 23, 31, 39]
+    assert np.flatnonzero(failed["is_last"]).tolist() == [7, 10, 18, 26, 34]
+    assert np.flatnonzero(failed["is_terminal"]).tolist() == [7, 18, 26, 34]
+    assert np.flatnonzero(failed["is_first"]).tolist() == [0, 8, 11, 19, 27, 35]
+    # Whole episodes are on record, all of the other environment's and all but the cut one of this.
+    assert [s["episode/score"] for s in lines(logdir / "scores.jsonl")] == [7.0] * 9
+
+
+def test_an_environment_that_always_fails_stops_the_run_with_a_checkpoint(
+    runs: list[Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny_config(
+        logdir=str(tmp_path), env__num_envs=1, env__restart_seconds=0.0, env__failure_limit=2, run__agent_steps=1000,
+        run__eval_every=None, run__report_every=None, run__train_ratio=4,
+    )  # fmt: skip
+    assert train(config, lambda index, seed: Failing("raise", None)) == ENVIRONMENTS_FAILED
+    text = " ".join(capsys.readouterr().out.split())
+    assert "stopped: expected at most 2 failures of environments within 10 minutes, got 3" in text
+    step, _, meta = Checkpointer(tmp_path, read_only=True).restore()
+    assert step == meta["agent_steps"] == runs[0].agent_steps == 33
+    assert np.flatnonzero(stored(runs[0], 0)["is_last"]).tolist() == [7, 10, 18, 21, 29, 32]
+
+
+def test_a_failing_evaluation_environment_is_made_anew(runs: list[Run], tmp_path: Path) -> None:
+    config = tiny_config(
+        logdir=str(tmp_path / "run"), env__num_envs=1, env__restart_seconds=0.0, run__agent_steps=20,
+        run__eval_every=20, run__eval_episodes=3, run__eval_envs=1, run__final_eval=False, run__report_every=None,
+    )  # fmt: skip
+    made: list[int] = []
+
+    def make(index: int, seed: int) -> Rounds:
+        made.append(seed)
+        return Rounds() if len(made) == 1 else Failing("raise", tmp_path / "once")
+
+    assert train(config, make) == 0
+    (row,) = (r for r in lines(tmp_path / "run" / "metrics.jsonl") if "eval/score" in r)
+    # Three whole episodes; the one that was cut is not among them.
+    assert row["eval/score"] == 7.0 and row["eval/length"] == 7.0
+    assert len(made) == 3 and len(set(made)) == 3
+
+
+# A disk that is full
+
+
+@pytest.fixture
+def full_disk() -> Iterator[Callable[[bool], None]]:
+    """Call with True: no file can grow beyond a kilobyte any more; with False: as before."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda full: resource.setrlimit(resource.RLIMIT_FSIZE, (1024 if full else soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_full_disk_stops_no_training_and_costs_no_checkpoint(
+    runs: list[Run],
+    tmp_path: Path,
+    full_disk: Callable[[bool], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(SaveTimer, "RETRY_SECONDS", 0.0)
+    at_full: list[tuple[int, int]] = []
+    update = Run._update
+
+    def watch(run: Run) -> None:
+        if run.agent_steps == 100:
+            run.checkpointer.wait()
+            full_disk(True)
+        if run.agent_steps == 160:
+            with pytest.raises(OSError), (tmp_path / "more").open("wb") as file:  # noqa: PT011
+                file.write(bytes(5000))
+            step, state, _ = Checkpointer(tmp_path, read_only=True).restore()
+            at_full.append((step, int(state["updates"])))
+            full_disk(False)
+        update(run)
+
+    monkeypatch.setattr(Run, "_update", watch)
+    config = tiny_config(
+        logdir=str(tmp_path), run__agent_steps=240, run__checkpoint_every=40, run__eval_every=None,
+        run__report_every=None, run__final_eval=False, run__log_every=20,
+    )  # fmt: skip
+    assert train(config) == 0
+    assert "checkpoint failed" in capsys.readouterr().out
+    assert at_full[0][0] == 80 and at_full[0][1] > 0
+    # Soon after there was room again a checkpoint was there, and at the end nothing is missing.
+    assert Checkpointer(tmp_path, read_only=True).latest() == 240
+    steps = [r["agent_steps"] for r in lines(tmp_path / "metrics.jsonl")]
+    assert sorted(set(steps)) == list(range(20, 241, 20))
+    assert len(runs[0].replay) == 240
+    monkeypatch.setattr(Run, "_update", update)
+    assert train(tiny_config(logdir=str(tmp_path), run__agent_steps=260, run__checkpoint_every=40,
+        run__eval_every=None, run__report_every=None, run__final_eval=False, run__log_every=20)) == 0  # fmt: skip
+    assert len(runs[1].replay) == 260
+
+
+# Files that were changed
+
+
+@pytest.fixture
+def two_checkpoints(runs: list[Run], tmp_path: Path) -> Path:
+    """A logdir with checkpoints at steps 80 and 120."""
+    config = tiny_config(
+        logdir=str(tmp_path / "run"), run__agent_steps=120, run__checkpoint_every=80, run__eval_every=None,
+        run__report_every=None, run__final_eval=False,
+    )  # fmt: skip
+    assert train(config) == 0
+    runs.clear()
+    return tmp_path / "run"
+
+
+def again(logdir: Path, steps: int) -> int:
+    return train(
+        tiny_config(
+            logdir=str(logdir),
+            run__agent_steps=steps,
+            run__checkpoint_every=40,
+            run__eval_every=None,
+            run__report_every=None,
+            run__final_eval=False,
+        )  # fmt: skip
+    )
+
+
+def largest(folder: Path) -> Path:
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path: Path) -> None:
+    """Change one bit in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [cut, flip, remove])
+@pytest.mark.parametrize(
+    "part", ["state", "meta.json", "manifest.json", "files/loop.msgpack", "files/environments.msgpack"]
+)
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
+    part: str, damage: Callable[[Path], None], two_checkpoints: Path, runs: list[Run]
+) -> None:
+    folder = two_checkpoints / "checkpoints" / f"{120:012d}"
+    damage(largest(folder / part) if part == "state" else folder / part)
+    with pytest.warns(CheckpointWarning, match="damaged and was skipped"):
+        assert again(two_checkpoints, 160) == 0
+    assert len(runs[0].replay) == runs[0].agent_steps == 160
+    assert Checkpointer(two_checkpoints, read_only=True).steps()[-1] == 160
+    # Every episode is there once: 24 stored steps each, of either environment.
+    assert np.flatnonzero(stored(runs[0], 0)["is_last"]).tolist() == [23, 47, 71]
+    assert len(lines(two_checkpoints / "scores.jsonl")) == 6
+
+
+@pytest.mark.parametrize("damage", [cut, flip, remove])
+def test_a_damaged_replay_file_too(damage: Callable[[Path], None], two_checkpoints: Path, runs: list[Run]) -> None:
+    damage(max((two_checkpoints / "replay").iterdir(), key=lambda path: path.stat().st_mtime_ns))
+    with pytest.warns(CheckpointWarning, match="damaged and was skipped"):
+        assert again(two_checkpoints, 160) == 0
+    assert len(runs[0].replay) == 160
+    assert np.flatnonzero(stored(runs[0], 0)["is_last"]).tolist() == [23, 47, 71]
+
+
+def test_a_config_of_another_version_is_refused_by_name(
+    two_checkpoints: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in two_checkpoints.rglob("*") if path.is_file()}
+    path = two_checkpoints / "config.yaml"
+    path.write_text(path.read_text().replace("train_ratio:", "replay_ratio:"))
+    assert main(["train", "--logdir", str(two_checkpoints)]) == 2
+    error = capsys.readouterr().err
+    assert "unknown option run.replay_ratio" in error and "Traceback" not in error
+    path.write_bytes(before[path])
+    assert {path: path.read_bytes() for path in two_checkpoints.rglob("*") if path.is_file()} == before
+
+
+def test_state_of_another_user_is_not_read(
+    two_checkpoints: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    user = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: user + 1)
+    assert main(["train", "--logdir", str(two_checkpoints), "--run.platform", "cpu"]) == 2
+    assert "expected a file of the user who resumes the run" in capsys.readouterr().err
+
+
+def test_records_that_cannot_be_written_are_told_once(
+    runs: list[Run], tmp_path: Path, full_disk: Callable[[bool], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A disk that is full for the records alone: one warning, and all of them later."""
+    (tmp_path / "metrics.jsonl").write_text("")
+    config = tiny_config(
+        logdir=str(tmp_path), run__agent_steps=60, run__checkpoint_every=None, run__log_every=2,
+        run__eval_every=None, run__report_every=None, run__final_eval=False,
+    )  # fmt: skip
+    run_loop = Run.loop
+
+    def loop(run: Run, stop: Any) -> None:
+        full_disk(True)
+        with pytest.warns(LogWarning, match="training goes on"):
+            save, run.save = run.save, lambda: full_disk(False)  # type: ignore[method-assign]
+            run_loop(run, stop)
+        save()
+
+    Run.loop, before = loop, Run.loop  # type: ignore[method-assign]
+    try:
+        assert train(config) == 0
+    finally:
+        Run.loop = before  # type: ignore[method-assign]
+    assert sorted({r["agent_steps"] for r in lines(tmp_path / "metrics.jsonl")}) == list(range(2, 61, 2))
