@@ -188,6 +188,20 @@ def test_disk_storage_uses_a_few_large_files(tmp_path):
     assert sorted(p.name.split("-")[0] for p in tmp_path.iterdir()) == ["latents", "places", "segment"]
 
 
+def test_a_save_can_be_read_while_its_run_goes_on(tmp_path, small_files):
+    live, twin = build("disk", tmp_path), build("host", tmp_path / "twin")
+    assert train(live, range(40)) == train(twin, range(40))
+    manifest, content = save(live, tmp_path), everything(live)
+    assert train(live, range(40, 75)) == train(twin, range(40, 75))
+    before = sorted(p.name for p in tmp_path.iterdir())
+    reader = build("host", tmp_path / "elsewhere")
+    reader.load(tmp_path, manifest)
+    assert everything(reader) == content and sorted(p.name for p in tmp_path.iterdir()) == before
+    assert any(name.endswith(".open") for name in before)
+    assert train(live, range(75, 120)) == train(twin, range(75, 120))
+    save(live, tmp_path)
+
+
 def test_segments_leave_when_no_save_needs_them(tmp_path, small_files):
     replay, manifests = build("disk", tmp_path), []
     for start in range(0, 400, 20):

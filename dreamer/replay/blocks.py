@@ -60,14 +60,15 @@ class Block:
             return Block.in_memory(layout)
 
     @staticmethod
-    def open(path: Path, layout: Layout) -> Block:
-        """What was saved, to be read and written; ReplayError if it is not of the right size."""
+    def open(path: Path, layout: Layout, writable: bool = False) -> Block:
+        """What was written to a file; ReplayError if it is not of the right size."""
         expected = layout_bytes(layout)
         try:
-            with path.open("r+b") as file:
+            with path.open("r+b" if writable else "rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 if size == expected:
-                    return Block(layout, path, mmap.mmap(file.fileno(), size))
+                    access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+                    return Block(layout, path, mmap.mmap(file.fileno(), size, access=access))
         except OSError as error:
             raise ReplayError(f"cannot read replay file {path}: {error}; use an older checkpoint") from error
         raise ReplayError(

@@ -37,9 +37,12 @@ Values = Mapping[str, np.ndarray]
 
 
 class DiskStorage:
-    """Fields of the rings in files of `folder`, which no other live buffer may use."""
+    """Fields of the rings in files of `folder`, which no other live buffer may use.
 
-    def __init__(self, fields: Fields, mutable: Sequence[str], ring: Ring, folder: Path):
+    writable  Or only to load a save and read it, also while another buffer uses the folder.
+    """
+
+    def __init__(self, fields: Fields, mutable: Sequence[str], ring: Ring, folder: Path, writable: bool = True):
         self.fields = dict(fields)
         self._mutable = tuple(sorted(mutable))
         self._fixed = {name: fields[name] for name in sorted(fields) if name not in self._mutable}
@@ -51,8 +54,9 @@ class DiskStorage:
         self._spare: Block | None = None  # memory that the next segment can have
         self._first = np.zeros(ring.num_envs, np.int64)  # oldest row of each environment that segments hold
         self._marked = np.zeros(ring.num_envs * ring.rows, bool)  # made last ones later on
-        self._versions = VersionedRows(self._folder, {name: fields[name] for name in self._mutable}, ring)
-        remove_open(self._folder)
+        self._versions = VersionedRows(self._folder, {name: fields[name] for name in self._mutable}, ring, writable)
+        if writable:
+            remove_open(self._folder)
 
     def add(self, env: np.ndarray, row: np.ndarray, values: Values) -> None:
         number, place = row // self._rows, row % self._rows
@@ -237,7 +241,7 @@ def read_blocks(
     """Hand the rows [tail, head) of each environment, (N,) each, of files of disk storage to `add`."""
     ring = Ring(len(head), max(1, int((head - tail).max())))
     ring.reset(head, tail)
-    source = DiskStorage(fields, entries["mutable"], ring, folder)
+    source = DiskStorage(fields, entries["mutable"], ring, folder, writable=False)
     source.load(folder, entries, head, tail)
     count = max(1, SEGMENT_BYTES // bytes_per_step(fields))
     for env in range(len(head)):

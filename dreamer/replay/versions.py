@@ -32,10 +32,13 @@ _STEM = "places"
 
 
 class VersionedRows:
-    """Some fields of the steps in the rings, addressed by flat slots, kept in `folder`."""
+    """Some fields of the steps in the rings, addressed by flat slots, kept in `folder`.
 
-    def __init__(self, folder: Path, fields: Fields, ring: Ring):
-        self._folder, self._fields, self._ring = folder, dict(fields), ring
+    writable  Or only to be read.
+    """
+
+    def __init__(self, folder: Path, fields: Fields, ring: Ring, writable: bool = True):
+        self._folder, self._fields, self._ring, self._writable = folder, dict(fields), ring, writable
         slots = ring.num_envs * ring.rows
         smallest = EXTENT_BYTES // max(bytes_per_step(fields), 1)
         self._size = min(max(-(-slots // EXTENTS), smallest, 1), slots)  # places of a file
@@ -94,7 +97,7 @@ class VersionedRows:
         self.clear()
         self._size = int(entries["size"])
         for entry in entries["extents"]:
-            self._extents[int(entry["index"])] = Block.open(self._folder / entry["file"], self._layout)
+            self._extents[int(entry["index"])] = Block.open(self._folder / entry["file"], self._layout, self._writable)
         self._references = np.zeros(self._size * (1 + max(self._extents, default=-1)), np.uint16)
         for path in sorted(self._folder.glob(f"{_STEM}-*{SUFFIX}")):
             found = np.fromfile(path, np.uint8)
