@@ -97,6 +97,28 @@ def test_an_environment_that_always_fails_stops_the_run_with_a_checkpoint(
     assert np.flatnonzero(stored(runs[0], 0)["is_last"]).tolist() == [7, 10, 18, 21, 29, 32]
 
 
+def test_an_environment_that_cannot_be_made_anew_stops_the_run_with_a_checkpoint(
+    runs: list[Run], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dreamer.envs.faults.TRIES", 3)
+    config = tiny_config(
+        logdir=str(tmp_path), env__num_envs=1, env__restart_seconds=0.0, env__failure_limit=None, run__agent_steps=1000,
+        run__eval_every=None, run__report_every=None, run__train_ratio=4,
+    )  # fmt: skip
+    made: list[int] = []
+
+    def make(index: int, seed: int) -> Rounds:
+        made.append(seed)
+        if len(made) > 1:
+            raise ConnectionError("the game's server is gone")
+        return Failing("raise", None)
+
+    assert train(config, make) == ENVIRONMENTS_FAILED
+    assert "the game's server is gone" in capsys.readouterr().out
+    step, _, meta = Checkpointer(tmp_path, read_only=True).restore()
+    assert (step, meta["exact"]) == (11, False)
+
+
 def test_a_failing_evaluation_environment_is_made_anew(runs: list[Run], tmp_path: Path) -> None:
     config = tiny_config(
         logdir=str(tmp_path / "run"), env__num_envs=1, env__restart_seconds=0.0, run__agent_steps=20,

@@ -7,13 +7,14 @@ user's: a pickle can do whatever a program can.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from flax import serialization
 
-from dreamer.envs import VectorEnv
+from dreamer.envs import EnvError, VectorEnv
 from dreamer.runtime import snapshot
 from dreamer.runtime.collect import Collector
 from dreamer.runtime.evaluate import Evaluator
@@ -43,10 +44,19 @@ def pack_progress(
         "metrics": metrics.state(),
     }
     files = {LOOP: serialization.msgpack_serialize(loop)}
-    if envs.restorable:
-        states = {"training": envs.get_state() if collector else None, "evaluation": evaluator.state()}
-        files[ENVIRONMENTS] = serialization.msgpack_serialize(states)
+    if can_be_put_back(envs):
+        with contextlib.suppress(EnvError):  # A state that could be saved at first may not be later.
+            states = {"training": envs.get_state() if collector else None, "evaluation": evaluator.state()}
+            files[ENVIRONMENTS] = serialization.msgpack_serialize(states)
     return files
+
+
+def can_be_put_back(envs: VectorEnv) -> bool:
+    """Whether the environments can be put back now; environments that were given up cannot."""
+    try:
+        return envs.restorable
+    except EnvError:
+        return False
 
 
 def read_progress(folder: Path) -> Progress:

@@ -50,6 +50,13 @@ def name_own_task(config: Config) -> Config:
     return dataclasses.replace(config, task=OWN_TASK) if is_listed(config.task) else config
 
 
+#: What the start-up summary says of a resume, by whether the environments can be put back.
+RESUME = {
+    True: "exact: the environments can be put back",
+    False: "the environments cannot be put back: episodes under way are closed as abandoned, new ones begin",
+}
+
+
 def training_envs(config: Config, restarts: int, make_env: MakeEnv | None) -> VectorEnv:
     """The training environments; each restart of the run gives them other seeds, or they would repeat themselves."""
     seed = config.seed if restarts == 0 else int(np.random.SeedSequence([config.seed, restarts]).generate_state(1)[0])
@@ -147,6 +154,7 @@ def summary_rows(config: Config, agent: Agent, state: TrainState, replay: Replay
             f" {replay.budget.kind} storage, up to {', '.join(shares)}",
         ),
         Row("disk", f"up to about {format_bytes(disk)}, checkpoints included, of {format_bytes(has['disk'])} free"),
+        Row("resume", RESUME[bool(envs.restorable)]),
         Row("logdir", config.logdir),
     ]
 

@@ -32,7 +32,14 @@ from dreamer.runtime.nonfinite import NonFiniteActionError, NonFiniteError
 from dreamer.runtime.preload import Preload, check_trainable, find_preload
 from dreamer.runtime.provenance import versions
 from dreamer.runtime.report import open_loop_report
-from dreamer.runtime.resume import Progress, changed_surroundings, pack_progress, read_progress
+from dreamer.runtime.resume import (
+    ENVIRONMENTS,
+    Progress,
+    can_be_put_back,
+    changed_surroundings,
+    pack_progress,
+    read_progress,
+)
 from dreamer.runtime.schedule import Every, SaveTimer, UpdateSchedule
 from dreamer.runtime.setup import (
     make_agent,
@@ -189,8 +196,12 @@ class Run:
 
     def _wait(self, collector: Collector, due_video: Every) -> None:
         """Take the next observations and the episodes that have ended."""
-        with self.watch.section("env"):
-            episodes = collector.wait()
+        try:
+            with self.watch.section("env"):
+                episodes = collector.wait()
+        except EnvError as error:  # An environment that could not be made anew, time after time.
+            self.failed = str(error)
+            return
         with self.watch.section("log"):
             self._log_episodes(episodes)
             if due_video(self.agent_steps) and self.config.log.videos:
@@ -278,7 +289,7 @@ class Run:
                 "agent_steps": self.agent_steps,
                 "updates": self.updates,
                 "restarts": self.restarts,
-                "exact": self.envs.restorable,
+                "exact": ENVIRONMENTS in files,
                 "preloaded": self.preloaded,
                 "schedule": self.schedule.state(),
                 "train_ratio": self.config.run.train_ratio,
@@ -336,7 +347,7 @@ class Run:
         self.learner.restore(progress.loop["learner"])
         self.metrics.restore(progress.loop["metrics"])
         saved = progress.environments
-        if saved is not None and self.envs.restorable:
+        if saved is not None and can_be_put_back(self.envs):
             if saved["training"] is not None:
                 self.envs.set_state(saved["training"])
             self.evaluator.restore(saved["evaluation"])
