@@ -325,3 +325,19 @@ def test_an_action_that_is_not_finite_is_named() -> None:
 def test_agents_are_shared() -> None:
     spaces = ({"vector": Space("vector", (3,))}, {"action": Space("discrete", (), (5,))})
     assert tiny_agent(*spaces) is tiny_agent(*spaces)
+
+
+def test_scores_are_of_unscaled_rewards() -> None:
+    """Two steps of 8: the learner sees a quarter of each."""
+    script = [(8.0, False, False), (8.0, True, False)]
+    config = EnvConfig(workers="inline", reward_scale=0.25)
+    envs = make_vector_env("own", config, 1, 0, True, lambda index, seed: Scripted(script))
+    collection = Collection(envs)
+    episode, _ = collection.steps(5)
+    assert (episode.score, episode.length, episode.logs["unscaled_reward/max"]) == (16, 2, 8)
+    rewards = []
+    for _ in range(3):
+        rewards.append(collection.collector.act(collection.state["params"])["reward"].item())
+        collection.collector.wait()
+    assert sorted(rewards) == [0, 2, 2]
+    envs.close()

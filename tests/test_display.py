@@ -116,6 +116,9 @@ def test_evaluation_table():
     assert cells["toy_catch"] == ["4", "2.50", "0.50", "2", "3", "3", "83 %", ""]
     assert cells["atari_pong"] == ["2", "0", "21", "-21", "21", "", "", "118 %"]
     assert cells["gym_Unknown-v0"] == ["1", "0.12", "0", "0.12", "0.12", "", "", ""]
+    crafter = Evaluation("crafter_reward", [1.5], further={"crafter_score": 12.25})
+    with_score = render(display.evaluation_table([*results, crafter]), 140)
+    assert "crafter score" in with_score and "12" in with_score
     single = render(display.evaluation_table(results[:1]), 80)
     assert "of best" in single and "human" not in single and max(map(len, single.splitlines())) <= 80
 

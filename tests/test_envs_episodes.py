@@ -11,7 +11,7 @@ import pytest
 from fake_envs import Script, Scripted
 
 from dreamer.config import EnvConfig, ToyConfig
-from dreamer.envs import Batch, make_env, make_vector_env, transition
+from dreamer.envs import Batch, make_env, make_vector_env, summary, transition
 from dreamer.types import Space
 
 # Ends: by itself after three actions; at a time limit after one; both at once after two.
@@ -186,6 +186,16 @@ def test_crafter_rewards_achievements_once_and_logs_them() -> None:
         assert step["log/reward"] == 1 and again["log/reward"] == 0
         scores[name] = float(step["reward"]), float(again["reward"])
     assert scores == {"reward": (1.0, 0.0), "noreward": (0.0, 0.0)}
+
+
+def test_crafter_score_is_the_geometric_mean_of_success_rates() -> None:
+    """Reached in all, in one of two, and in no episode, however often; means and other logs do not count."""
+    one = {"achievement_wood/max": 7.0, "achievement_coal/max": 0.0, "achievement_iron/max": 0.0, "reward/max": 1.0}
+    two = {"achievement_wood/max": 1.0, "achievement_coal/max": 2.0, "achievement_iron/max": 0.0, "reward/max": 1.0}
+    ignored = {"achievement_wood/mean": 0.1}
+    expected = (101 * 51 * 1) ** (1 / 3) - 1
+    assert summary("crafter_reward", [one | ignored, two | ignored]) == {"crafter_score": pytest.approx(expected)}
+    assert summary("crafter_reward", []) == summary("toy_catch", [one]) == {}
 
 
 def test_catch_is_a_game_of_skill() -> None:

@@ -12,6 +12,7 @@ from dreamer.envs.registry import (
     list_tasks,
     make_env,
     suites,
+    summary,
 )
 from dreamer.envs.vector import env_seed, make_vector_env
 
@@ -34,5 +35,6 @@ __all__ = [
     "make_env",
     "make_vector_env",
     "suites",
+    "summary",
     "transition",
 ]

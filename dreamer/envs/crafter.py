@@ -88,3 +88,15 @@ def make(name: str, config: EnvConfig, seed: int) -> Crafter:
 
 def tasks() -> Sequence[str]:
     return ("reward", "noreward")
+
+
+def summary(episodes: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The Crafter score of at least one episode, from the maxima of their achievement counts, in percent.
+
+    exp(mean(ln(1 + sᵢ))) - 1 over the 22 achievements, sᵢ the percentage of episodes in which i was reached.
+    """
+    names = [name for name in episodes[0] if name.startswith("achievement_") and name.endswith("/max")]
+    if not names:
+        return {}
+    rates = 100 * np.mean([[episode[name] > 0 for name in names] for episode in episodes], 0)
+    return {"crafter_score": float(np.expm1(np.log1p(rates).mean()))}

@@ -41,6 +41,7 @@ class Suite:
     vector      (name, config, seeds) -> all environments at once, or None to make them one by one.
     best_score  (name, config) -> score of perfect play, where known.
     normalized  (name, score) -> score where 0 is random and 1 human play, where known.
+    summary     Means and maxima of the `log/` keys of some episodes -> further figures over them, by name.
     """
 
     description: str
@@ -53,6 +54,7 @@ class Suite:
     vector: Callable[[str, EnvConfig, Sequence[int]], VectorEnv | None] = lambda name, config, seeds: None
     best_score: Callable[[str, EnvConfig], float] | None = None
     normalized: Callable[[str, float], float | None] | None = None
+    summary: Callable[[Sequence[Mapping[str, float]]], Mapping[str, float]] | None = None
 
     @property
     def installation(self) -> str:
@@ -73,7 +75,9 @@ SUITES: Mapping[str, Suite] = {
     ),
     "atari": _atari("Atari 2600, 200M frames protocol"),
     "atari100k": _atari("Atari 2600, 400k frames protocol"),
-    "crafter": Suite("Crafter survival game", crafter.make, crafter.tasks, package=("crafter", "crafter")),
+    "crafter": Suite(
+        "Crafter survival game", crafter.make, crafter.tasks, package=("crafter", "crafter"), summary=crafter.summary
+    ),
     "dmc": Suite(
         "DeepMind Control, from state or pixels",
         dmc.make,
@@ -201,3 +205,9 @@ def human_normalized(task: str, score: float) -> float | None:
     """0 for random and 1 for human play on Atari, None where no such scores are published."""
     suite, name = split_task(task)
     return None if suite.normalized is None else suite.normalized(name, score)
+
+
+def summary(task: str, episodes: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
+    """Further figures over the logs of some episodes, such as Crafter's score; none for most suites."""
+    suite, _ = split_task(task)
+    return {} if suite.summary is None or not episodes else suite.summary(episodes)

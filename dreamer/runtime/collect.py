@@ -14,7 +14,7 @@ from dreamer.agent import Agent, stream_key
 from dreamer.envs import EnvError, VectorEnv
 from dreamer.envs.interface import Batch, Fault
 from dreamer.runtime.nonfinite import NonFiniteActionError, not_finite
-from dreamer.types import LOG_PREFIX, TRANSITION_FIELDS, visible
+from dreamer.types import LOG_PREFIX, TRANSITION_FIELDS, UNSCALED_REWARD, visible
 
 #: Most frames of a recorded episode.
 VIDEO_FRAMES = 600
@@ -22,8 +22,8 @@ VIDEO_FRAMES = 600
 
 @dataclasses.dataclass
 class Episode:
-    """A finished episode: undiscounted sum of rewards, number of actions, mean and maximum over its steps of each
-    `log/` key, frames if recorded."""
+    """A finished episode: undiscounted sum of unscaled rewards, number of actions, mean and maximum over its steps of
+    each `log/` key, frames if recorded."""
 
     env: int
     score: float
@@ -131,7 +131,7 @@ class Collector:
     def _account(self) -> None:
         """Count the current observations in the statistics of their episodes."""
         obs, first = self._obs, self._obs["is_first"]
-        self._scores = np.where(first, 0.0, self._scores) + obs["reward"]
+        self._scores = np.where(first, 0.0, self._scores) + obs.get(UNSCALED_REWARD, obs["reward"])
         self._lengths = np.where(first, 0, self._lengths + 1)
         for key in self._logged:
             value = obs[key].reshape(len(first), -1).sum(-1)

@@ -210,12 +210,16 @@ def start_summary(title: str, rows: Iterable[Row]) -> RenderableType:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Scores of evaluation episodes. best: the best possible score. normalized: human-normalised, 1 is human."""
+    """Scores of evaluation episodes. best: the best possible score. normalized: human-normalised, 1 is human.
+
+    further: figures of the suite's own over the same episodes, by name.
+    """
 
     task: str
     scores: Sequence[float]
     best: float | None = None
     normalized: float | None = None
+    further: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def evaluation_table(results: Sequence[Evaluation], title: str = "Evaluation") -> Table:
@@ -226,6 +230,8 @@ def evaluation_table(results: Sequence[Evaluation], title: str = "Evaluation") -
     table.add_column("task", no_wrap=True)
     columns = ["episodes", "mean", "std", "min", "max"]
     columns += [*(["best possible", "of best"] if with_best else []), *(["of human"] if with_human else [])]
+    further = list(dict.fromkeys(name for result in results for name in result.further))
+    columns += [name.replace("_", " ") for name in further]
     for column in columns:
         table.add_column(column, justify="right", style="bold green" if column == "mean" else "")
     for result in results:
@@ -237,6 +243,7 @@ def evaluation_table(results: Sequence[Evaluation], title: str = "Evaluation") -
             cells += [format_number(result.best) if result.best is not None else "", share]
         if with_human:
             cells += [f"{100 * result.normalized:.0f} %" if result.normalized is not None else ""]
+        cells += [format_number(result.further[name]) if name in result.further else "" for name in further]
         table.add_row(result.task, *cells)
     return table
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from rich.console import Console
 
 from dreamer.agent import Agent
 from dreamer.config import Config
-from dreamer.envs import TaskError, VectorEnv, best_score, human_normalized
+from dreamer.envs import TaskError, VectorEnv, best_score, human_normalized, summary
 from dreamer.envs.interface import Fault
 from dreamer.envs.vector import MakeEnv
 from dreamer.presets import CONFIG_FILE, load_config
@@ -71,14 +71,16 @@ class Evaluator:
             self._envs.close()
 
 
-def as_evaluation(config: Config, scores: list[float]) -> Evaluation:
-    """Scores beside what is known of the task: nothing of a user's own environment."""
+def as_evaluation(config: Config, scores: list[float], logs: Sequence[Mapping[str, float]] = ()) -> Evaluation:
+    """Scores beside what is known of the task: nothing of a user's own environment. logs: of the same episodes."""
+    further: Mapping[str, float] = {}
     try:
+        further = summary(config.task, logs)
         best = best_score(config.task, config.env)
         human = human_normalized(config.task, float(np.mean(scores)))
     except TaskError:
         best = human = None
-    return Evaluation(config.task, scores, best, human)
+    return Evaluation(config.task, scores, best, human, further)
 
 
 def evaluate_command(
@@ -111,7 +113,7 @@ def evaluate_command(
     finally:
         envs.close()
     scores = [episode.score for episode in played]
-    console.print(evaluation_table([as_evaluation(config, scores)]))
+    console.print(evaluation_table([as_evaluation(config, scores, [episode.logs for episode in played])]))
     frames = next((np.stack(e.frames) for e in played if e.frames), None)
     if video and frames is not None:
         console.print(f"video: {save_gif(video, frames, config.log.video_fps)}", soft_wrap=True)

@@ -270,6 +270,8 @@ class Run:
         scores = [episode.score for episode in episodes]
         mean, best = float(np.mean(scores)), self.checkpointer.best_score()
         values = {"eval/score": mean, "eval/score_std": float(np.std(scores))}
+        further = as_evaluation(self.config, scores, [episode.logs for episode in episodes]).further
+        values |= {f"eval/{name}": value for name, value in further.items()}
         self.logger.scalars(self.steps, values | {"eval/length": float(np.mean([e.length for e in episodes]))})
         if np.isfinite(mean) and (best is None or mean >= best):
             weights, meta = {"params": self.learner.params}, {"agent_steps": self.agent_steps}
