@@ -57,12 +57,14 @@ def vector_env(make: Callable[[int, int], gymnasium.Env], num_envs: int = 1, wor
 class Collection:
     """Environments, a tiny agent with fresh weights, its collector, and a replay of sequences of `length` steps."""
 
-    def __init__(self, envs: VectorEnv, length: int = 9, sample: bool = True, seed: int = 0) -> None:
+    def __init__(
+        self, envs: VectorEnv, length: int = 9, sample: bool = True, seed: int = 0, rows: int = 1000, **replay: Any
+    ) -> None:
         self.agent = tiny_agent(envs.observation_spaces, envs.action_spaces)
         self.state = self.agent.init(seed)
         self.collector = Collector(self.agent, envs, np.asarray(self.state["key"]), "policy", sample)
         fields = replay_fields(envs.observation_spaces, envs.action_spaces, self.agent.extras)
-        self.replay = Replay(fields, envs.num_envs, 1000 * envs.num_envs, length, seed)
+        self.replay = Replay(fields, envs.num_envs, rows * envs.num_envs, length, seed, **replay)
 
     def steps(self, count: int) -> list[Episode]:
         """Collect; returns the episodes that ended."""

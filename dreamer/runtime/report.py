@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ SEQUENCES = 8
 
 
 def open_loop_report(
-    agent: Agent, state: TrainState, batch: dict[str, np.ndarray]
+    agent: Agent, state: TrainState, batch: Mapping[str, Any]
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """(videos uint8 (T, H, W, 3), mean absolute errors) of dreaming the second half of replayed sequences.
 
