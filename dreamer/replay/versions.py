@@ -13,6 +13,7 @@ Places that a save refers to are never written, so a run that is killed leaves e
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,14 +70,16 @@ class VersionedRows:
     def read(self, name: str, slots: np.ndarray) -> np.ndarray:
         """One field at written slots (M,): a fresh array (M, ...)."""
         place, field = self._place[slots], self._fields[name]
-        groups = self._by_extent(place)
-        if len(groups) == 1 and groups[0][0] in self._extents:
-            extent = groups[0][0]
-            return self._extents[extent].arrays[name].take(place - extent * self._size, axis=0)
-        out = np.zeros((len(slots), *field.shape), field.dtype)
-        for extent, where in groups:
-            if extent in self._extents:
-                out[where] = self._extents[extent].arrays[name].take(place[where] - extent * self._size, axis=0)
+        out = np.empty((len(slots), *field.shape), field.dtype)
+        for extent, where in self._by_extent(place):
+            if extent not in self._extents:  # never written
+                out[where] = 0
+                continue
+            index, source = place[where] - extent * self._size, self._extents[extent].arrays[name]
+            if isinstance(where, slice):
+                source.take(index, axis=0, out=out[where], mode="clip")  # straight into place
+            else:
+                out[where] = source.take(index, axis=0)
         return out
 
     def save(self) -> dict[str, Any]:
@@ -125,8 +128,9 @@ class VersionedRows:
         if not len(place):
             return []
         extent = place // self._size
-        if (extent == extent[0]).all():
-            return [(int(extent[0]), slice(None))]
+        cuts = np.flatnonzero(np.diff(extent)) + 1
+        if len(cuts) <= len(place) // 8:  # a few runs, each in one extent
+            return [(int(extent[a]), slice(a, b)) for a, b in itertools.pairwise([0, *cuts.tolist(), len(place)])]
         order = np.argsort(extent, kind="stable")
         ids, starts = np.unique(extent[order], return_index=True)
         return list(zip(ids.tolist(), np.split(order, starts[1:]), strict=True))
