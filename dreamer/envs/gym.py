@@ -11,7 +11,6 @@ from typing import Any
 import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec, load_env_creator
-from PIL import Image
 
 from dreamer.config import EnvConfig, GymConfig
 from dreamer.envs.gym_state import WAYS
@@ -24,6 +23,7 @@ from dreamer.envs.interface import (
     check_spaces,
     transition,
 )
+from dreamer.envs.options import resize
 from dreamer.envs.proof import disproof
 from dreamer.envs.spaces import action_leaves, as_pixels, flatten, observation_leaves, unflatten
 from dreamer.types import ACTION_MASK, Space, Spaces, mask_space
@@ -155,7 +155,7 @@ class GymEnv:
             self._first_observation = False
         for key, space in self.observation_spaces.items():
             if space.kind == "image":
-                flat[key] = self._images[key] = _resize(flat[key], space.shape)
+                flat[key] = self._images[key] = resize(flat[key], (space.shape[0], space.shape[1]))
         if self._config.info_mask:
             flat[ACTION_MASK] = _info_mask(info, self.observation_spaces[ACTION_MASK])
         return flat
@@ -201,15 +201,6 @@ def _info_mask(info: Mapping[str, Any], space: Space) -> np.ndarray:
             f"--env.gym.info_mask true, got shape {mask.shape}; it must be there after every reset and step"
         )
     return (mask != 0).astype(np.int32)
-
-
-def _resize(image: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """(H, W, C) to another height and width, bilinear, channel by channel."""
-    if image.shape == shape:
-        return image
-    size = (shape[1], shape[0])
-    channels = [Image.fromarray(np.ascontiguousarray(image[..., c])) for c in range(image.shape[-1])]
-    return np.stack([np.array(c.resize(size, Image.Resampling.BILINEAR)) for c in channels], -1)
 
 
 @dataclasses.dataclass(frozen=True)
