@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dreamer.config import EnvConfig
+from dreamer.config import AtariConfig, EnvConfig
 from dreamer.envs import list_tasks, make_env
 from dreamer.envs.interface import Env, restorable
 
@@ -165,3 +165,22 @@ def test_crafter_s_picture_takes_no_random_numbers() -> None:
         image = other.step(move)["image"]
         assert np.array_equal(env.step(move)["image"], image)
         assert np.array_equal(env.render(), image)
+
+
+@pytest.mark.parametrize("game", ["breakout", "qbert"])
+def test_an_emulator_is_put_back_at_any_step(game: str) -> None:
+    """Also where what the last frame left on the console's pins decides what the next one does: after a reset, or in
+    the middle of a paddle's turn, once in some hundred steps."""
+    config = EnvConfig(atari=AtariConfig(sticky=0.25, noops=0, size=(42, 32)))
+    ours, other = (make_env(f"atari100k_{game}", config, seed) for seed in (1, 2))
+    choose = np.random.default_rng(0)
+    count = ours.action_spaces["action"].classes[0]
+    ours.reset()
+    other.reset()
+    for _ in range(800):
+        action = {"action": np.int32(choose.integers(count))}
+        other.set_state(pickle.loads(pickle.dumps(ours.get_state())))
+        result, expected = other.step(action), ours.step(action)
+        assert all(np.array_equal(result[key], expected[key]) for key in expected)
+        if expected["is_last"]:
+            ours.reset()

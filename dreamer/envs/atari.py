@@ -46,6 +46,7 @@ class Atari:
         minimal = config.actions == "minimal"
         self._actions = self._ale.getMinimalActionSet() if minimal else self._ale.getLegalActionSet()
         self._noop = ale_py.Action.NOOP
+        self._before: tuple[Any, Any] | None = None
         height, width = self._ale.getScreenDims()
         screens = (np.zeros((height, width, 3), np.uint8) for _ in range(config.pooling))
         self._screens = deque(screens, maxlen=config.pooling)
@@ -56,10 +57,13 @@ class Atari:
 
     def reset(self) -> Transition:
         self._ale.reset_game()
+        self._before = None
         for _ in range(self.rng.integers(self.config.noops + 1)):
+            self._remember(self._noop)
             self._ale.act(self._noop)
             if self._ale.game_over():
                 self._ale.reset_game()
+                self._before = None
         self._frames = 0
         self._lives = self._ale.lives()
         for _ in range(self.config.pooling):  # the first observation shows one frame, not what came before the reset
@@ -69,7 +73,9 @@ class Atari:
     def step(self, action: Mapping[str, np.ndarray]) -> Transition:
         choice = self._actions[int(action["action"])]
         reward, over, late = 0.0, False, False
-        for _ in range(self.config.repeat):
+        for frame in range(self.config.repeat):
+            if frame == self.config.repeat - 1:
+                self._remember(choice)
             reward += self._ale.act(choice)
             self._frames += 1
             self._grab()
@@ -82,8 +88,18 @@ class Atari:
         self._lives = lives
         return transition({"image": self._image()}, reward, is_last=over or late, is_terminal=over or lost)
 
+    def _remember(self, action: Any) -> None:
+        """Note the state before the last frame and the action taken there.
+
+        The pins of the console's sockets and switches are not part of the emulator's state, and for one frame more the
+        game reads what the last one left on them. To put it back exactly, that frame is played again.
+        """
+        self._before = self._ale.cloneState(include_rng=self.config.sticky > 0), action
+
     def get_state(self) -> dict[str, Any]:
+        before = None if self._before is None else (self._before[0].serialize(), self._before[1].value)
         return {
+            "before": before,
             "emulator": self._ale.cloneState(include_rng=True).serialize(),
             "rng": self.rng.bit_generator.state,
             "screens": np.stack(self._screens),
@@ -94,6 +110,14 @@ class Atari:
     def set_state(self, state: dict[str, Any]) -> None:
         import ale_py
 
+        self._before = None
+        if state["before"] is None:
+            self._ale.reset_game()
+        else:
+            before, action = ale_py.ALEState(state["before"][0]), ale_py.Action(state["before"][1])
+            self._before = before, action
+            self._ale.restoreState(before)
+            self._ale.act(action)
         self._ale.restoreState(ale_py.ALEState(state["emulator"]))
         self.rng.bit_generator.state = state["rng"]
         self._screens.extend(screen.copy() for screen in state["screens"])
