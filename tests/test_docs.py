@@ -20,7 +20,7 @@ from dreamer import cli
 from dreamer.agent import Agent
 from dreamer.envs.interface import Fault
 from dreamer.envs.registry import SUITES, check_task
-from dreamer.presets import load_config, preset_names
+from dreamer.presets import load_config, preset_names, save_config
 from dreamer.replay import Replay
 from dreamer.runtime.collect import Episode
 from dreamer.runtime.logging import Logger, Steps
@@ -37,7 +37,7 @@ EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["op
 #: What looks like a file of ours and is one of a run's folder, of the reader, or a prefix of keys.
 NOT_OURS = {"config.yaml", "my.yaml", "eval.gif", "log/"}
 #: Options of docker.
-FOREIGN_OPTIONS = {"gpus", "rm"}
+FOREIGN_OPTIONS = {"gpus", "rm", "no"}  # --no-deps
 
 every_document = pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
 
@@ -72,6 +72,8 @@ def program(words: list[str]) -> tuple[str, list[str]] | None:
 def test_commands_parse(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.yaml").write_text("seed: 1\n")
+    (tmp_path / "runs" / "catch").mkdir(parents=True)
+    save_config(load_config(["quickstart"], {}), tmp_path / "runs" / "catch" / "config.yaml")
     for words in commands(path):
         match program(words):
             case ("train", arguments):
@@ -240,7 +242,7 @@ def written(tmp_path_factory) -> set[str]:
     run.agent.report.return_value = {"true": seen, "pred": seen}
     run.evaluator.return_value = [episode]
     run.checkpointer.best_score.return_value, run.stop = None, StopRequest()
-    for name in ("train.py", "learner.py"):
+    for name in ("train.py", "parts.py", "learner.py"):
         for section in re.findall(r'\.section\("(\w+)"\)', (ROOT / "dreamer" / "runtime" / name).read_text()):
             with run.watch.section(section):
                 pass

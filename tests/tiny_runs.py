@@ -46,7 +46,7 @@ def share_agents(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_device(config.run.platform)
         return tiny_agent(observations, actions, config)
 
-    for module in ("train", "acting"):
+    for module in ("parts", "acting"):
         monkeypatch.setattr(f"dreamer.runtime.{module}.make_agent", make_agent)
 
 

@@ -4,54 +4,30 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
 from dreamer.config import Config
 from dreamer.envs import EnvError
-from dreamer.envs.faults import FaultBudget
-from dreamer.envs.interface import Fault
 from dreamer.envs.vector import MakeEnv
-from dreamer.presets import CONFIG_FILE, check_resume, save_config, stored_config
-from dreamer.runtime.checkpoint import Checkpointer, CheckpointError
+from dreamer.presets import check_resume, stored_config
 from dreamer.runtime.collect import Collector, Episode
 from dreamer.runtime.devices import keep_compiled_programs, reuse_freed_memory
-from dreamer.runtime.display import Display, evaluation_table, start_summary
-from dreamer.runtime.evaluate import Evaluator, as_evaluation
-from dreamer.runtime.learner import Learner
+from dreamer.runtime.display import evaluation_table
+from dreamer.runtime.evaluate import as_evaluation
 from dreamer.runtime.lock import LogdirLock
-from dreamer.runtime.logging import Logger, Steps
-from dreamer.runtime.meters import Aggregator, Stopwatch
 from dreamer.runtime.nonfinite import NonFiniteActionError, NonFiniteError
-from dreamer.runtime.preload import Preload, check_trainable, find_preload
-from dreamer.runtime.provenance import versions
+from dreamer.runtime.parts import RunParts
 from dreamer.runtime.report import open_loop_report
-from dreamer.runtime.resume import (
-    ENVIRONMENTS,
-    Progress,
-    can_be_put_back,
-    changed_surroundings,
-    pack_progress,
-    read_progress,
-)
-from dreamer.runtime.schedule import Every, SaveTimer, UpdateSchedule
+from dreamer.runtime.schedule import Every
 from dreamer.runtime.setup import (
-    make_agent,
-    make_replay,
     name_own_task,
     resolve_logdir,
-    spaces_to_json,
-    summary_rows,
-    training_envs,
 )
 from dreamer.runtime.signals import StopRequest
-from dreamer.runtime.weights import warm_start
 
 #: Exit code of a run whose numbers were not finite.
 NON_FINITE = 3
@@ -94,59 +70,8 @@ def train(config: Config, make_env: MakeEnv | None = None) -> int:
     return 0
 
 
-class Run:
-    """One run: its parts, its counters, and the loop."""
-
-    def __init__(self, config: Config, make_env: MakeEnv | None, console: Console) -> None:
-        self.config, self.logdir, self.console, self._make_env = config, Path(config.logdir), console, make_env
-        self.checkpointer = Checkpointer(self.logdir, config.run.checkpoint_keep, config.run.checkpoint_milestones)
-        found = self.checkpointer.restore(parts=())[2] if self.checkpointer.latest() is not None else None
-        self._found = found
-        # Environments that go on from their states need no new seeds.
-        self.restarts = 0 if found is None else found["restarts"] + (not found["exact"])
-        self.envs = training_envs(config, self.restarts, make_env)
-        try:
-            self._build()
-        except BaseException:
-            self.envs.close()
-            raise
-
-    def _build(self) -> None:
-        config, resuming = self.config, self._found is not None
-        self.agent = make_agent(config, self.envs.observation_spaces, self.envs.action_spaces)
-        preload = find_preload(config, self.agent.observations, self.agent.actions) if not resuming else None
-        self.preloaded = preload.room(self.envs.num_envs) if preload else (self._found or {}).get("preloaded", 0)
-        self.replay = make_replay(config, self.agent, self.preloaded)
-        self.schedule = UpdateSchedule(config.run.train_ratio, config.run.batch_size, config.run.batch_length)
-        self.logger = Logger(self.logdir, config.log.jsonl, config.log.tensorboard, config.log.video_fps)
-        self.agent_steps = self.updates = 0
-        self.failed: str | None = None
-        self.dream_video: Path | None = None
-        self.metrics, self.watch = Aggregator(), Stopwatch()
-        self.faults = FaultBudget(config.env)
-        self.display = Display(config.task, config.run.agent_steps, live=config.run.display, console=self.console)
-        state, meta, progress = self._restore() if resuming else self._begin(preload)
-        check_trainable(config, self.replay)
-        run_key = np.asarray(state["key"])
-        self.learner = Learner(self.agent, state, self.replay, config.run.batch_size, self.watch)
-        self.evaluator = Evaluator(config, self.agent, run_key, self._make_env, self._evaluation_fault)
-        self.evaluator.rounds = meta.get("evaluations", 0)
-        collecting = None if progress is None else self._go_on(progress)
-        self.collector: Collector | None = None
-        if config.run.collect:
-            self.collector = Collector(
-                self.agent, self.envs, run_key, "policy", on_fault=self._training_fault, state=collecting
-            )
-            self.collector.counter = self.agent_steps // self.envs.num_envs
-            if collecting is None and config.log.videos:
-                self.collector.record()
-        save_config(config, self.logdir / CONFIG_FILE)
-        title = f"Resuming at agent step {self.agent_steps:,}" if resuming else "Training"
-        self.console.print(start_summary(title, summary_rows(config, self.agent, state, self.replay, self.envs)))
-
-    @property
-    def steps(self) -> Steps:
-        return Steps(self.agent_steps, self.agent_steps * self.config.repeat, self.updates)
+class Run(RunParts):
+    """One run: the loop over its parts."""
 
     def loop(self, stop: StopRequest) -> None:
         """Until `run.agent_steps`, a request to stop, or too many failures of environments."""
@@ -154,7 +79,6 @@ class Run:
         run, watch, start = self.config.run, self.watch, self.agent_steps
         due_log, due_report = Every(run.log_every, start), Every(run.report_every, start)
         due_eval, due_video = Every(run.eval_every, start), Every(self.config.log.video_every, start)
-        self.due_save = SaveTimer(start, run.checkpoint_every, run.checkpoint_minutes)
         with self.display:
             while self.agent_steps < run.agent_steps and not stop and not self.failed:
                 if self.collector is not None:
@@ -227,20 +151,6 @@ class Run:
             if episode.frames:
                 self.logger.video(self.steps, "episode/video", np.stack(episode.frames))
 
-    def _training_fault(self, fault: Fault) -> None:
-        """An environment failed and begins a new episode: the one that was cut is stored as abandoned."""
-        self.replay.abandon([fault.env])
-        self._evaluation_fault(fault)
-
-    def _evaluation_fault(self, fault: Fault) -> None:
-        self.metrics.add({"env/failures_sum": 1})
-        text = f"environment {fault.env} {fault.kind} and was started anew: {fault.message}\n{fault.traceback}"
-        self.console.print(f"[bold red]{self.config.task}[/]", escape(text), soft_wrap=True)
-        try:
-            self.faults.add(fault)
-        except EnvError as error:
-            self.failed = str(error)
-
     def _log_metrics(self) -> None:
         stats = {f"replay/{name}": value for name, value in self.replay.stats().items()}
         times = self.watch.result()
@@ -283,85 +193,6 @@ class Run:
         self.display.update(self.steps, "evaluating")
         return bool(self.stop)
 
-    def save(self) -> None:
-        """Save a checkpoint in the background. It changes no number: what is on its way stays so."""
-        with self.watch.section("checkpoint"):
-            files = pack_progress(self.learner, self.collector, self.metrics, self.envs, self.evaluator)
-            meta = {
-                "agent_steps": self.agent_steps,
-                "updates": self.updates,
-                "restarts": self.restarts,
-                "exact": ENVIRONMENTS in files,
-                "preloaded": self.preloaded,
-                "schedule": self.schedule.state(),
-                "train_ratio": self.config.run.train_ratio,
-                "observations": spaces_to_json(self.agent.observations),
-                "actions": spaces_to_json(self.agent.actions),
-                "evaluations": self.evaluator.rounds,
-                "episodes": self.display.state(),
-                "offsets": self.logger.offsets(),
-                "versions": versions(),
-            }
-            state, replay = self.learner.state, self.replay
-            self._try_saving(lambda: self.checkpointer.save(self.agent_steps, state, meta, replay, files))
-
-    def _try_saving(self, save: Callable[[], object]) -> None:
-        """A disk that refuses is reported, training goes on, and the checkpoint is tried again soon."""
-        try:
-            save()
-        except CheckpointError as error:
-            self.console.print(f"[bold red]checkpoint failed:[/] {escape(str(error))}", soft_wrap=True)
-            self.due_save.failed()
-
-    def _begin(self, preload: Preload | None) -> tuple[Any, dict[str, Any], None]:
-        """(fresh training state, no meta data, no progress); what an attempt that left no checkpoint has recorded is
-        forgotten."""
-        self.logger.truncate(dict.fromkeys(self.logger.offsets(), 0), self.steps)
-        if preload is not None:
-            self.console.print(f"data to begin with: {preload.fill(self.replay)}", soft_wrap=True)
-        return warm_start(self.config, self.agent.init(self.config.seed)), {}, None
-
-    def _restore(self) -> tuple[Any, dict[str, Any], Progress]:
-        """(training state, meta data, progress) of the newest checkpoint; counters, replay and log files go on from
-        there."""
-        template = jax.eval_shape(self.agent.init, 0)
-        found: list[Progress] = []
-
-        def load(meta: dict[str, Any], folder: Path) -> None:
-            self.replay.load(self.checkpointer.replay_folder, meta["replay"])
-            found[:] = [read_progress(folder)]
-
-        _, state, meta = self.checkpointer.restore(template, check=load)
-        self.agent_steps, self.updates = meta["agent_steps"], meta["updates"]
-        changed = meta["train_ratio"] != self.config.run.train_ratio
-        self.schedule.restore(meta["schedule"], self.agent_steps, changed)
-        self.display.restore(meta["episodes"])
-        self.logger.truncate(meta["offsets"], self.steps)
-        self.checkpointer.forget_best_after(self.agent_steps)
-        if surroundings := changed_surroundings(meta["versions"]):
-            text = "; ".join(surroundings)
-            self.console.print(f"[yellow]not the surroundings of the checkpoint[/], so last digits may differ: {text}")
-        return jax.device_put(state), meta, found[0]
-
-    def _go_on(self, progress: Progress) -> Mapping[str, Any] | None:
-        """Learner, statistics and environments go on from a checkpoint. Returns the collector's state, or None where
-        the environments begin anew: then the episodes that were cut are stored as abandoned."""
-        self.learner.restore(progress.loop["learner"])
-        self.metrics.restore(progress.loop["metrics"])
-        saved = progress.environments
-        if saved is not None and can_be_put_back(self.envs):
-            if saved["training"] is not None:
-                self.envs.set_state(saved["training"])
-            self.evaluator.restore(saved["evaluation"])
-            return progress.loop["collector"]
-        if saved is not None:  # They could be saved then, but not put back now: same seeds would repeat themselves.
-            self.envs.close()
-            self.restarts += 1
-            self.envs = training_envs(self.config, self.restarts, self._make_env)
-        if self.config.run.collect:
-            self.replay.close_open_episodes()
-        return None
-
     def _finish(self) -> None:
         """What a person wants to see at the end."""
         self.report()
@@ -372,10 +203,3 @@ class Run:
         if self.config.log.tensorboard:
             viewer = Path(sys.executable).with_name("tensorboard")
             self.console.print(f"curves and videos: {viewer} --logdir {self.logdir}", soft_wrap=True)
-
-    def close(self) -> None:
-        """Give everything back."""
-        self._try_saving(self.checkpointer.wait)
-        self.logger.close()
-        self.envs.close()
-        self.evaluator.close()
