@@ -10,7 +10,7 @@ from flax import nnx
 
 from dreamer.config import ActorCriticConfig, ModelConfig
 from dreamer.distributions import Distribution, MaskedOneHot, MultiOneHot, Normal, OneHot, TwoHot, sum_of
-from dreamer.networks import MLP, Linear, at_least_float32
+from dreamer.networks import COLUMNS, MLP, ROWS, Linear, at_least_float32, columns
 from dreamer.types import Space, Spaces
 from dreamer.world_model import TwoHotHead
 
@@ -31,14 +31,14 @@ class ActionHead(nnx.Module):
             self.mean = Linear(units, space.flat_width, scale=0.01, rngs=rngs)
             self.std = Linear(units, space.flat_width, scale=0.01, rngs=rngs)
 
-    def __call__(self, x: jax.Array, allowed: jax.Array | None = None) -> Distribution:
+    def __call__(self, x: jax.Array, allowed: jax.Array | None = None, axis: int = ROWS) -> Distribution:
         """allowed: bool (..., classes) of a single discrete action, None where every class is."""
         if self.classes is None:
-            return Normal.bounded(self.mean(x), self.std(x), *self.limits)
-        logits = self.logits(x)
+            return Normal.bounded(self.mean(x, axis), self.std(x, axis), *self.limits, axis)
+        logits = self.logits(x, axis)
         if allowed is not None:
-            return MaskedOneHot(logits, allowed)
-        return OneHot(logits) if len(self.classes) == 1 else MultiOneHot(logits, self.classes)
+            return MaskedOneHot(logits, allowed, axis)
+        return OneHot(logits, axis=axis) if len(self.classes) == 1 else MultiOneHot(logits, self.classes, axis)
 
 
 class Policy(nnx.Module):
@@ -52,15 +52,17 @@ class Policy(nnx.Module):
         self.keys = tuple(sorted(actions))
         self.heads = nnx.Dict({k: ActionHead(config.units, actions[k], config, rngs=rngs) for k in self.keys})
 
-    def __call__(self, x: jax.Array, allowed: jax.Array | None = None) -> dict[str, Distribution]:
-        x = self.mlp(x)
-        return {key: self.heads[key](x, allowed) for key in self.keys}
+    def __call__(self, x: jax.Array, allowed: jax.Array | None = None, axis: int = ROWS) -> dict[str, Distribution]:
+        x = self.mlp(x, axis)
+        return {key: self.heads[key](x, allowed, axis) for key in self.keys}
 
-    def sample(self, x: jax.Array, key: jax.Array | None, allowed: jax.Array | None = None) -> jax.Array:
+    def sample(
+        self, x: jax.Array, key: jax.Array | None, allowed: jax.Array | None = None, axis: int = ROWS
+    ) -> jax.Array:
         """Actions (..., A) at least float32, one-hot where discrete; no gradient. The mode where key is None."""
-        dists = self(x, allowed)
+        dists = self(x, allowed, axis)
         keys = [None] * len(dists) if key is None else jax.random.split(key, len(dists))
-        return sg(jnp.concatenate([d.sample(k) for d, k in zip(dists.values(), keys, strict=True)], -1))
+        return sg(jnp.concatenate([d.sample(k) for d, k in zip(dists.values(), keys, strict=True)], axis))
 
 
 def lambda_return(rewards: jax.Array, values: jax.Array, discounts: jax.Array, lambdas: jax.Array | float) -> jax.Array:
@@ -128,7 +130,7 @@ class ActorCritic(nnx.Module):
         self.value = TwoHotHead(feature, model.units, model.value_layers, model.bins, rngs=rngs)
 
     def imagination_loss(
-        self, dream: Dream, slow_critic: nnx.Module, scale: ReturnScale
+        self, dream: Dream, slow_critic: nnx.Module, scale: ReturnScale, axis: int = ROWS
     ) -> tuple[dict[str, jax.Array], jax.Array, ReturnScale, dict[str, jax.Array]]:
         """Losses {policy, value: (M, H)}, returns (M, H), new return scale, metrics.
 
@@ -138,9 +140,14 @@ class ActorCritic(nnx.Module):
              w (CE(v, twohot(R)) + CE(v, twohot(slow v)))
         """
         config = self.config
-        allowed = None if dream.allowed is None else dream.allowed[:, :-1]
-        value_dist, policy_dists = self.value(dream.features), self.policy(dream.features[:, :-1], allowed)
-        value, slow_value = value_dist.mode(), slow_critic(dream.features).mode()
+        # Heads read as `axis` says (the dream was dreamed so: moved twice, it does not move); numbers are (M, H+1).
+        lay = columns if axis == COLUMNS else lambda x: x
+        turned = jnp.transpose if axis == COLUMNS else lambda x: x
+        features, actions = lay(dream.features), lay(dream.actions)
+        starts = lambda x: x[:-1] if axis == COLUMNS else x[:, :-1]  # noqa: E731
+        allowed = None if dream.allowed is None else starts(lay(dream.allowed))
+        value_dist, policy_dists = self.value(features, axis), self.policy(starts(features), allowed, axis)
+        value, slow_value = turned(value_dist.mode()), turned(slow_critic(features, axis).mode())
         weight = sg(jnp.cumprod(dream.cont, 1))
         returns = sg(lambda_return(dream.reward, value, dream.cont, config.lambda_))
         scale = update_return_scale(scale, returns, config)
@@ -149,14 +156,15 @@ class ActorCritic(nnx.Module):
 
         log_prob, entropies, offset = jnp.zeros_like(returns), {}, 0
         for key, dist in policy_dists.items():
-            entropies[key] = dist.entropy()
-            width = dist.mode().shape[-1]
-            log_prob = log_prob + dist.log_prob(dream.actions[..., offset : offset + width])
+            entropies[key] = turned(dist.entropy())
+            width = dist.mode().shape[axis]
+            taken = jax.lax.slice_in_dim(actions, offset, offset + width, axis=actions.ndim + axis)
+            log_prob = log_prob + turned(dist.log_prob(taken))
             offset += width
         entropy = sum_of(list(entropies.values()))
         losses = {"policy": -weight[:, :-1] * (log_prob * advantage + config.entropy * entropy)}
-        first = TwoHot(value_dist.logits[:, :-1])
-        losses["value"] = weight[:, :-1] * critic_loss(first, returns, slow_value[:, :-1])
+        first = TwoHot(starts(value_dist.logits), axis)
+        losses["value"] = weight[:, :-1] * turned(critic_loss(first, turned(returns), turned(slow_value[:, :-1])))
 
         normed = (returns - scale["low"]) / span
         metrics = {

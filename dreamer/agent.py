@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +18,7 @@ from dreamer.actor_critic import ActorCritic, Dream
 from dreamer.coders import one_hot
 from dreamer.config import Config
 from dreamer.distributions import sum_of
-from dreamer.networks import Draws
+from dreamer.networks import COLUMNS, ROWS, Draws, columns, rows
 from dreamer.optimizer import make_optimizer, root_mean_square, update_slow
 from dreamer.rssm import RSSM, State, feature
 from dreamer.types import ACTION_MASK, Field, Spaces, masks_actions
@@ -30,6 +32,26 @@ Batch = Mapping[str, jax.Array]
 
 #: Named random streams: every key is fold_in(fold_in(run_key, stream), counter).
 STREAMS = {"init": 0, "policy": 1, "train": 2, "eval": 3, "report": 4}
+
+
+#: XLA's defaults on the CPU hand every sum to a library, which keeps the arithmetic around it from being fused, and
+#: use half the width of wide vector units.
+CPU_OPTIONS = {
+    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+    "xla_cpu_prefer_vector_width": 512,
+}
+
+
+@functools.cache
+def compiler_options() -> dict[str, Any] | None:
+    """How XLA should compile an update on this machine; None (its defaults) where it does not know `CPU_OPTIONS`."""
+    if jax.default_backend() != "cpu":
+        return None
+    try:
+        jax.jit(lambda x: x, compiler_options=CPU_OPTIONS).lower(0).compile()
+    except jax.errors.JaxRuntimeError:
+        return None
+    return dict(CPU_OPTIONS)
 
 
 def stream_key(run_key: jax.Array | np.ndarray, stream: str, counter: int | jax.Array) -> jax.Array:
@@ -65,6 +87,9 @@ class Agent:
     observations, actions: spaces by name; config: the whole configuration; dtype: of activations.
     """
 
+    #: How dreams lie.
+    layout = COLUMNS
+
     def __init__(self, observations: Spaces, actions: Spaces, config: Config, dtype: jnp.dtype = jnp.float32) -> None:
         self.observations, self.actions, self.config = dict(observations), dict(sorted(actions.items())), config
         self.dtype = jnp.dtype(dtype)
@@ -81,7 +106,8 @@ class Agent:
         self.opt_template = jax.eval_shape(self.optimizer.init, text_keys(self.numbered))
         self.init = jax.jit(self._init)
         self.policy = jax.jit(self._policy, donate_argnums=1)
-        self.train_step = jax.jit(self._train_step, donate_argnums=0)
+        self.train_step = jax.jit(self._train_step, donate_argnums=0, compiler_options=compiler_options())
+        self.train_steps = jax.jit(self._train_steps, donate_argnums=0, compiler_options=compiler_options())
         self.report = jax.jit(self._report)
 
     # Acting
@@ -162,6 +188,18 @@ class Agent:
         metrics["opt/updates"] = new["updates"]
         return new, latents, metrics
 
+    def _train_steps(
+        self, state: TrainState, batches: Batch
+    ) -> tuple[TrainState, dict[str, jax.Array], dict[str, jax.Array]]:
+        """Updates due together, batches (K, B, T+1, ...): the new state, latents and metrics (K, ...) of each."""
+
+        def step(state: TrainState, batch: Batch) -> tuple[TrainState, tuple]:
+            state, *outputs = self._train_step(state, batch)
+            return state, tuple(outputs)
+
+        state, (latents, metrics) = jax.lax.scan(step, state, dict(batches))
+        return state, latents, metrics
+
     @staticmethod
     def finite(metrics: Mapping[str, jax.Array]) -> jax.Array:
         """Whether the update that gave these metrics was sound, bool (): every loss term, the gradient, the weights."""
@@ -208,7 +246,9 @@ class Agent:
         recent = jax.tree.map(lambda x: x[:, length - last :], (observed.states, dict(trained)))
         starts = jax.tree.map(lambda x: sg(x).reshape(-1, *x.shape[2:]), recent[0])
         dream = self.dream(model, starts, dream_key)
-        losses, returns, return_scale, metrics = behaviour.imagination_loss(dream, slow_critic, return_scale)
+        losses, returns, return_scale, metrics = behaviour.imagination_loss(
+            dream, slow_critic, return_scale, self.layout
+        )
         bootstrap = returns[:, 0].reshape(-1, last)
         losses["repval"] = behaviour.replay_loss(feature(recent[0]), slow_critic, recent[1], bootstrap)
         losses.update(observed.losses)
@@ -229,14 +269,24 @@ class Agent:
 
     def dream(self, model: DreamerModel, starts: State, key: jax.Array | None) -> Dream:
         """Imagine H steps from `starts` (M, ...), all without gradient; reward and continue read at all H+1 states."""
-        world_model, policy = model.world_model, model.actor_critic.policy
-        allowed = lambda state: world_model.objective.allowed(state) if self.dreams_masks else None  # noqa: E731
-        act = lambda state, key: policy.sample(feature(state), key, allowed(state)).astype(self.dtype)  # noqa: E731
-        states, actions = world_model.rssm.imagine(starts, act, self.config.actor_critic.horizon, key)
-        path = jax.tree.map(lambda a, b: jnp.concatenate([a[:, None], b], 1), starts, states)
-        x = sg(feature(path))
-        reward, cont = sg(world_model.reward(x).mode()), sg(world_model.cont(x).mode())
-        return Dream(x, sg(actions), reward, cont, allowed(path))
+        world_model, policy, axis = model.world_model, model.actor_critic.policy, self.layout
+        time = 1 if axis == ROWS else 0
+
+        def allowed(state: State) -> jax.Array | None:
+            if not self.dreams_masks:
+                return None
+            if axis == ROWS:
+                return world_model.objective.allowed(state)
+            return columns(world_model.objective.allowed(jax.tree.map(rows, state)))
+
+        act = lambda state, key: policy.sample(feature(state, axis), key, allowed(state), axis).astype(self.dtype)  # noqa: E731
+        starts = starts if axis == ROWS else jax.tree.map(columns, starts)
+        states, actions = world_model.rssm.imagine(starts, act, self.config.actor_critic.horizon, key, axis)
+        path = jax.tree.map(lambda a, b: jnp.concatenate([jnp.expand_dims(a, time), b], time), starts, states)
+        x = sg(feature(path, axis))
+        reward, cont = (sg(head(x, axis).mode()) for head in (world_model.reward, world_model.cont))
+        dream = Dream(x, sg(actions), reward, cont, allowed(path))
+        return dream if axis == ROWS else dataclasses.replace(dream, **jax.tree.map(rows, vars(dream)))
 
     def _dreams_masks(self, model: DreamerModel) -> bool:
         """Whether masks hold in imagination too. ValueError if they should, and the decoder does not predict them."""

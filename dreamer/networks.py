@@ -3,6 +3,10 @@
 Parameters are float32 `nnx.Param` leaves; a layer computes in the dtype of its input (float32 or bfloat16).
 Initial weights (paper v2, "Networks"): truncated normal on [-2, 2] times 1.1368 / sqrt(fan_in) times the layer's
 out-scale, biases 0, norm scales 1.
+
+Activations lie in one of two layouts, named by the axis of their features. `ROWS`, the default: (..., features).
+`COLUMNS`: (..., features, batch), y = Wx as on paper. Numbers are the same. With columns, groups of features lie
+together, sums over features run along the batch, and no block-linear layer moves its input: scans like that.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ from flax import nnx
 #: 1 / (standard deviation of a unit normal truncated to [-2, 2]); makes the drawn weights have variance 1 / fan_in.
 TRUNCATED_NORMAL_GAIN = 1.1368
 RMS_EPSILON = 1e-4
+#: The axis of the features in the two layouts.
+ROWS, COLUMNS = -1, -2
 
 
 class Draws:
@@ -47,6 +53,41 @@ def at_least_float32(x: jax.Array) -> jax.Array:
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
+def along(vector: jax.Array, axis: int) -> jax.Array:
+    """`vector` (..., F), ready to meet activations whose features lie along `axis`."""
+    return vector if axis == ROWS else vector[..., None]
+
+
+def project(kernel: jax.Array, x: jax.Array, axis: int) -> jax.Array:
+    """``x @ kernel`` for rows (..., I) and a kernel (I, O), ``kernel.T @ x`` for columns (..., I, M)."""
+    if axis == ROWS:
+        return x @ kernel
+    # One product for each leading index: a single one would move x first, which is larger than the copied kernels.
+    return jnp.broadcast_to(kernel.T, (*x.shape[:-2], *kernel.T.shape)) @ x
+
+
+def columns(x: jax.Array) -> jax.Array:
+    """Rows (M, ...) -> columns (..., M): the first axis last."""
+    return jnp.moveaxis(x, 0, -1)
+
+
+def rows(x: jax.Array) -> jax.Array:
+    """Columns (..., M) -> rows (M, ...): the last axis first."""
+    return jnp.moveaxis(x, -1, 0)
+
+
+def split_features(x: jax.Array, parts: int, axis: int) -> jax.Array:
+    """Features in equal parts: rows (..., F) -> (..., parts, F / parts), columns likewise, before their batch."""
+    at = x.ndim + axis
+    return x.reshape(*x.shape[:at], parts, -1, *x.shape[at + 1 :])
+
+
+def join_features(x: jax.Array, axis: int) -> jax.Array:
+    """The inverse of `split_features`."""
+    at = x.ndim + axis
+    return x.reshape(*x.shape[: at - 1], -1, *x.shape[at + 1 :])
+
+
 class Linear(nnx.Module):
     """``x @ kernel + bias``: (..., inputs) -> (..., outputs). An out-scale of 0 makes the initial output exactly 0."""
 
@@ -54,16 +95,16 @@ class Linear(nnx.Module):
         self.kernel = initial_weights(rngs, (inputs, outputs), inputs, scale)
         self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return x @ self.kernel[...].astype(x.dtype) + self.bias[...].astype(x.dtype)
+    def __call__(self, x: jax.Array, axis: int = ROWS) -> jax.Array:
+        return project(self.kernel[...].astype(x.dtype), x, axis) + along(self.bias[...].astype(x.dtype), axis)
 
 
 class BlockLinear(nnx.Module):
     """A linear layer with a block-diagonal kernel of G blocks and, if asked, a part of the input that all blocks read.
 
     ``y[g] = own[g] @ kernel[g, :own] + shared @ kernel[g, own:] + bias[g]`` with
-    own (..., G, I), shared (..., W) and y (..., G, O). The fan-in for the initial weights is the full width
-    G * (I + W), not the width of one block.
+    own (..., G, I), shared (..., W) and y (..., G, O), or as columns (G, I, M), (W, M) and (G, O, M). The fan-in for
+    the initial weights is the full width G * (I + W), not the width of one block.
     """
 
     def __init__(self, blocks: int, own: int, outputs: int, *, rngs: nnx.Rngs, shared: int = 0) -> None:
@@ -73,16 +114,20 @@ class BlockLinear(nnx.Module):
         self.kernel = initial_weights(rngs, (blocks, width, outputs // blocks), blocks * width, 1.0)
         self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32))
 
-    def __call__(self, own: jax.Array, shared: jax.Array | None = None) -> jax.Array:
+    def __call__(self, own: jax.Array, shared: jax.Array | None = None, axis: int = ROWS) -> jax.Array:
         kernel = self.kernel[...].astype(own.dtype)
         blocks, width, outputs = kernel.shape
-        cut = own.shape[-1]
-        y = jnp.einsum("...gi,gio->...go", own, kernel[:, :cut])
+        cut = own.shape[axis]
+        bias = along(self.bias[...].astype(own.dtype).reshape(blocks, outputs), axis)
+        if axis == ROWS:
+            y = jnp.einsum("...gi,gio->...go", own, kernel[:, :cut])
+        else:
+            y = kernel[:, :cut].swapaxes(1, 2) @ own
         if shared is not None:
             # One dense product instead of G copies of the shared input.
-            dense = kernel[:, cut:].transpose(1, 0, 2).reshape(width - cut, blocks * outputs)
-            y = y + (shared @ dense).reshape(*shared.shape[:-1], blocks, outputs)
-        return y + self.bias[...].astype(own.dtype).reshape(blocks, outputs)
+            dense = kernel[:, cut:].swapaxes(0, 1).reshape(width - cut, blocks * outputs)
+            y = y + split_features(project(dense, shared, axis), blocks, axis)
+        return y + bias
 
 
 class Conv(nnx.Module):
@@ -105,15 +150,15 @@ class Conv(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """``x * rsqrt(mean(x^2) + 1e-4) * scale`` over the last axis, computed in float32; no shift."""
+    """``x * rsqrt(mean(x^2) + 1e-4) * scale`` over the features, computed in float32; no shift."""
 
     def __init__(self, units: int) -> None:
         self.scale = nnx.Param(jnp.ones(units, jnp.float32))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, axis: int = ROWS) -> jax.Array:
         y = at_least_float32(x)
-        root = jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + RMS_EPSILON)
-        return (y * (root * self.scale[...].astype(y.dtype))).astype(x.dtype)
+        root = jax.lax.rsqrt(jnp.square(y).mean(axis, keepdims=True) + RMS_EPSILON)
+        return (y * (root * along(self.scale[...].astype(y.dtype), axis))).astype(x.dtype)
 
 
 class Dense(nnx.Module):
@@ -123,8 +168,8 @@ class Dense(nnx.Module):
         self.linear = Linear(inputs, units, rngs=rngs)
         self.norm = RMSNorm(units)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return jax.nn.silu(self.norm(self.linear(x)))
+    def __call__(self, x: jax.Array, axis: int = ROWS) -> jax.Array:
+        return jax.nn.silu(self.norm(self.linear(x, axis), axis))
 
 
 class MLP(nnx.Module):
@@ -133,9 +178,9 @@ class MLP(nnx.Module):
     def __init__(self, inputs: int, units: int, layers: int, *, rngs: nnx.Rngs) -> None:
         self.layers = nnx.List([Dense(inputs if i == 0 else units, units, rngs=rngs) for i in range(layers)])
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, axis: int = ROWS) -> jax.Array:
         for layer in self.layers:
-            x = layer(x)
+            x = layer(x, axis)
         return x
 
 

@@ -6,6 +6,9 @@ One step of the model, from the state at t-1 and the action taken there::
                                                      deter_t, tokens_t --> posterior q(stoch_t | deter_t, tokens_t)
 
 `observe` samples stoch from the posterior, `imagine` from the prior. (Paper v2, eq. 1 and "World model learning".)
+
+States are rows, deter (..., D) and stoch (..., S, K), or inside scans columns, deter (D, B) and stoch (S, K, B):
+`axis` says which (see `networks`).
 """
 
 from __future__ import annotations
@@ -20,7 +23,19 @@ from flax import nnx
 
 from dreamer.config import ModelConfig
 from dreamer.distributions import OneHot
-from dreamer.networks import MLP, BlockLinear, Dense, Linear, RMSNorm
+from dreamer.networks import (
+    COLUMNS,
+    MLP,
+    ROWS,
+    BlockLinear,
+    Dense,
+    Linear,
+    RMSNorm,
+    columns,
+    join_features,
+    rows,
+    split_features,
+)
 from dreamer.types import Field
 
 sg = jax.lax.stop_gradient
@@ -31,14 +46,16 @@ State = dict[str, jax.Array]
 Policy = Callable[[State, jax.Array | None], jax.Array]
 
 
-def feature(state: State) -> jax.Array:
-    """What heads read: [deter, flattened stoch], (..., F)."""
-    deter, stoch = state["deter"], state["stoch"]
-    return jnp.concatenate([deter, stoch.reshape(*deter.shape[:-1], -1)], -1)
+def feature(state: State, axis: int = ROWS) -> jax.Array:
+    """What heads read: [deter, flattened stoch], (..., F); columns (..., F, M)."""
+    return jnp.concatenate([state["deter"], join_features(state["stoch"], axis)], axis)
 
 
 class RSSM(nnx.Module):
     """Deterministic path of D units in G blocks (a GRU), stochastic path of S categoricals with K classes."""
+
+    #: How `observe` scans.
+    layout = COLUMNS
 
     def __init__(self, tokens: int, action: int, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         deter, hidden, blocks = config.deter, config.hidden, config.blocks
@@ -60,45 +77,50 @@ class RSSM(nnx.Module):
         """The state before an episode's first observation: all zeros."""
         return {"deter": jnp.zeros((batch, self.deter), dtype), "stoch": jnp.zeros((batch, *self.shape), dtype)}
 
-    def step(self, state: State, action: jax.Array) -> jax.Array:
+    def step(self, state: State, action: jax.Array, axis: int = ROWS) -> jax.Array:
         """deter_t (B, D) from the state at t-1 and the action (B, A) taken there: a GRU with block-diagonal weights.
 
         u·tanh(r·c) + (1-u)·deter with u = σ(update - 1), r = σ(reset).
         """
-        deter, batch = state["deter"], state["deter"].shape[0]
+        deter, stoch = state["deter"], join_features(state["stoch"], axis)
         action = action / sg(jnp.maximum(1, jnp.abs(action)))
-        stoch = state["stoch"].reshape(batch, -1)
-        inputs = [self.from_deter(deter), self.from_stoch(stoch), self.from_action(action)]
-        own = deter.reshape(batch, self.blocks, -1)
-        x = self.mix(own, jnp.concatenate(inputs, -1)).reshape(batch, -1)
-        x = jax.nn.silu(self.mix_norm(x)).reshape(batch, self.blocks, -1)
-        reset, candidate, update = jnp.split(self.gates(x), 3, -1)
+        inputs = [self.from_deter(deter, axis), self.from_stoch(stoch, axis), self.from_action(action, axis)]
+        own = split_features(deter, self.blocks, axis)
+        x = join_features(self.mix(own, jnp.concatenate(inputs, axis), axis), axis)
+        x = split_features(jax.nn.silu(self.mix_norm(x, axis)), self.blocks, axis)
+        reset, candidate, update = jnp.split(self.gates(x, axis=axis), 3, axis)
         update = jax.nn.sigmoid(update - 1)
         own = update * jnp.tanh(jax.nn.sigmoid(reset) * candidate) + (1 - update) * own
-        return own.reshape(batch, -1)
+        return join_features(own, axis)
 
-    def prior(self, deter: jax.Array) -> jax.Array:
+    def prior(self, deter: jax.Array, axis: int = ROWS) -> jax.Array:
         """Prior logits (..., S, K), before unimix."""
-        return self._split(self.prior_logits(self.prior_mlp(deter)))
+        return self._split(self.prior_logits(self.prior_mlp(deter, axis), axis), axis)
 
-    def posterior(self, deter: jax.Array, tokens: jax.Array) -> jax.Array:
+    def posterior(self, deter: jax.Array, tokens: jax.Array, axis: int = ROWS) -> jax.Array:
         """Posterior logits (..., S, K), before unimix."""
-        return self._split(self.posterior_logits(self.posterior_mlp(jnp.concatenate([deter, tokens], -1))))
+        x = self.posterior_mlp(jnp.concatenate([deter, tokens], axis), axis)
+        return self._split(self.posterior_logits(x, axis), axis)
 
-    def dist(self, logits: jax.Array) -> OneHot:
+    def dist(self, logits: jax.Array, axis: int = ROWS) -> OneHot:
         """99 % softmax, 1 % uniform; the KL uses it on both sides."""
-        return OneHot(logits, self.unimix)
+        return OneHot(logits, self.unimix, axis)
 
     def observe_step(
-        self, state: State, action: jax.Array, tokens: jax.Array, is_first: jax.Array, key: jax.Array | None
+        self,
+        state: State,
+        action: jax.Array,
+        tokens: jax.Array,
+        is_first: jax.Array,
+        key: jax.Array | None,
+        axis: int = ROWS,
     ) -> tuple[State, jax.Array]:
         """One posterior step -> (state, posterior logits). Where `is_first`, state and previous action become 0."""
-        keep = ~is_first
-        state = {k: jnp.where(keep.reshape(-1, *[1] * (v.ndim - 1)), v, jnp.zeros_like(v)) for k, v in state.items()}
-        action = jnp.where(keep[:, None], action, jnp.zeros_like(action))
-        deter = self.step(state, action)
-        logits = self.posterior(deter, tokens)
-        stoch = self.dist(logits).sample(key).astype(deter.dtype)
+        fresh = lambda x: is_first if axis == COLUMNS else is_first.reshape(-1, *[1] * (x.ndim - 1))  # noqa: E731
+        start = lambda x: jnp.where(fresh(x), jnp.zeros_like(x), x)  # noqa: E731
+        deter = self.step(jax.tree.map(start, state), start(action), axis)
+        logits = self.posterior(deter, tokens, axis)
+        stoch = self.dist(logits, axis).sample(key).astype(deter.dtype)
         return {"deter": deter, "stoch": stoch}, logits
 
     def observe(
@@ -109,40 +131,45 @@ class RSSM(nnx.Module):
         state: at the step before the first; actions (B, T, A): ``actions[:, t]`` led *to* step t; tokens (B, T, width);
         is_first (B, T) bool.
         """
+        axis = self.layout
+        to_scan, from_scan = (columns, rows) if axis == COLUMNS else (time_major, time_major)
 
         def step(state: State, inputs: tuple) -> tuple[State, tuple[State, jax.Array]]:
             action, token, first, key = inputs
-            state, logits = self.observe_step(state, action, token, first, key)
+            state, logits = self.observe_step(state, action, token, first, key, axis)
             return state, (state, logits)
 
         keys = None if key is None else jax.random.split(key, tokens.shape[1])
-        inputs = (*jax.tree.map(time_major, (actions, tokens, is_first)), keys)
+        inputs = (*jax.tree.map(to_scan, (actions, tokens, is_first)), keys)
         step = jax.checkpoint(step, prevent_cse=False) if self.remat else step
+        state = jax.tree.map(columns, state) if axis == COLUMNS else state
         _, outputs = jax.lax.scan(step, state, inputs)
-        return jax.tree.map(time_major, outputs)
+        return jax.tree.map(from_scan, outputs)
 
-    def imagine_step(self, state: State, action: jax.Array, key: jax.Array | None) -> State:
+    def imagine_step(self, state: State, action: jax.Array, key: jax.Array | None, axis: int = ROWS) -> State:
         """One prior step: the state that follows (M, ...) when `action` (M, A) is taken."""
-        deter = self.step(state, action)
-        stoch = self.dist(self.prior(deter)).sample(key).astype(deter.dtype)
+        deter = self.step(state, action, axis)
+        stoch = self.dist(self.prior(deter, axis), axis).sample(key).astype(deter.dtype)
         return {"deter": deter, "stoch": stoch}
 
-    def imagine(self, state: State, policy: Policy, horizon: int, key: jax.Array | None) -> tuple[State, jax.Array]:
+    def imagine(
+        self, state: State, policy: Policy, horizon: int, key: jax.Array | None, axis: int = ROWS
+    ) -> tuple[State, jax.Array]:
         """Dream `horizon` steps from `state` (M, ...): states (M, H, ...) *after* the start, actions (M, H, A).
 
         ``actions[:, h]`` is taken by ``policy(state, key)`` in the state *before* ``states[:, h]``.
-        Gradients are not stopped here; the caller chooses.
+        Gradients are not stopped here; the caller chooses. With columns, time comes first: (H, ..., M).
         """
 
         def step(state: State, key: jax.Array | None) -> tuple[State, tuple[State, jax.Array]]:
             act_key, state_key = (None, None) if key is None else jax.random.split(key)
             action = policy(state, act_key)
-            state = self.imagine_step(state, action, state_key)
+            state = self.imagine_step(state, action, state_key, axis)
             return state, (state, action)
 
         keys = None if key is None else jax.random.split(key, horizon)
         _, outputs = jax.lax.scan(step, state, keys, length=horizon)
-        return jax.tree.map(time_major, outputs)
+        return outputs if axis == COLUMNS else jax.tree.map(time_major, outputs)
 
     def imagine_actions(self, state: State, actions: jax.Array, key: jax.Array | None) -> State:
         """Dream along given actions (M, H, A): states (M, H, ...) after each."""
@@ -172,8 +199,8 @@ class RSSM(nnx.Module):
         stoch = jax.nn.one_hot(stored["stoch"], self.shape[1], dtype=dtype)
         return {"deter": stored["deter"].astype(dtype), "stoch": stoch}
 
-    def _split(self, logits: jax.Array) -> jax.Array:
-        return logits.reshape(*logits.shape[:-1], *self.shape)
+    def _split(self, logits: jax.Array, axis: int) -> jax.Array:
+        return split_features(logits, self.shape[0], axis)
 
 
 def time_major(x: jax.Array) -> jax.Array:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
-from learner_data import weights
+from hypothesis import strategies as st
+from learner_data import CHEAP, weights
 
 from dreamer.config import ModelConfig
+from dreamer.networks import COLUMNS, ROWS, columns, rows
 from dreamer.rssm import RSSM, State, feature
 
 B, T, ACTION, TOKENS = 3, 6, 3, 5
@@ -135,12 +138,13 @@ def test_observe_is_a_chain_of_steps(rssm: RSSM) -> None:
     key = jax.random.key(3)
     states, logits = jax.jit(rssm.observe)(state, actions, tokens, is_first, key)
     assert states["deter"].shape == (B, T, 8) and states["stoch"].shape == logits.shape == (B, T, 3, 4)
-    step = jax.jit(rssm.observe_step)
+    step = jax.jit(lambda *args: rssm.observe_step(*args, axis=COLUMNS))
+    state, actions, tokens, is_first = jax.tree.map(columns, (state, actions, tokens, is_first))
     for t, step_key in enumerate(jax.random.split(key, T)):
-        state, step_logits = step(state, actions[:, t], tokens[:, t], is_first[:, t], step_key)
-        np.testing.assert_allclose(states["deter"][:, t], state["deter"], rtol=1e-5, atol=1e-6)
-        np.testing.assert_array_equal(states["stoch"][:, t], state["stoch"])
-        np.testing.assert_allclose(logits[:, t], step_logits, rtol=1e-4, atol=1e-5)
+        state, step_logits = step(state, actions[t], tokens[t], is_first[t], step_key)
+        np.testing.assert_allclose(states["deter"][:, t], rows(state["deter"]), rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(states["stoch"][:, t], rows(state["stoch"]))
+        np.testing.assert_allclose(logits[:, t], rows(step_logits), rtol=1e-4, atol=1e-5)
 
 
 def test_samples_are_one_hot_and_follow_the_posterior(rssm: RSSM) -> None:
@@ -281,3 +285,42 @@ def test_stored_form_round_trip(classes: int, dtype: type) -> None:
     again = rssm.pack(back)
     np.testing.assert_array_equal(np.float32(again["deter"]), np.float32(packed["deter"]))
     assert rssm.unpack(packed, jnp.bfloat16)["deter"].dtype == jnp.bfloat16
+
+
+# Layouts
+
+
+@hypothesis.settings(max_examples=3)
+@hypothesis.given(
+    batch=st.integers(1, 5),
+    blocks=st.sampled_from([1, 2, 4]),
+    unit=st.integers(1, 3),
+    shape=st.tuples(st.integers(1, 4), st.integers(2, 5)),
+)
+def test_columns_compute_what_rows_do(batch: int, blocks: int, unit: int, shape: tuple[int, int]) -> None:
+    """One step, prior and posterior of a random model, and the gradient of everything, in float64."""
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        model = build(blocks=blocks, deter=blocks * unit, stoch=shape[0], classes=shape[1])
+        graph, params = nnx.split(model)
+        params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
+        draw = lambda *s: jnp.asarray(rng.normal(0, 1, s))  # noqa: E731
+        state = {"deter": draw(batch, blocks * unit), "stoch": draw(batch, *shape)}
+        inputs = (state, draw(batch, ACTION) * 2, draw(batch, TOKENS))
+        is_first = jnp.asarray(rng.random(batch) < 0.3)
+
+        def total(params: Any, inputs: Any, axis: int) -> tuple[jax.Array, Any]:
+            lay = columns if axis == COLUMNS else lambda x: x
+            back = rows if axis == COLUMNS else lambda x: x
+            rssm, (state, action, tokens) = nnx.merge(graph, params), jax.tree.map(lay, inputs)
+            after, posterior = rssm.observe_step(state, action, tokens, is_first, None, axis)
+            dreamed = rssm.imagine_step(after, action, None, axis)
+            logits = rssm.prior(after["deter"], axis)
+            read = (after, posterior, dreamed, logits, feature(dreamed, axis))
+            read = jax.tree.map(back, read)
+            return sum((jnp.sin(x) * jnp.arange(x.size).reshape(x.shape)).sum() for x in jax.tree.leaves(read)), read
+
+        slopes = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True), static_argnums=2, compiler_options=CHEAP)
+        both = [slopes(params, inputs, axis) for axis in (ROWS, COLUMNS)]
+    for one, two in zip(*map(jax.tree.leaves, both), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-9, atol=1e-9)

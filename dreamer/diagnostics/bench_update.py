@@ -1,0 +1,250 @@
+"""How long one update takes: `dreamer bench update`. `--against plain` swaps every rewrite for its plain form.
+
+A rewrite computes the same function as the formula it replaces, faster. `PLAIN` lists them all with their plain forms,
+which are also the oracles of their tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dreamer import actor_critic, agent, distributions, networks
+from dreamer.agent import Agent
+from dreamer.config import Config
+from dreamer.presets import load_config
+from dreamer.rssm import RSSM
+from dreamer.runtime.devices import choose_device, compute_dtype, reuse_freed_memory
+from dreamer.types import Space, Spaces, replay_fields
+
+#: Observation and action spaces of the benchmark.
+TASKS: dict[str, tuple[Spaces, Spaces]] = {
+    "vector": ({"vector": Space("vector", (24,))}, {"action": Space("vector", (6,))}),
+    "image": ({"image": Space("image", (64, 64, 3))}, {"action": Space("discrete", (), (6,))}),
+}
+
+
+# --- Plain forms -------------------------------------------------------------------------------
+
+
+def plain_conv_pool(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return networks.max_pool(networks.conv(x, kernel))
+
+
+def plain_upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return networks.conv(networks.upsample(x), kernel)
+
+
+def plain_block_linear(
+    self: networks.BlockLinear, own: jax.Array, shared: jax.Array | None = None, axis: int = networks.ROWS
+) -> jax.Array:
+    """Every block gets its own copy of the shared input. Rows only."""
+    assert axis == networks.ROWS
+    blocks, _, outputs = self.kernel.shape
+    if shared is not None:
+        copies = jnp.broadcast_to(shared[..., None, :], (*own.shape[:-1], shared.shape[-1]))
+        own = jnp.concatenate([own, copies], -1)
+    y = jnp.einsum("...gi,gio->...go", own, self.kernel[...].astype(own.dtype))
+    return y + self.bias[...].astype(own.dtype).reshape(blocks, outputs)
+
+
+def plain_draw_class(key: jax.Array, probs: jax.Array) -> jax.Array:
+    """The Gumbel trick: as many random numbers and logarithms as there are classes."""
+    return jax.random.categorical(key, jnp.log(probs))
+
+
+def plain_lambda_return(
+    rewards: jax.Array, values: jax.Array, discounts: jax.Array, lambdas: jax.Array | float
+) -> jax.Array:
+    """A loop over time, backwards."""
+    lambdas = jnp.broadcast_to(jnp.asarray(lambdas, values.dtype), values.shape)
+    returns = [values[:, -1]]
+    for t in reversed(range(1, values.shape[1])):
+        mixed = (1 - lambdas[:, t]) * values[:, t] + lambdas[:, t] * returns[-1]
+        returns.append(rewards[:, t] + discounts[:, t] * mixed)
+    return jnp.stack(returns[:0:-1], 1)
+
+
+#: Owner, name, plain form: each rewrite, behind its plain name.
+PLAIN: list[tuple[Any, str, Any]] = [
+    (networks, "conv_pool", plain_conv_pool),
+    (networks, "upsample_conv", plain_upsample_conv),
+    (networks.BlockLinear, "__call__", plain_block_linear),
+    (distributions, "draw_class", plain_draw_class),
+    (actor_critic, "lambda_return", plain_lambda_return),
+    (RSSM, "layout", networks.ROWS),
+    (Agent, "layout", networks.ROWS),
+    (agent, "compiler_options", lambda: None),
+]
+
+
+@contextlib.contextmanager
+def plain_forms() -> Iterator[None]:
+    """Agents that are built and traced inside compute every rewrite in its plain form."""
+    fast = [(owner, name, getattr(owner, name)) for owner, name, _ in PLAIN]
+    for owner, name, plain in PLAIN:
+        setattr(owner, name, plain)
+    try:
+        yield
+    finally:
+        for owner, name, rewrite in fast:
+            setattr(owner, name, rewrite)
+
+
+# --- One update, compiled ----------------------------------------------------------------------
+
+
+def random_batch(agent: Agent, config: Config, dispatch: int | None) -> dict[str, jax.Array]:
+    """Everything replay stores, random: (B, T+1, ...), for a dispatch of K (K, B, T+1, ...)."""
+    rng = np.random.default_rng(0)
+    lead = (*([] if dispatch is None else [dispatch]), config.run.batch_size, config.run.batch_length + 1)
+    spaces: Spaces = {**agent.observations, **agent.actions}
+    batch = {}
+    for key, field in replay_fields(agent.observations, agent.actions, agent.extras).items():
+        if key in spaces:
+            drawn = np.stack([spaces[key].sample(rng) for _ in range(int(np.prod(lead)))])
+            batch[key] = drawn.reshape(*lead, *field.shape)
+        else:
+            batch[key] = np.zeros((*lead, *field.shape), field.dtype)
+    batch["reward"] = rng.normal(size=lead).astype(np.float32)
+    batch["is_first"], batch["is_last"] = rng.random(lead) < 0.01, rng.random(lead) < 0.01
+    return jax.tree.map(jnp.asarray, batch)
+
+
+class Program:
+    """A compiled update and the state it changes. One call is one dispatch, waited for."""
+
+    def __init__(self, size: str, obs: str, dispatch: int | None = None) -> None:
+        """size: of a preset, "1m"; obs: a row of `TASKS`; dispatch: updates in one dispatch, None for a single one."""
+        config = load_config([f"size{size}"], {})
+        dtype = compute_dtype(config.run, choose_device("auto"))
+        learner = Agent(*TASKS[obs], config, dtype)
+        self.updates, self.state = dispatch or 1, learner.init(0)
+        self.batch = random_batch(learner, config, dispatch)
+        update = learner.train_step if dispatch is None else learner.train_steps
+        start = time.perf_counter()
+        self.compiled = update.lower(self.state, self.batch).compile()
+        self.compile_seconds = time.perf_counter() - start
+        self.metrics: dict[str, jax.Array] = {}
+        self()  # warm-up: the first call touches its memory for the first time
+
+    def __call__(self) -> tuple[float, float]:
+        """Wall and process CPU milliseconds of one update."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.state, latents, self.metrics = self.compiled(self.state, self.batch)
+        jax.block_until_ready((self.state, latents, self.metrics))
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        return wall * 1e3 / self.updates, cpu * 1e3 / self.updates
+
+    def facts(self) -> dict[str, Any]:
+        """What does not depend on time: compilation, memory, size."""
+        memory: Any = self.compiled.memory_analysis()
+        return {
+            "compile_s": round(self.compile_seconds, 1),
+            "temp_mb": round(memory.temp_size_in_bytes / 2**20, 1),
+            "loss": float(jnp.ravel(self.metrics["opt/loss"])[-1]),
+            "params": sum(x.size for x in jax.tree.leaves(self.state["params"])),
+            "device": str(jax.devices()[0]),
+        }
+
+
+# --- The command -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What `dreamer bench update` was asked for; `--help` says what each means."""
+
+    size: str = "1m"
+    obs: str = "vector"
+    updates_per_dispatch: int | None = None
+    against: str | None = None
+    rounds: int = 11
+    protocol: bool = False
+    trace: Path | None = None
+    json: Path | None = None
+
+
+def serve(program: Program, lines: TextIO) -> None:
+    """One update for each line read, its times printed as JSON, until "q": for tools that interleave programs."""
+    print(json.dumps(program.facts()), flush=True)
+    for line in lines:
+        if line.strip() == "q":
+            break
+        wall, cpu = program()
+        print(json.dumps({"ms": wall, "cpu_ms": cpu}), flush=True)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on."""
+    devices = jax.devices()
+    return {
+        "device": f"{len(devices)} x {devices[0].device_kind}",
+        "processors": os.cpu_count(),
+        "system": platform.platform(),
+        "jax": jax.__version__,
+    }
+
+
+def measure(programs: dict[str, Program], rounds: int) -> dict[str, dict[str, Any]]:
+    """Programs take turns; medians, quartiles and the paired ratio to the last one."""
+    times = [{name: program() for name, program in programs.items()} for _ in range(rounds)]
+    rows = {}
+    for name, program in programs.items():
+        wall, cpu = ([turn[name][i] for turn in times] for i in (0, 1))
+        low, _, high = statistics.quantiles(wall, n=4)
+        rows[name] = {"ms": statistics.median(wall), "ms_quartiles": [low, high], "cpu_ms": statistics.median(cpu)}
+        rows[name] |= program.facts()
+        ratios = ([turn[list(programs)[-1]][i] / turn[name][i] for turn in times] for i in (0, 1))
+        rows[name] |= dict(zip(("speedup", "cpu_speedup"), map(statistics.median, ratios), strict=True))
+    return rows
+
+
+def table(rows: dict[str, dict[str, Any]], reference: str) -> str:
+    lines = [f"{'':8}{'ms':>9}{'quartiles':>19}{'CPU ms':>9}{'compile s':>11}{'temp MB':>9}  faster than {reference}"]
+    for name, row in rows.items():
+        low, high = row["ms_quartiles"]
+        lines.append(
+            f"{name:8}{row['ms']:9.1f}{low:10.1f}{high:9.1f}{row['cpu_ms']:9.1f}{row['compile_s']:11.1f}"
+            f"{row['temp_mb']:9.1f}  {row['speedup']:.2f}x wall, {row['cpu_speedup']:.2f}x CPU"
+        )
+    return "\n".join(lines)
+
+
+def bench_update(request: Request) -> int:
+    """Runs the benchmark and prints a table, or speaks the protocol of `serve`. Exit code 0."""
+    reuse_freed_memory()
+    arguments = (request.size, request.obs, request.updates_per_dispatch)
+    programs: dict[str, Program] = {}
+    if not (request.protocol and request.against):
+        programs["update"] = Program(*arguments)
+    if request.against == "plain":
+        with plain_forms():
+            programs["plain"] = Program(*arguments)
+    if request.protocol:
+        serve(next(iter(programs.values())), sys.stdin)
+        return 0
+    if request.trace is not None:
+        with jax.profiler.trace(str(request.trace)):
+            programs["update"]()
+        print(f"trace of one dispatch in {request.trace}: tensorboard --logdir {request.trace}, or ui.perfetto.dev")
+    rows = measure(programs, request.rounds)
+    print(*(f"{k}: {v}" for k, v in machine().items()), sep=", ")
+    print(table(rows, list(programs)[-1]))
+    if request.json is not None:
+        report = {"bench": "update", "machine": machine(), "request": dataclasses.asdict(request), "rows": rows}
+        request.json.write_text(json.dumps(report, indent=2, default=str) + "\n")
+    return 0
