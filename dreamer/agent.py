@@ -159,6 +159,8 @@ class Agent:
     ) -> tuple[TrainState, dict[str, jax.Array], dict[str, jax.Array]]:
         """One update: (new state, latents (B, T, ...) to write back, metrics).
 
+        Where replay draws by priority, beside the latents: "priority" (B, T), the world model's loss.
+
         batch (B, T+1, ...): one context step and T trained steps of everything `replay_fields` names.
         """
         key = stream_key(state["key"], "train", state["updates"])
@@ -265,7 +267,10 @@ class Agent:
                 metrics[f"rand/{name}"] = metrics[f"ent/{name}"] / sum(math.log(n) for n in space.classes)
         metrics.update({f"loss/{name}": mean for name, mean in means.items()})
         metrics["opt/loss"] = total
-        return total, (return_scale, rssm.pack(sg(observed.states)), metrics)
+        written = rssm.pack(sg(observed.states))
+        if config.replay.selection.prioritised:
+            written["priority"] = sg(sum_of([scales[name] * term for name, term in observed.losses.items()]))
+        return total, (return_scale, written, metrics)
 
     def dream(self, model: DreamerModel, starts: State, key: jax.Array | None) -> Dream:
         """Imagine H steps from `starts` (M, ...), all without gradient; reward and continue read at all H+1 states."""

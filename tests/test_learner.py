@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from fake_envs import Script, Scripted
 from flax import serialization
-from tiny_runs import Collection, same, vector_env
+from tiny_runs import Collection, same, tiny_config, vector_env
 
+from dreamer.agent import Agent
+from dreamer.config import SelectionConfig
 from dreamer.replay import Selection
 from dreamer.runtime.learner import Learner
 from dreamer.runtime.nonfinite import NonFiniteUpdateError
@@ -282,6 +284,27 @@ def test_where_the_buffer_lies_changes_no_number(storage: str, tmp_path: Path) -
     assert theirs[5] == ours[5] and ours[5]["written"] > 0
     for mine, other in zip(ours[:5], theirs[:5], strict=True):
         assert same(mine, other)
+
+
+@pytest.mark.parametrize("storage", ["host", "device"])
+def test_the_model_s_loss_is_the_priority(storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    envs = vector_env(lambda index, seed: Scripted(*SCRIPTS), 2)
+    mixture = SelectionConfig(uniform=0.0, prioritised=1.0)
+    collection = Collection(envs, LENGTH + 1, storage=storage, folder=tmp_path, selection=mixture)
+    collection.steps(40)
+    config = tiny_config(replay__selection__prioritised=1.0)
+    agent = Agent(envs.observation_spaces, envs.action_spaces, config)
+    learner = Learner(agent, agent.init(0), collection.replay, BATCH)
+    told: list[tuple[Selection, np.ndarray]] = []
+    prioritize = collection.replay.prioritize
+    monkeypatch.setattr(collection.replay, "prioritize", lambda s, v: (told.append((s, v)), prioritize(s, v))[1])
+    metrics = jax.device_get(learner.update())
+    learner.settle()
+    ((_, values),) = told
+    assert values.shape == (BATCH, LENGTH) and (values > 0).all()
+    scales = {"vector": 1.0, "rew": 1.0, "con": 1.0, "dyn": 1.0, "rep": 0.1}
+    expected = sum(scale * metrics[f"loss/{name}"] for name, scale in scales.items())
+    np.testing.assert_allclose(values.mean(), expected, rtol=1e-5)
 
 
 def test_progress_of_broken_weights_is_refused(learner: Learner) -> None:

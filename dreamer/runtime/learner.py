@@ -136,7 +136,10 @@ class Learner:
         if isinstance(self.replay.storage, DeviceStorage):
             self._check(done, jax.device_get(done.finite))
             assert done.latents is not None and self._landing is None
-            self._landing = self.replay.write_slots(done.selection), done.latents
+            written = dict(done.latents)
+            if (priority := written.pop("priority", None)) is not None:
+                self.replay.prioritize(done.selection, jax.device_get(priority))
+            self._landing = self.replay.write_slots(done.selection), written
         else:
             latents = self._fetch(done)
             with self._watch.section("replay"):
