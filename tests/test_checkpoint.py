@@ -349,7 +349,7 @@ class Recorder:
 
     def load(self, folder):
         """The check that loads the replay with a checkpoint."""
-        return lambda meta: self.replay.load(folder, meta["replay"])
+        return lambda meta, snapshot: self.replay.load(folder, meta["replay"])
 
     def numbers(self):
         return set(self.replay.gather(self.replay.select(200))["number"].ravel().tolist())
