@@ -23,6 +23,7 @@ from tiny_runs import same, share_agents, tiny_config
 
 import dreamer
 from dreamer.cli import main
+from dreamer.envs import env_seed
 from dreamer.presets import load_config
 from dreamer.runtime.checkpoint import Checkpointer
 from dreamer.runtime.train import Run
@@ -310,12 +311,10 @@ def test_a_request_to_stop_ends_an_evaluation(run_here: Callable[..., int], tmp_
             self.env.unwrapped.position = 0
             return observation, 0.0, False, False, info
 
-    made = 0
+    evaluated = {env_seed(0, False, index) for index in range(2)}
 
     def make(index: int, seed: int) -> gymnasium.Env:
-        nonlocal made
-        made += 1
-        return Scripted(ROUND) if made <= 2 else Endless(Scripted(ROUND))
+        return Endless(Scripted(ROUND)) if seed in evaluated else Scripted(ROUND)
 
     assert run_here(make, run__eval_every=40, run__agent_steps=1000) == 0
     step, _, meta = Checkpointer(tmp_path / "run", read_only=True).restore()
