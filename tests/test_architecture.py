@@ -21,13 +21,14 @@ LAYERS = [
     ["schema"],
     ["presets"],
     ["runtime", "diagnostics", "play"],
+    ["commands"],
     ["cli"],
     ["__main__", "__init__"],
 ]
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 CLOSED = {"envs", "replay"}  # these know only the vocabulary
 VOCABULARY = {"types", "config"}
-SEE_WHOLE_CONFIG = {"agent", "schema", "presets", "runtime", "diagnostics", "cli", "__init__"}
+SEE_WHOLE_CONFIG = {"agent", "schema", "presets", "runtime", "diagnostics", "commands", "__init__"}
 OPTIONAL = {"dm_control", "mujoco", "crafter", "Box2D", "pygame", "tensorflow", "torch", "moviepy", "minerl", "minari"}
 OPTIONAL |= {
     "bsuite",

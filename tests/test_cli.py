@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import subprocess
 import sys
 import types
@@ -216,8 +217,8 @@ def test_envs_lists_every_suite_and_the_tasks_of_one(capsys):
 
 
 def test_envs_says_how_to_install_what_is_missing(capsys, monkeypatch):
-    real = cli.importlib.util.find_spec
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "crafter" else real(name))
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "crafter" else real(name))
     assert "not installed: pip install 'dreamer[crafter]'" in run(capsys, "envs")[1]
 
 

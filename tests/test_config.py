@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dreamer import schema
-from dreamer.cli import split_arguments, train_config
+from dreamer.commands.arguments import split_arguments
+from dreamer.commands.train import train_config
 from dreamer.config import Config
 from dreamer.presets import (
     ConfigError,

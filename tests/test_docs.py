@@ -16,8 +16,12 @@ import numpy as np
 import pytest
 
 import dreamer
-from dreamer import cli
 from dreamer.agent import Agent
+from dreamer.commands import collect as collect_command
+from dreamer.commands import eval as eval_command
+from dreamer.commands import export as export_command
+from dreamer.commands import train as train_command
+from dreamer.commands.arguments import split_arguments
 from dreamer.envs.interface import Fault
 from dreamer.envs.registry import SUITES, check_task
 from dreamer.presets import load_config, preset_names, save_config
@@ -77,18 +81,18 @@ def test_commands_parse(path, tmp_path, monkeypatch):
     for words in commands(path):
         match program(words):
             case ("train", arguments):
-                config = cli.train_config(arguments)
+                config = train_command.train_config(arguments)
                 if "my_" not in config.task:
                     check_task(config.task)
             case ("eval", arguments):
-                cli._eval_parser().parse_args(arguments)
+                eval_command.parser().parse_args(arguments)
             case ("collect", arguments):
-                config, _ = cli.collect_config(*cli._collect_parser().parse_known_args(arguments))
+                config, _ = collect_command.collect_config(*collect_command.parser().parse_known_args(arguments))
                 check_task(config.task)
             case ("export", arguments):
-                cli._export_parser().parse_args(arguments)
+                export_command.parser().parse_args(arguments)
             case ("envs", ["check", task, *options]):
-                configs, overrides = cli.split_arguments(options)
+                configs, overrides = split_arguments(options)
                 overrides.pop("steps", None)
                 load_config(configs, {**overrides, "task": task})
                 if "my_" not in task:
@@ -105,7 +109,7 @@ def test_commands_parse(path, tmp_path, monkeypatch):
 @every_document
 def test_options_and_presets_exist(path):
     known = {*options(), "configs", "help", "slow", *FOREIGN_OPTIONS}
-    parsers = (cli._eval_parser(), cli._collect_parser(), cli._export_parser())
+    parsers = (eval_command.parser(), collect_command.parser(), export_command.parser())
     known |= {name.removeprefix("--") for p in parsers for a in p._actions for name in a.option_strings}
     text = "\n".join([*blocks(path, "sh"), *spans(path)])
     for name in re.findall(r"(?<![\w-])--([a-z][\w.]*)", text):

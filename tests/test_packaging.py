@@ -58,7 +58,7 @@ def test_presets_are_found_from_the_wheel(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     script = (
-        "import sys; from dreamer.cli import train_config; from dreamer.presets import configs_folder\n"
+        "import sys; from dreamer.commands.train import train_config; from dreamer.presets import configs_folder\n"
         "config = train_config('--configs crafter size1m cpu'.split())\n"
         "print(config.task, config.model.deter, config.run.train_ratio, configs_folder())"
     )

@@ -1,0 +1,1 @@
+"""The commands of the program `dreamer`, a module each: ``run(arguments) -> exit code``."""

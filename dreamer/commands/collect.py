@@ -1,0 +1,56 @@
+"""`dreamer collect`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+
+from dreamer.commands.arguments import Parser, count, hide_accelerators, split_arguments
+from dreamer.config import Config
+from dreamer.presets import load_config, stored_config
+from dreamer.schema import ConfigError
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="dreamer collect",
+        description="Play with a random or a trained policy, and write the episodes to files for `dreamer train "
+        "--replay.preload`. Any --configs and --OPTION of `dreamer train` may follow, as --env.num_envs 8 or --seed 1.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("task", help="environment, as `dreamer envs` lists them")
+    parser.add_argument("out", help="folder for the episodes; must hold none yet")
+    parser.add_argument("--steps", type=count, default=20_000, help="agent steps over all environments (20000)")
+    parser.add_argument("--from", dest="source", metavar="LOGDIR", help="play with the agent of this run")
+    parser.add_argument("--policy", choices=("random", "sample", "mode"), help="with --from: sample (default) or mode")
+    return parser
+
+
+def collect_config(given: argparse.Namespace, options: Sequence[str]) -> tuple[Config, str]:
+    """(configuration, policy) of a command line of `dreamer collect`; of a run's agent, on top of its own options."""
+    configs, overrides = split_arguments(options)
+    policy = given.policy or ("random" if given.source is None else "sample")
+    if (policy == "random") != (given.source is None):
+        raise ConfigError(f"expected --policy random without --from, sample or mode with --from, got --policy {policy}")
+    if given.source is not None:
+        if stored_config(given.source) is None:
+            raise ConfigError(f"--from: expected the folder of a run, with a config.yaml in it, got {given.source!r}")
+        configs = [os.path.join(os.path.abspath(given.source), "config.yaml"), *configs]
+        overrides["logdir"] = given.source
+    return load_config(configs, overrides | {"task": given.task}), policy
+
+
+def run(arguments: Sequence[str]) -> int:
+    given, options = parser().parse_known_args(arguments)
+    config, policy = collect_config(given, options)
+
+    from dreamer.envs.registry import check_task
+
+    check_task(config.task)
+    if config.run.platform == "cpu":
+        hide_accelerators()
+
+    from dreamer.runtime.collect_episodes import collect_command
+
+    return collect_command(config, given.out, given.steps, policy)

@@ -1,0 +1,41 @@
+"""`dreamer eval`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from dreamer.commands.arguments import Parser, count, hide_accelerators
+from dreamer.presets import stored_config
+from dreamer.schema import ConfigError
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="dreamer eval",
+        description="Play episodes with the best or newest weights of a run, and print the scores.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("logdir", help="folder of the run")
+    parser.add_argument("--episodes", type=count, default=20, help="episodes to play")
+    parser.add_argument("--video", metavar="FILE.gif", help="write a video of the first environment there")
+    parser.add_argument("--policy", choices=("mode", "sample"), default="mode", help="most likely or sampled actions")
+    parser.add_argument("--seed", type=int, help="seed of the environments and of sampling; none: the run's own")
+    parser.add_argument("--platform", choices=("auto", "cpu"), default="auto", help="auto: the fastest device")
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    given = parser().parse_args(arguments)
+    stored = stored_config(given.logdir)
+    if stored is None:
+        raise ConfigError(f"expected the folder of a run, with a config.yaml in it, got {given.logdir!r}")
+    if given.platform == "cpu":
+        hide_accelerators()
+
+    from dreamer.runtime.evaluate import evaluate_command
+
+    return evaluate_command(
+        given.logdir, episodes=given.episodes, video=given.video, policy=given.policy, seed=given.seed
+    )

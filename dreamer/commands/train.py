@@ -1,0 +1,61 @@
+"""`dreamer train`."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Sequence
+
+from dreamer.commands.arguments import hide_accelerators, split_arguments
+from dreamer.config import Config
+from dreamer.presets import check_resume, load_config, preset_names, stored_config
+from dreamer.schema import help_text
+
+QUICKSTART = "quickstart"
+
+TRAIN_USAGE = """\
+usage: dreamer train [--configs NAME_OR_FILE ...] [--task SUITE_NAME] [--logdir DIR] [--seed N] [--OPTION VALUE ...]
+
+Presets and YAML files apply in order, then the options: --run.train_ratio 128, --run.train_ratio=128, lists as
+64,64, null for none, true or false (a name alone is true). The same command with the same --logdir resumes the run.
+`dreamer train` alone learns the built-in game; `dreamer train --logdir DIR` alone goes on with the run in DIR.
+
+presets: {presets}
+"""
+
+
+def train_config(arguments: Sequence[str]) -> Config:
+    """The configuration that `dreamer train ARGUMENTS` means.
+
+    Without --configs and --task it goes on with the run that --logdir holds, or else is the quickstart.
+    """
+    configs, overrides = split_arguments(arguments)
+    if not configs and "task" not in overrides:
+        logdir = overrides.get("logdir")
+        if logdir and stored_config(logdir) is not None:
+            return load_config([os.path.join(os.path.abspath(logdir), "config.yaml")], overrides)
+        configs = [QUICKSTART]
+    return load_config(configs, overrides)
+
+
+def run(arguments: Sequence[str]) -> int:
+    if {"--help", "-h"} & set(arguments):
+        presets = textwrap.fill(" ".join(preset_names()), width=110, subsequent_indent=" " * 9)
+        print(TRAIN_USAGE.format(presets=presets))
+        print(help_text())
+        return 0
+    config = train_config(arguments)
+
+    from dreamer.envs.registry import check_task
+
+    check_task(config.task)
+    stored = stored_config(config.logdir) if config.logdir else None
+    changes = check_resume(stored, config) if stored else []
+    if changes:
+        print("Resuming with changed options:", *(f"  {change}" for change in changes), sep="\n")
+    if config.run.platform == "cpu":
+        hide_accelerators()
+
+    from dreamer.runtime.train import train
+
+    return train(config)
