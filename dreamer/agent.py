@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -191,15 +191,16 @@ class Agent:
         return new, latents, metrics
 
     def _train_steps(
-        self, state: TrainState, batches: Batch
+        self, state: TrainState, batches: Sequence[Batch]
     ) -> tuple[TrainState, dict[str, jax.Array], dict[str, jax.Array]]:
-        """Updates due together, batches (K, B, T+1, ...): the new state, latents and metrics (K, ...) of each."""
+        """K updates that are due together: the new state, latents (K, B, T, ...) and metrics (K,) of each."""
 
         def step(state: TrainState, batch: Batch) -> tuple[TrainState, tuple]:
             state, *outputs = self._train_step(state, batch)
             return state, tuple(outputs)
 
-        state, (latents, metrics) = jax.lax.scan(step, state, dict(batches))
+        stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *map(dict, batches))
+        state, (latents, metrics) = jax.lax.scan(step, state, stacked)
         return state, latents, metrics
 
     @staticmethod

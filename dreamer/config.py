@@ -29,6 +29,9 @@ class RunConfig:
 
     agent_steps: int = option(1_100_000, "Length of the run", "agent steps", resume=True, gt=0)
     train_ratio: float = option(256.0, "Replayed steps per collected agent step", gt=0)
+    updates_per_dispatch: int = option(
+        1, "Updates in one program on the device, where at least as many are due in the same step", gt=0
+    )
     batch_size: int = option(16, "Sequences per update (B)", gt=0)
     batch_length: int = option(64, "Trained steps per sequence (T), the context step not counted", "steps", ge=2)
     log_every: int = option(1000, "Interval between metric writes", "agent steps", resume=True, gt=0)

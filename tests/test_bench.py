@@ -141,7 +141,7 @@ def test_updates_in_one_dispatch_are_those_of_single_dispatches() -> None:
     for batch in batches:
         state, *outputs = one(state, batch)
         singles.append(outputs)
-    together, *outputs = many(agent.init(0), jax.tree.map(lambda *x: np.stack(x), *batches))
+    together, *outputs = many(agent.init(0), batches)
     assert together["updates"] == 3
     stacked = jax.tree.map(lambda *x: np.stack(x), *singles)
     for ours, oracle in ((together["params"], state["params"]), (outputs[0]["deter"], stacked[0]["deter"])):

@@ -239,7 +239,7 @@ def written(tmp_path_factory) -> set[str]:
     run.logger = Logger(logdir, tensorboard=False, sinks=(recorder,))
     run.metrics, run.watch = Aggregator(), Stopwatch()
     run.replay = Replay(fields, 1, 100, 9, seed=0)
-    run.schedule.due.return_value, run.updates = 1, 0
+    run.schedule.dispatches.return_value, run.updates = [(1, 1)], 0
     run.learner.update.return_value = {name: np.float32(1) for name in metrics}
     run.learner.state = {"key": np.zeros(2, np.uint32), "updates": 0, "params": None}
     run.learner.batch = {"reward": np.zeros((2, 9))}

@@ -83,6 +83,35 @@ def test_latents_of_an_update_land_before_the_batch_after_the_next_is_gathered(
     assert [(name, gathered.index(selection)) for name, selection in events[len(order) :]] == [("write", 3)]
 
 
+def test_several_updates_in_one_dispatch_land_together(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = spy(learner, monkeypatch)
+    for count, following in ((3, 1), (1, 3), (3, 3)):
+        metrics = learner.update(count, following)
+        assert metrics["opt/loss"].shape == (() if count == 1 else (count,))
+    assert metrics["opt/updates"].tolist() == [5, 6, 7]
+    gathered = [selection for name, selection in events if name == "gather"]
+    order = [(name, next(i for i, one in enumerate(gathered) if one is selection)) for name, selection in events]
+    # Dispatches 0 1 2 take batches 012 3 456; those of the next wait while one runs.
+    assert order == [
+        ("gather", 0), ("gather", 1), ("gather", 2), ("gather", 3),
+        ("write", 0), ("write", 1), ("write", 2), ("gather", 4), ("gather", 5), ("gather", 6),
+        ("write", 3), ("gather", 7), ("gather", 8), ("gather", 9),
+    ]  # fmt: skip
+
+
+def test_one_dispatch_gives_the_numbers_of_single_updates_on_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without latents landing in between, which is where they differ by definition."""
+    states = []
+    for counts in ((1, 1, 1), (3,)):
+        learner = learner_of(collected())
+        monkeypatch.setattr(learner.replay, "write", lambda selection, latents: None)
+        for count in counts:
+            learner.update(count)
+        learner.settle()
+        states.append(jax.device_get(learner.state))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *states)
+
+
 def test_settling_between_updates_changes_no_order_of_writes_and_batches(
     learner: Learner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +226,17 @@ def test_nan_in_the_data_names_terms_update_and_culprit(key: str, term: str, tmp
     assert (tmp_path / f"nonfinite-update-{error.update}.npz").exists()
 
 
+def test_the_first_broken_update_of_a_dispatch_is_named(learner: Learner) -> None:
+    learner.update(1, 3)
+    broken = learner._waiting[1]
+    broken.device = {**broken.device, "reward": broken.device["reward"] * np.nan}
+    broken.batch = {**broken.batch, "reward": broken.batch["reward"] * np.nan}
+    learner.update(3)
+    with pytest.raises(NonFiniteUpdateError, match="update 3 was not finite: .*loss/rew = nan") as caught:
+        learner.settle()
+    assert "its batch has NaN or infinity in reward" in str(caught.value)
+
+
 def test_a_broken_update_is_never_written_back() -> None:
     collection = collected()
     learner = learner_of(collection)
@@ -224,18 +264,19 @@ def stored(progress: dict[str, Any]) -> dict[str, Any]:
 
 def test_a_learner_without_updates_has_nothing_on_its_way(learner: Learner) -> None:
     progress = stored(learner.progress())
-    assert progress == {"newest": None, "next": None}
+    assert progress == {"newest": None, "waiting": []}
     learner.restore(progress)
-    assert learner.batch is None and learner._next is None
+    assert learner.batch is None and learner._waiting == []
 
 
 @pytest.mark.parametrize("settled", [False, True])
-def test_what_is_on_its_way_survives_a_resume(tmp_path: Path, settled: bool) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_is_on_its_way_survives_a_resume(tmp_path: Path, settled: bool, count: int) -> None:
     """Two learners, one of them made from the other's files in the middle: all that follows is equal, bit for bit."""
     collection = collected()
     learner = learner_of(collection)
     for _ in range(3):
-        learner.update()
+        learner.update(count, count)
     if settled:
         learner.settle()
     progress = stored(learner.progress())
@@ -248,7 +289,7 @@ def test_what_is_on_its_way_survives_a_resume(tmp_path: Path, settled: bool) -> 
     again.restore(progress)
     assert same(again.batch, learner.batch)
     for _ in range(3):
-        ours, theirs = learner.update(), again.update()
+        ours, theirs = learner.update(count, count), again.update(count, count)
         assert same(jax.device_get(ours), jax.device_get(theirs))
         assert same(learner.batch, again.batch)
     learner.settle()
@@ -260,7 +301,8 @@ def test_what_is_on_its_way_survives_a_resume(tmp_path: Path, settled: bool) -> 
 
 
 @pytest.mark.parametrize("storage", ["disk", "device"])
-def test_where_the_buffer_lies_changes_no_number(storage: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("count", [1, 3])
+def test_where_the_buffer_lies_changes_no_number(storage: str, count: int, tmp_path: Path) -> None:
     """Rings that wrap while batches are on their way, and an end to the pipeline in the middle."""
     runs = []
     for kind in ("host", storage):
@@ -270,7 +312,7 @@ def test_where_the_buffer_lies_changes_no_number(storage: str, tmp_path: Path) -
         learner = learner_of(collection)
         metrics = []
         for update in range(8):
-            metrics.append(jax.device_get(learner.update()))
+            metrics.append(jax.device_get(learner.update(count, 1 if update == 2 else count)))
             if update == 4:
                 learner.settle()
             collection.steps(3)

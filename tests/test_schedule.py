@@ -130,3 +130,18 @@ def test_every_does_not_fire_again_after_a_resume_at_its_step() -> None:
 
 def test_every_none_never_fires() -> None:
     assert fired(Every(None), range(100)) == []
+
+
+@given(ratio=st.floats(0.05, 400), start=st.integers(0, 50), stride=st.integers(1, 20), dispatch=st.integers(1, 5))
+def test_each_dispatch_announces_the_one_after_it(ratio: float, start: int, stride: int, dispatch: int) -> None:
+    schedule, plain = UpdateSchedule(ratio, 4, 8, dispatch), UpdateSchedule(ratio, 4, 8)
+    schedule.start(start)
+    plain.start(start)
+    told: list[tuple[int, int]] = []
+    for step in range(start, start + 60 * stride, stride):
+        now = list(schedule.dispatches(step, stride))
+        due = plain.due(step)
+        plain.done(due)
+        assert [count for count, _ in now] == [dispatch] * (due // dispatch) + [1] * (due % dispatch)
+        told += now
+    assert [following for _, following in told[:-1]] == [count for count, _ in told[1:]]

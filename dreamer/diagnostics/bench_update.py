@@ -107,10 +107,10 @@ def plain_forms() -> Iterator[None]:
 # --- One update, compiled ----------------------------------------------------------------------
 
 
-def random_batch(agent: Agent, config: Config, dispatch: int | None) -> dict[str, jax.Array]:
-    """Everything replay stores, random: (B, T+1, ...), for a dispatch of K (K, B, T+1, ...)."""
-    rng = np.random.default_rng(0)
-    lead = (*([] if dispatch is None else [dispatch]), config.run.batch_size, config.run.batch_length + 1)
+def random_batch(agent: Agent, config: Config, seed: int = 0) -> dict[str, jax.Array]:
+    """Everything replay stores, random: (B, T+1, ...)."""
+    rng = np.random.default_rng(seed)
+    lead = (config.run.batch_size, config.run.batch_length + 1)
     spaces: Spaces = {**agent.observations, **agent.actions}
     batch = {}
     for key, field in replay_fields(agent.observations, agent.actions, agent.extras).items():
@@ -133,7 +133,8 @@ class Program:
         dtype = compute_dtype(config.run, choose_device("auto"))
         learner = Agent(*TASKS[obs], config, dtype)
         self.updates, self.state = dispatch or 1, learner.init(0)
-        self.batch = random_batch(learner, config, dispatch)
+        batches = [random_batch(learner, config, seed) for seed in range(self.updates)]
+        self.batch = batches[0] if dispatch is None else batches
         update = learner.train_step if dispatch is None else learner.train_steps
         start = time.perf_counter()
         self.compiled = update.lower(self.state, self.batch).compile()

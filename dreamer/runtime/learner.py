@@ -17,11 +17,19 @@ from dreamer.runtime.nonfinite import NonFiniteUpdateError
 
 
 @dataclasses.dataclass
-class _Dispatched:
-    """An update that the device may still be working on. `latents` become None when they have landed."""
+class _Drawn:
+    """A batch for one update: host arrays (with device storage device arrays), and the same on the device."""
 
     selection: Selection
     batch: Mapping[str, Any]
+    device: Any
+
+
+@dataclasses.dataclass
+class _Dispatched:
+    """K updates that the device may still be working on. `latents` become None when they have landed."""
+
+    drawn: list[_Drawn]
     latents: Mapping[str, Any] | None
     metrics: Mapping[str, Any]
     finite: Any
@@ -30,10 +38,10 @@ class _Dispatched:
 class Learner:
     """The training state and the batches that change it.
 
-    While update u runs, the batch of u+1 is gathered and on its way to the device. Latents of update u are in the
-    buffer before the batch of update u+2 is gathered, always: numbers do not depend on how fast the device is, nor on
-    where the buffer lies. With device storage, one compiled exchange writes the latents of u-1 and gathers the batch
-    of u+1; nothing but indices crosses over.
+    While dispatch u of K updates runs, the batches of u+1 are gathered and on their way to the device. Latents of u are
+    in the buffer before the batches of u+2 are gathered, always: numbers do not depend on how fast the device is, nor
+    on where the buffer lies. With device storage, one compiled exchange writes the latents of u-1 and gathers the
+    batches of u+1; nothing but indices crosses over.
     """
 
     def __init__(
@@ -45,8 +53,8 @@ class Learner:
         self._watch = watch or Stopwatch()
         self._finite = jax.jit(agent.finite)
         self._exchange = jax.jit(_exchange, donate_argnums=0)
-        self._landing: tuple[Any, Mapping[str, Any]] | None = None
-        self._next: tuple[Selection, Mapping[str, Any], Any] | None = None
+        self._landing: tuple[list[np.ndarray], Mapping[str, Any]] | None = None
+        self._waiting: list[_Drawn] = []
         self._newest: _Dispatched | None = None
         self._pending: collections.deque[_Dispatched] = collections.deque()
 
@@ -57,18 +65,26 @@ class Learner:
     @property
     def batch(self) -> Mapping[str, Any] | None:
         """The batch of the newest update (B, T+1, ...), where it was gathered, for reports."""
-        return None if self._newest is None else self._newest.batch
+        return None if self._newest is None else self._newest.drawn[-1].batch
 
-    def update(self) -> Mapping[str, jax.Array]:
-        """Dispatch one update; returns its metrics, which are still on the device."""
-        selection, host, device = self._next or self._draw()
+    def update(self, count: int = 1, following: int = 1) -> Mapping[str, jax.Array]:
+        """Dispatch `count` updates in one program; returns their metrics, () or (count,), still on the device.
+
+        following: updates of the dispatch after this one, whose batches are gathered meanwhile.
+        """
+        self._draw(count)
+        drawn, self._waiting = self._waiting[:count], self._waiting[count:]
         with self._watch.section("update"):
-            self.state, latents, metrics = self.agent.train_step(self.state, device)
-            self._newest = _Dispatched(selection, host, latents, metrics, self._finite(metrics))
+            batches = [one.device for one in drawn]
+            if count == 1:
+                self.state, latents, metrics = self.agent.train_step(self.state, batches[0])
+            else:
+                self.state, latents, metrics = self.agent.train_steps(self.state, batches)
+            self._newest = _Dispatched(drawn, latents, metrics, self._finite(metrics))
         self._pending.append(self._newest)
         while len(self._pending) > 1:
             self._land(self._pending.popleft())
-        self._next = self._draw()
+        self._draw(following)
         return metrics
 
     def settle(self) -> None:
@@ -76,74 +92,73 @@ class Learner:
         while self._pending:
             self._land(self._pending.popleft())
         if self._landing is not None:
-            (slots, latents), self._landing = self._landing, None
-            storage = self._device_storage
-            storage.arrays = device.write(storage.arrays, slots, latents)
+            self._exchanged([])
 
     def progress(self) -> dict[str, Any]:
-        """What is on its way, as host arrays in plain containers: the newest update, its latents if they have not
-        landed, and the batch that waits. NonFiniteUpdateError if an update that is under way turns out unsound.
+        """What is on its way, as host arrays in plain containers: the newest updates, their latents if they have not
+        landed, and the batches that wait. NonFiniteUpdateError if an update that is under way turns out unsound.
         """
-        newest, waiting = self._newest, self._next
-        progress: dict[str, Any] = {"newest": None, "next": None}
-        if newest is not None:
-            latents = None if newest.latents is None else dict(self._fetch(newest))
-            selection, batch = dataclasses.asdict(newest.selection), jax.device_get(dict(newest.batch))
-            progress["newest"] = {"selection": selection, "batch": batch, "latents": latents}
-        if waiting is not None:
-            batch = jax.device_get(dict(waiting[1]))
-            progress["next"] = {"selection": dataclasses.asdict(waiting[0]), "batch": batch}
-        return progress
+        newest = None
+        if self._newest is not None:
+            latents = None if self._newest.latents is None else dict(self._fetch(self._newest))
+            newest = {"drawn": _on_host(self._newest.drawn), "latents": latents}
+        return {"newest": newest, "waiting": _on_host(self._waiting)}
 
     def restore(self, progress: Mapping[str, Any]) -> None:
         """Go on from `progress`: the numbers that follow are those of a run that was never stopped."""
-        newest, waiting = progress["newest"], progress["next"]
+        newest = progress["newest"]
         if newest is not None:
-            selection = Selection(**newest["selection"])
-            self._newest = _Dispatched(selection, newest["batch"], newest["latents"], {}, np.bool_(True))
+            drawn = [_Drawn(Selection(**one["selection"]), one["batch"], None) for one in newest["drawn"]]
+            self._newest = _Dispatched(drawn, newest["latents"], {}, np.bool_(True))
             if newest["latents"] is not None:
                 self._pending.append(self._newest)
-        if waiting is not None:
-            self._next = self._send(Selection(**waiting["selection"]), waiting["batch"])
+        self._waiting = [self._send(Selection(**one["selection"]), one["batch"]) for one in progress["waiting"]]
 
-    def _draw(self) -> tuple[Selection, Mapping[str, Any], Any]:
+    def _draw(self, count: int) -> None:
+        """Have `count` batches waiting."""
         with self._watch.section("replay"):
-            selection = self.replay.select(self._batch_size)
+            selections = [self.replay.select(self._batch_size) for _ in range(count - len(self._waiting))]
             if isinstance(self.replay.storage, DeviceStorage):
-                batch = self._exchanged(self.replay.slots(selection))
-                return selection, batch, batch
-            gathered = self.replay.gather(selection)
-        return self._send(selection, gathered)
+                self._waiting += self._exchanged(selections) if selections else []
+                return
+            gathered = [self.replay.gather(selection) for selection in selections]
+        self._waiting += [self._send(*pair) for pair in zip(selections, gathered, strict=True)]
 
     @property
     def _device_storage(self) -> DeviceStorage:
         assert isinstance(self.replay.storage, DeviceStorage)
         return self.replay.storage
 
-    def _exchanged(self, slots: Any) -> Mapping[str, Any]:
-        """The steps at `slots`, after the latents that have landed were written."""
+    def _exchanged(self, selections: list[Selection]) -> list[_Drawn]:
+        """The steps of the selections, after the latents that have landed were written."""
         storage, landing, self._landing = self._device_storage, self._landing, None
-        if landing is None:
-            return device.gather(storage.arrays, slots)
-        storage.arrays, batch = self._exchange(storage.arrays, *landing, slots)
-        return batch
+        slots = [self.replay.slots(selection) for selection in selections]
+        storage.arrays, batches = self._exchange(storage.arrays, landing, slots)
+        return [_Drawn(selection, batch, batch) for selection, batch in zip(selections, batches, strict=True)]
 
-    def _send(self, selection: Selection, batch: dict[str, np.ndarray]) -> tuple[Selection, Mapping[str, Any], Any]:
+    def _send(self, selection: Selection, batch: dict[str, np.ndarray]) -> _Drawn:
         with self._watch.section("transfer"):
-            return selection, batch, jax.device_put(batch)
+            return _Drawn(selection, batch, jax.device_put(batch))
 
     def _land(self, done: _Dispatched) -> None:
+        """Write latents back, those of each update over those of the one before."""
+        selections = [one.selection for one in done.drawn]
         if isinstance(self.replay.storage, DeviceStorage):
             self._check(done, jax.device_get(done.finite))
-            assert done.latents is not None and self._landing is None
+            assert done.latents is not None
+            if self._landing is not None:  # more batches were waiting than the last dispatch took
+                self._exchanged([])
             written = dict(done.latents)
             if (priority := written.pop("priority", None)) is not None:
-                self.replay.prioritize(done.selection, jax.device_get(priority))
-            self._landing = self.replay.write_slots(done.selection), written
+                priority = jax.device_get(priority).reshape(len(selections), *priority.shape[-2:])
+                for selection, values in zip(selections, priority, strict=True):
+                    self.replay.prioritize(selection, values)
+            self._landing = [self.replay.write_slots(selection) for selection in selections], written
         else:
             latents = self._fetch(done)
             with self._watch.section("replay"):
-                self.replay.write(done.selection, latents)
+                for i, selection in enumerate(selections):
+                    self.replay.write(selection, _of_update(latents, i, len(selections)))
         done.latents = None
 
     def _fetch(self, done: _Dispatched) -> Mapping[str, np.ndarray]:
@@ -156,15 +171,30 @@ class Learner:
     def _check(self, done: _Dispatched, finite: np.ndarray) -> None:
         if finite:
             return
-        metrics = {k: float(v) for k, v in jax.device_get(done.metrics).items()}
+        found = {k: np.atleast_1d(v).astype(float) for k, v in jax.device_get(dict(done.metrics)).items()}
+        first = next(i for i in range(len(done.drawn)) if not self.agent.finite({k: v[i] for k, v in found.items()}))
+        metrics = {k: float(v[first]) for k, v in found.items()}
         terms = {k: v for k, v in metrics.items() if k.startswith("loss/") and not np.isfinite(v)}
         terms |= {k: metrics[k] for k in ("opt/grad_norm", "opt/param_rms") if not np.isfinite(metrics[k])}
-        raise NonFiniteUpdateError(int(metrics["opt/updates"]), terms, jax.device_get(dict(done.batch)))
+        batch = jax.device_get(dict(done.drawn[first].batch))
+        raise NonFiniteUpdateError(int(metrics["opt/updates"]), terms, batch)
+
+
+def _of_update(latents: Mapping[str, Any], index: int, count: int) -> Mapping[str, Any]:
+    """Of latents (K, B, T, ...), of a single update (B, T, ...), those of update `index`."""
+    return latents if count == 1 else {name: values[index] for name, values in latents.items()}
+
+
+def _on_host(drawn: list[_Drawn]) -> list[dict[str, Any]]:
+    return [{"selection": dataclasses.asdict(one.selection), "batch": jax.device_get(dict(one.batch))} for one in drawn]
 
 
 def _exchange(
-    arrays: device.Arrays, write_slots: jax.Array, latents: device.Arrays, slots: jax.Array
-) -> tuple[device.Arrays, device.Arrays]:
-    """Device storage with latents written at (B, T) slots, and the steps at other slots (B, 1 + T)."""
-    arrays = device.write(arrays, write_slots, latents)
-    return arrays, device.gather(arrays, slots)
+    arrays: device.Arrays, landing: tuple[list[jax.Array], device.Arrays] | None, slots: list[jax.Array]
+) -> tuple[device.Arrays, list[device.Arrays]]:
+    """Device storage with latents written at (B, T) slots, update by update; the steps at other slots (B, 1 + T)."""
+    if landing is not None:
+        write_slots, latents = landing
+        for i, where in enumerate(write_slots):
+            arrays = device.write(arrays, where, _of_update(latents, i, len(write_slots)))
+    return arrays, [device.gather(arrays, where) for where in slots]

@@ -71,7 +71,8 @@ class RunParts:
         preload = find_preload(config, self.agent.observations, self.agent.actions) if not resuming else None
         self.preloaded = preload.room(self.envs.num_envs) if preload else (self._found or {}).get("preloaded", 0)
         self.replay = make_replay(config, self.agent, self.preloaded)
-        self.schedule = UpdateSchedule(config.run.train_ratio, config.run.batch_size, config.run.batch_length)
+        run = config.run
+        self.schedule = UpdateSchedule(run.train_ratio, run.batch_size, run.batch_length, run.updates_per_dispatch)
         self.logger = Logger(self.logdir, config.log.jsonl, config.log.tensorboard, config.log.video_fps)
         self.agent_steps = self.updates = 0
         self.failed: str | None = None

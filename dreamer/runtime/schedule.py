@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fractions
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -15,8 +16,10 @@ class UpdateSchedule:
     starts late has no debt to work off.
     """
 
-    def __init__(self, train_ratio: float, batch_size: int, batch_length: int) -> None:
+    def __init__(self, train_ratio: float, batch_size: int, batch_length: int, dispatch: int = 1) -> None:
+        """dispatch: updates that go to the device together, where at least as many are due; others go one by one."""
         self._rate = fractions.Fraction(repr(train_ratio)) / (batch_size * batch_length)
+        self._dispatch = dispatch
         self._start: int | None = None
         self._updates = 0
 
@@ -31,6 +34,23 @@ class UpdateSchedule:
     def due(self, agent_steps: int) -> int:
         """Updates owed at this step and not done yet."""
         return 0 if self._start is None else int((agent_steps - self._start) * self._rate) - self._updates
+
+    def dispatches(self, agent_steps: int, stride: int) -> Iterator[tuple[int, int]]:
+        """For each dispatch of updates that are owed, which it marks as done: its updates, and those of the dispatch
+        after it, then or at one of the steps agent_steps + stride, + 2 stride, ..."""
+        while due := self.due(agent_steps):
+            count = self._together(due)
+            self.done(count)
+            yield count, self._together(due - count or self._due_next(agent_steps, stride))
+
+    def _together(self, due: int) -> int:
+        return self._dispatch if due >= self._dispatch else 1
+
+    def _due_next(self, agent_steps: int, stride: int) -> int:
+        """Updates owed at the first of the steps agent_steps + stride, + 2 stride, ... that owes any."""
+        assert self._start is not None
+        step = self._start + (self._updates + 1) / self._rate
+        return self.due(agent_steps + stride * max(1, math.ceil((step - agent_steps) / stride)))
 
     def done(self, updates: int = 1) -> None:
         self._updates += updates

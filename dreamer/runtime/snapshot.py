@@ -26,7 +26,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-FORMAT = 2
+FORMAT = 3
 #: Prefix of folders that are being written; one that is left over was interrupted.
 PARTIAL = ".partial-"
 #: Prefix of folders that are being deleted.

@@ -136,11 +136,10 @@ class Run(RunParts):
         run = self.config.run
         if not self.schedule.started and self.replay.starts >= run.batch_size * run.batch_length:
             self.schedule.start(self.agent_steps)
-        for _ in range(self.schedule.due(self.agent_steps)):
-            self.metrics.add(self.learner.update(), "train/")
-            self.schedule.done()
-            self.updates += 1
-            self.watch.count(train=run.batch_size * run.batch_length)
+        for count, following in self.schedule.dispatches(self.agent_steps, self.envs.num_envs):
+            self.metrics.add(self.learner.update(count, following), "train/")
+            self.updates += count
+            self.watch.count(train=count * run.batch_size * run.batch_length)
 
     def _log_episodes(self, episodes: list[Episode]) -> None:
         for episode in episodes:
