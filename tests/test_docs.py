@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib
 import json
@@ -17,6 +18,7 @@ import pytest
 
 import dreamer
 from dreamer.agent import Agent
+from dreamer.commands import bench as bench_command
 from dreamer.commands import collect as collect_command
 from dreamer.commands import eval as eval_command
 from dreamer.commands import export as export_command
@@ -28,9 +30,9 @@ from dreamer.presets import load_config, preset_names, save_config
 from dreamer.replay import Replay
 from dreamer.runtime.collect import Episode
 from dreamer.runtime.logging import Logger, Steps
+from dreamer.runtime.loop import Run
 from dreamer.runtime.meters import Aggregator, Stopwatch
 from dreamer.runtime.signals import StopRequest
-from dreamer.runtime.train import Run
 from dreamer.schema import options, sections
 from dreamer.types import Space, replay_fields
 
@@ -41,7 +43,7 @@ EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["op
 #: What looks like a file of ours and is one of a run's folder, of the reader, or a prefix of keys.
 NOT_OURS = {"config.yaml", "my.yaml", "eval.gif", "log/"}
 #: Options of docker.
-FOREIGN_OPTIONS = {"gpus", "rm", "no"}  # --no-deps
+FOREIGN_OPTIONS = {"gpus", "rm", "no-deps"}
 
 every_document = pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
 
@@ -91,6 +93,8 @@ def test_commands_parse(path, tmp_path, monkeypatch):
                 check_task(config.task)
             case ("export", arguments):
                 export_command.parser().parse_args(arguments)
+            case ("bench", arguments):
+                bench_command.loop_configs(bench_command.parser().parse_known_args(arguments)[1])
             case ("envs", ["check", task, *options]):
                 configs, overrides = split_arguments(options)
                 overrides.pop("steps", None)
@@ -109,10 +113,12 @@ def test_commands_parse(path, tmp_path, monkeypatch):
 @every_document
 def test_options_and_presets_exist(path):
     known = {*options(), "configs", "help", "slow", *FOREIGN_OPTIONS}
-    parsers = (eval_command.parser(), collect_command.parser(), export_command.parser())
+    parsers = [eval_command.parser(), collect_command.parser(), export_command.parser()]
+    bench_command.add_parts(bench := argparse.ArgumentParser().add_subparsers())
+    parsers += bench.choices.values()
     known |= {name.removeprefix("--") for p in parsers for a in p._actions for name in a.option_strings}
     text = "\n".join([*blocks(path, "sh"), *spans(path)])
-    for name in re.findall(r"(?<![\w-])--([a-z][\w.]*)", text):
+    for name in re.findall(r"(?<![\w-])--([a-z][\w.-]*)", text):
         assert name in known or name.startswith("env.gym.kwargs."), f"{path.name}: --{name}"
     for names in re.findall(r"--configs((?: [\w./]+)+)", text):
         for name in names.split():
@@ -246,7 +252,7 @@ def written(tmp_path_factory) -> set[str]:
     run.agent.report.return_value = {"true": seen, "pred": seen}
     run.evaluator.return_value = [episode]
     run.checkpointer.best_score.return_value, run.stop = None, StopRequest()
-    for name in ("train.py", "parts.py", "learner.py"):
+    for name in ("loop.py", "parts.py", "learner.py"):
         for section in re.findall(r'\.section\("(\w+)"\)', (ROOT / "dreamer" / "runtime" / name).read_text()):
             with run.watch.section(section):
                 pass

@@ -3,33 +3,160 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from dreamer.commands.arguments import Parser, count
+from dreamer.commands.arguments import Parser, count, hide_accelerators, split_arguments
+from dreamer.config import Config
+from dreamer.presets import load_config
+
+if TYPE_CHECKING:
+    from dreamer.diagnostics.measuring import Report
+
+#: What is measured without --configs and --task.
+DEFAULT = "quickstart"
+#: What `dreamer bench loop` measures without them: presets and task, by name.
+SUITES: dict[str, tuple[tuple[str, ...], str]] = {
+    "toy": (("quickstart",), "toy_catch"),
+    "atari": (("atari100k", "size1m", "cpu"), "atari100k_pong"),
+    "dmc": (("dmc_proprio", "cpu"), "dmc_cartpole_swingup"),
+}
+TRAIN_RATIOS = (1024.0, 256.0, 4.0)
+OPTIONS = "Any --configs, --task and --OPTION of `dreamer train` may follow."
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="dreamer bench",
+        description="Measure what training costs on this machine, part by part: medians and quartiles of rounds.",
+        allow_abbrev=False,
+    )
+    add_parts(parser.add_subparsers(dest="part", metavar="PART", required=True))
+    return parser
+
+
+def add_parts(parts: argparse._SubParsersAction) -> None:
+    """The options of each part."""
+
+    def add(part: str, summary: str, rounds: int, options: str = "") -> argparse.ArgumentParser:
+        added = parts.add_parser(
+            part,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}. {options}",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+        added.add_argument("--rounds", type=count, default=rounds, help="timed turns")
+        added.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+        added.add_argument("--compare", type=Path, metavar="FILE", help="ratios to the figures that --json wrote there")
+        return added
+
+    update = add("update", "one gradient step, everything a run asks of it", 11)
+    update.add_argument("--size", default="1m", help="size of the model, as in the presets size1m, size12m, ...")
+    update.add_argument("--obs", choices=("vector", "image"), default="vector", help="what the agent observes")
+    update.add_argument("--updates-per-dispatch", type=count, metavar="K", help="K updates in one program")
+    update.add_argument(
+        "--against", choices=("plain",), help="plain: beside all rewrites swapped for their plain forms"
+    )
+    update.add_argument("--protocol", action="store_true", help="one timed update for each line on stdin, as JSON")
+    update.add_argument("--trace", type=Path, metavar="DIR", help="write a profile of one dispatch there")
+
+    policy = add("policy", "choosing actions", 15, OPTIONS)
+    policy.add_argument("--envs", type=count, nargs="+", help="numbers of environments; default: 1 and env.num_envs")
+
+    replay = add("replay", "drawing batches, adding steps, writing latents, beside plain copying", 100, OPTIONS)
+    replay.add_argument("--capacity", type=count, default=32_000, help="steps in the buffer")
+    replay.add_argument("--folder", type=Path, help="where disk storage lies; default: a temporary folder")
+
+    env = add("env", "stepping environments, by where they run; Atari also beside ale-py's own", 15, OPTIONS)
+    env.add_argument("--steps", type=count, default=100, help="of all environments, in each round")
+
+    loop = add("loop", "the training loop beside the bound that its parts set", 5, OPTIONS)
+    loop.add_argument("--seconds", type=float, default=15.0, help="of the loop, for each row; its parts not counted")
+    loop.add_argument("--train-ratios", type=float, nargs="+", default=TRAIN_RATIOS, help="run.train_ratio, a row each")
+
+
+def bench_config(options: Sequence[str]) -> Config:
+    """The configuration that the rest of a command line means; the quickstart without --configs and --task."""
+    configs, overrides = split_arguments(options)
+    return load_config(configs if configs or "task" in overrides else [DEFAULT], overrides)
+
+
+def loop_configs(options: Sequence[str]) -> dict[str, Config]:
+    """By name: the one of the command line, or without --configs and --task one of each of three suites."""
+    configs, overrides = split_arguments(options)
+    if configs or "task" in overrides:
+        config = load_config(configs, overrides)
+        return {config.task: config}
+    return {name: load_config(presets, {"task": task, **overrides}) for name, (presets, task) in SUITES.items()}
+
+
+def _update(given: argparse.Namespace, options: Sequence[str]) -> Report | None:
+    from dreamer.diagnostics.bench_update import Request, bench_update
+
+    if options:
+        parser().error(f"unrecognized arguments: {' '.join(options)}")
+    names = ("size", "obs", "updates_per_dispatch", "against", "rounds", "protocol", "trace")
+    return bench_update(Request(**{name: getattr(given, name) for name in names}))
+
+
+def _policy(given: argparse.Namespace, options: Sequence[str]) -> Report:
+    config = _checked(bench_config(options))
+    from dreamer.diagnostics.bench_policy import bench_policy
+
+    return bench_policy(config, given.envs, given.rounds)
+
+
+def _replay(given: argparse.Namespace, options: Sequence[str]) -> Report:
+    config = _checked(bench_config(options))
+    from dreamer.diagnostics.bench_replay import bench_replay
+
+    return bench_replay(config, given.rounds, given.capacity, given.folder)
+
+
+def _env(given: argparse.Namespace, options: Sequence[str]) -> Report:
+    config = _checked(bench_config(options))
+    from dreamer.diagnostics.bench_env import bench_env
+
+    return bench_env(config, given.rounds, given.steps)
+
+
+def _loop(given: argparse.Namespace, options: Sequence[str]) -> Report:
+    configs = {name: _checked(config) for name, config in loop_configs(options).items()}
+    from dreamer.diagnostics.bench_loop import bench_loop
+
+    return bench_loop(configs, given.train_ratios, given.seconds, given.rounds)
+
+
+def _checked(config: Config) -> Config:
+    """A configuration whose task exists, on the device it asks for."""
+    from dreamer.envs.registry import check_task
+
+    check_task(config.task)
+    if config.run.platform == "cpu":
+        hide_accelerators()
+    return config
+
+
+PARTS: dict[str, Callable[[argparse.Namespace, Sequence[str]], Report | None]] = {
+    "update": _update,
+    "policy": _policy,
+    "replay": _replay,
+    "env": _env,
+    "loop": _loop,
+}
 
 
 def run(arguments: Sequence[str]) -> int:
-    parser = Parser(
-        prog="dreamer bench",
-        description="Measure what a part of training costs on this machine.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("part", choices=("update",), help="update: one gradient step, everything a run asks of it")
-    parser.add_argument("--size", default="1m", help="size of the model, as in the presets size1m, size12m, ...")
-    parser.add_argument("--obs", choices=("vector", "image"), default="vector", help="what the agent observes")
-    parser.add_argument("--updates-per-dispatch", type=count, metavar="K", help="K updates in one program")
-    parser.add_argument(
-        "--against", choices=("plain",), help="plain: beside all rewrites swapped for their plain forms"
-    )
-    parser.add_argument("--rounds", type=count, default=11, help="timed turns")
-    parser.add_argument("--protocol", action="store_true", help="one timed update for each line on stdin, as JSON")
-    parser.add_argument("--trace", type=Path, metavar="DIR", help="write a profile of one dispatch there")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-    given = vars(parser.parse_args(arguments))
-    given.pop("part")
+    given, options = parser().parse_known_args(arguments)
 
-    from dreamer.diagnostics.bench_update import Request, bench_update
+    from dreamer.diagnostics.measuring import read_report, save_report, show
 
-    return bench_update(Request(**given))
+    other = None if given.compare is None else read_report(given.compare, given.part)
+    report = PARTS[given.part](given, options)
+    if report is not None:
+        show(report, other)
+        if given.json is not None:
+            save_report(given.json, report)
+    return 0

@@ -1,104 +1,134 @@
-"""What replay costs beside plain copying: `python -m dreamer.diagnostics.bench_replay`, or `scripts/bench_replay`.
+"""What replay costs beside plain copying: `dreamer bench replay`.
 
-Prints, for storage in memory and on disk, the time of drawing and gathering a batch as a multiple of gathering the same
-bytes from plain numpy arrays, and of adding a step of all environments as a multiple of copying it. Both sides take
-turns; the median counts, in processor time of this thread (copying in the kernel included), which other load on the
-machine does not lengthen. What is on disk has been read before, so the disk itself is not measured.
+For storage in memory and on disk: drawing and gathering a batch beside gathering the same bytes from plain numpy
+arrays; adding a step of all environments, and writing the latents of a batch back, beside copying them. Both sides take
+turns, in processor time of this thread (copying in the kernel included), which other load on the machine does not
+lengthen. What is on disk has been read before, so the disk itself is not measured.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
+import functools
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
+from dreamer.config import Config
+from dreamer.diagnostics.alone import spaces_of
+from dreamer.diagnostics.measuring import Report, Rows, figure, take_turns
 from dreamer.replay import Replay
-from dreamer.types import Field, Space, replay_fields
+from dreamer.runtime.setup import make_agent
+from dreamer.types import Field, replay_fields
 
-ENVS, BATCH, LENGTH = 16, 16, 65
-IMAGE = (64, 64, 3)
+STORAGES = ("host", "disk")
+#: Different steps that are added in turn.
+_SAMPLES = 8
+#: How many short operations one round has.
+_CALLS = 20
 
-
-def fields(deter: int) -> dict[str, Field]:
-    """A step of a pixel task: image, flags, an action, and the latents of a model with `deter` units."""
-    extras = {"deter": Field((deter,), np.dtype(ml_dtypes.bfloat16)), "stoch": Field((32,), np.dtype(np.uint8))}
-    return replay_fields({"image": Space("image", IMAGE)}, {"action": Space("discrete", (), (17,))}, extras)
-
-
-def steps_of(spec: dict[str, Field], count: int) -> list[dict[str, np.ndarray]]:
-    """A few different steps of all environments, (N, ...)."""
-    rng = np.random.default_rng(0)
-    return [{k: rng.integers(0, 2, (ENVS, *f.shape)).astype(f.dtype) for k, f in spec.items()} for _ in range(count)]
+Fields = dict[str, Field]
 
 
-def seconds(function: Callable[[], object]) -> float:
+def bench_replay(config: Config, rounds: int, capacity: int, folder: Path | None = None) -> Report:
+    """capacity: steps in the buffer. folder: where disk storage lies; None: a temporary folder."""
+    agent = make_agent(config, *spaces_of(config))
+    fields = replay_fields(agent.observations, agent.actions, agent.extras)
+    rows: Rows = {}
+    for storage in STORAGES:
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            bench = _Bench(config, fields, tuple(agent.extras), storage, Path(place), capacity)
+            rows |= {f"{storage}: {what}": row for what, row in bench.measure(rounds).items()}
+    run = config.run
+    request = {
+        "task": config.task,
+        "num_envs": config.env.num_envs,
+        "batch": f"{run.batch_size} x {run.batch_length + 1}",
+        "bytes_per_step": sum(field.nbytes for field in fields.values()),
+        "capacity": capacity,
+        "rounds": rounds,
+    }
+    note = (
+        f"Batches of {request['batch']} steps of {request['bytes_per_step']} bytes, {config.env.num_envs} environments;"
+        " ratio: to plain copying of the same bytes, paired round by round."
+    )
+    return Report("replay", request, ("ms", "plain_ms", "ratio"), rows, note)
+
+
+class _Bench:
+    """A full buffer, and plain arrays beside it."""
+
+    def __init__(
+        self, config: Config, fields: Fields, latents: tuple[str, ...], storage: Any, folder: Path, capacity: int
+    ) -> None:
+        envs, self._batch, self._length = config.env.num_envs, config.run.batch_size, config.run.batch_length + 1
+        self._envs, self._rows, self._turn = envs, max(capacity // envs, 2 * self._length), 0
+        self._rng = np.random.default_rng(0)
+        self._samples = [
+            {name: self._rng.integers(0, 2, (envs, *f.shape)).astype(f.dtype) for name, f in fields.items()}
+            for _ in range(_SAMPLES)
+        ]
+        capacity = envs * self._rows
+        self._replay = Replay(fields, envs, capacity, self._length, 0, False, latents, storage=storage, folder=folder)
+        for row in range(self._rows):
+            self._replay.add(self._samples[row % _SAMPLES])
+        self._plain = {name: np.zeros((capacity, *field.shape), field.dtype) for name, field in fields.items()}
+        for array in self._plain.values():
+            array.reshape(-1).view(np.uint8)[:] = 1
+        self._selection = self._replay.select(self._batch)
+        batch = self._replay.gather(self._selection)
+        self._latents = {name: batch[name][:, 1:] for name in latents}
+
+    def measure(self, rounds: int) -> Rows:
+        """By operation: of replay, of plain copying."""
+        operations: dict[str, tuple[Callable[[], object], Callable[[], object], int]] = {
+            "draw a batch": (lambda: self._replay.gather(self._replay.select(self._batch)), self._gather_plain, 1),
+            "add a step": (self._add, self._copy_plain, _CALLS),
+            "write latents": (self._write, self._write_plain, 1),
+        }
+        rows: Rows = {}
+        for name, (ours, plain, calls) in operations.items():
+            pair = {"ours": functools.partial(_spent, ours, calls), "plain": functools.partial(_spent, plain, calls)}
+            take_turns(pair, max(1, rounds // 10))  # warm-up
+            times = {side: np.array(found) for side, found in take_turns(pair, rounds).items()}
+            rows[name] = figure("ms", times["ours"]) | figure("plain_ms", times["plain"])
+            rows[name] |= figure("ratio", times["ours"] / times["plain"])
+        return rows
+
+    def _add(self) -> None:
+        self._turn += 1
+        self._replay.add(self._samples[self._turn % _SAMPLES])
+
+    def _write(self) -> None:
+        self._selection = self._replay.select(self._batch)
+        self._replay.write(self._selection, self._latents)
+
+    def _gather_plain(self) -> dict[str, np.ndarray]:
+        slots = self._slots()
+        return {name: array[slots] for name, array in self._plain.items()}
+
+    def _slots(self) -> np.ndarray:
+        start = self._rng.integers(0, self._envs * self._rows - self._length, self._batch)
+        return start[:, None] + np.arange(self._length)
+
+    def _copy_plain(self) -> None:
+        self._turn += 1
+        start = self._turn % self._rows * self._envs
+        for name, value in self._samples[self._turn % _SAMPLES].items():
+            self._plain[name][start : start + self._envs] = value
+
+    def _write_plain(self) -> None:
+        slots = self._slots()[:, 1:]
+        for name, value in self._latents.items():
+            self._plain[name][slots] = value
+
+
+def _spent(function: Callable[[], object], calls: int) -> float:
+    """Milliseconds of this thread's processor time, of one of so many calls."""
     start = time.thread_time()
-    function()
-    return time.thread_time() - start
-
-
-def compare(ours: Callable[[], object], plain: Callable[[], object], rounds: int) -> tuple[float, float, float]:
-    """Median processor seconds of each, taking turns, and the median of their ratios."""
-    pairs = [(seconds(ours), seconds(plain)) for _ in range(rounds)]
-    mine, other = zip(*pairs, strict=True)
-    return statistics.median(mine), statistics.median(other), statistics.median(a / b for a, b in pairs)
-
-
-def measure(storage: str, folder: Path, capacity: int, deter: int, rounds: int) -> None:
-    """Fill a buffer and print its two lines."""
-    spec = fields(deter)
-    replay = Replay(spec, ENVS, capacity, LENGTH, seed=0, online=False, storage=storage, folder=folder)  # type: ignore[arg-type]
-    samples = steps_of(spec, 8)
-    rows = capacity // ENVS
-    for row in range(rows):
-        replay.add(samples[row % 8])
-    plain = {k: np.zeros((ENVS * rows, *f.shape), f.dtype) for k, f in spec.items()}
-    for array in plain.values():
-        array.reshape(-1).view(np.uint8)[:] = 1
-    rng = np.random.default_rng(1)
-
-    def gather_plain() -> dict[str, np.ndarray]:
-        start = rng.integers(0, ENVS * rows - LENGTH, BATCH)
-        slots = start[:, None] + np.arange(LENGTH)
-        return {name: array[slots] for name, array in plain.items()}
-
-    turn = [0]
-
-    def add() -> None:
-        turn[0] += 1
-        replay.add(samples[turn[0] % 8])
-
-    def copy_plain() -> None:
-        start = turn[0] % rows * ENVS
-        for name, value in samples[turn[0] % 8].items():
-            plain[name][start : start + ENVS] = value
-
-    for what, ours, other, count in (
-        (f"sampling {BATCH}x{LENGTH}", lambda: replay.gather(replay.select(BATCH)), gather_plain, rounds),
-        (f"adding {ENVS} steps", add, copy_plain, 20 * rounds),
-    ):
-        compare(ours, other, max(1, count // 10))
-        mine, theirs, ratio = compare(ours, other, count)
-        print(f"{storage:5} {what:15} {1e3 * mine:8.3f} ms   plain {1e3 * theirs:8.3f} ms   {ratio:5.2f} x")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--capacity", type=int, default=32_000, help="steps in the buffer (17 kB each)")
-    parser.add_argument("--deter", type=int, default=2048, help="units of the deterministic state")
-    parser.add_argument("--rounds", type=int, default=200, help="batches drawn; steps are 20 times as many")
-    parser.add_argument("--folder", type=Path, help="where disk storage lies; default: a temporary folder")
-    arguments = parser.parse_args()
-    for storage in ("host", "disk"):
-        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-            measure(storage, Path(folder), arguments.capacity, arguments.deter, arguments.rounds)
-
-
-if __name__ == "__main__":
-    main()
+    for _ in range(calls):
+        function()
+    return (time.thread_time() - start) * 1e3 / calls

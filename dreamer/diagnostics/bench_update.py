@@ -9,12 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
-import platform
-import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,6 +22,7 @@ import numpy as np
 from dreamer import actor_critic, agent, distributions, networks
 from dreamer.agent import Agent
 from dreamer.config import Config
+from dreamer.diagnostics.measuring import Report, Rows, figure, take_turns
 from dreamer.presets import load_config
 from dreamer.rssm import RSSM
 from dreamer.runtime.devices import choose_device, compute_dtype, reuse_freed_memory
@@ -135,7 +133,7 @@ class Program:
         self.updates, self.state = dispatch or 1, learner.init(0)
         batches = [random_batch(learner, config, seed) for seed in range(self.updates)]
         self.batch = batches[0] if dispatch is None else batches
-        update = learner.train_step if dispatch is None else learner.train_steps
+        update: Any = learner.train_step if dispatch is None else learner.train_steps
         start = time.perf_counter()
         self.compiled = update.lower(self.state, self.batch).compile()
         self.compile_seconds = time.perf_counter() - start
@@ -176,7 +174,6 @@ class Request:
     rounds: int = 11
     protocol: bool = False
     trace: Path | None = None
-    json: Path | None = None
 
 
 def serve(program: Program, lines: TextIO) -> None:
@@ -189,44 +186,20 @@ def serve(program: Program, lines: TextIO) -> None:
         print(json.dumps({"ms": wall, "cpu_ms": cpu}), flush=True)
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    devices = jax.devices()
-    return {
-        "device": f"{len(devices)} x {devices[0].device_kind}",
-        "processors": os.cpu_count(),
-        "system": platform.platform(),
-        "jax": jax.__version__,
-    }
-
-
-def measure(programs: dict[str, Program], rounds: int) -> dict[str, dict[str, Any]]:
+def measure(programs: Mapping[str, Program], rounds: int) -> Rows:
     """Programs take turns; medians, quartiles and the paired ratio to the last one."""
-    times = [{name: program() for name, program in programs.items()} for _ in range(rounds)]
-    rows = {}
+    times = {name: np.array(found) for name, found in take_turns(programs, rounds).items()}  # (rounds, wall and CPU)
+    reference = list(times.values())[-1]
+    rows: Rows = {}
     for name, program in programs.items():
-        wall, cpu = ([turn[name][i] for turn in times] for i in (0, 1))
-        low, _, high = statistics.quantiles(wall, n=4)
-        rows[name] = {"ms": statistics.median(wall), "ms_quartiles": [low, high], "cpu_ms": statistics.median(cpu)}
-        rows[name] |= program.facts()
-        ratios = ([turn[list(programs)[-1]][i] / turn[name][i] for turn in times] for i in (0, 1))
-        rows[name] |= dict(zip(("speedup", "cpu_speedup"), map(statistics.median, ratios), strict=True))
+        wall, cpu = times[name].T
+        ratios = dict(zip(("speedup", "cpu_speedup"), np.median(reference / times[name], 0).tolist(), strict=True))
+        rows[name] = figure("ms", wall) | figure("cpu_ms", cpu) | program.facts() | ratios
     return rows
 
 
-def table(rows: dict[str, dict[str, Any]], reference: str) -> str:
-    lines = [f"{'':8}{'ms':>9}{'quartiles':>19}{'CPU ms':>9}{'compile s':>11}{'temp MB':>9}  faster than {reference}"]
-    for name, row in rows.items():
-        low, high = row["ms_quartiles"]
-        lines.append(
-            f"{name:8}{row['ms']:9.1f}{low:10.1f}{high:9.1f}{row['cpu_ms']:9.1f}{row['compile_s']:11.1f}"
-            f"{row['temp_mb']:9.1f}  {row['speedup']:.2f}x wall, {row['cpu_speedup']:.2f}x CPU"
-        )
-    return "\n".join(lines)
-
-
-def bench_update(request: Request) -> int:
-    """Runs the benchmark and prints a table, or speaks the protocol of `serve`. Exit code 0."""
+def bench_update(request: Request) -> Report | None:
+    """Runs the benchmark; None after speaking the protocol of `serve`."""
     reuse_freed_memory()
     arguments = (request.size, request.obs, request.updates_per_dispatch)
     programs: dict[str, Program] = {}
@@ -237,15 +210,13 @@ def bench_update(request: Request) -> int:
             programs["plain"] = Program(*arguments)
     if request.protocol:
         serve(next(iter(programs.values())), sys.stdin)
-        return 0
+        return None
     if request.trace is not None:
         with jax.profiler.trace(str(request.trace)):
             programs["update"]()
         print(f"trace of one dispatch in {request.trace}: tensorboard --logdir {request.trace}, or ui.perfetto.dev")
     rows = measure(programs, request.rounds)
-    print(*(f"{k}: {v}" for k, v in machine().items()), sep=", ")
-    print(table(rows, list(programs)[-1]))
-    if request.json is not None:
-        report = {"bench": "update", "machine": machine(), "request": dataclasses.asdict(request), "rows": rows}
-        request.json.write_text(json.dumps(report, indent=2, default=str) + "\n")
-    return 0
+    against = () if request.against is None else ("speedup", "cpu_speedup")
+    note = f"speedup: {' over '.join(programs)}, paired round by round." if against else ""
+    columns = ("ms", "cpu_ms", "compile_s", "temp_mb", *against)
+    return Report("update", dataclasses.asdict(request), columns, rows, note)

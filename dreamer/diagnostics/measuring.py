@@ -82,7 +82,9 @@ def milliseconds(function: Callable[[], object], calls: int = 1) -> float:
 
 
 def figure(name: str, values: Sequence[float] | np.ndarray) -> dict[str, Any]:
-    """A median under this name and, beside it, the quartiles."""
+    """A median under this name and, beside it, the quartiles; of no values, nothing."""
+    if not len(values):
+        return {}
     low, middle, high = (float(x) for x in np.percentile(values, [25, 50, 75]))
     return {name: middle, name + _QUARTILES: [low, high]}
 
@@ -101,7 +103,9 @@ def read_report(path: Path, part: str) -> Report:
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"--compare: expected a file that --json wrote, got {path} ({error})") from None
     if found.part != part:
-        raise ConfigError(f"--compare: expected figures of `dreamer bench {part}`, got those of `{found.part}` ({path})")
+        raise ConfigError(
+            f"--compare: expected figures of `dreamer bench {part}`, got those of `{found.part}` ({path})"
+        )
     return found
 
 

@@ -1,0 +1,179 @@
+"""`dreamer bench` beyond the update: what is asked for, what is measured, tables and comparisons."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from tiny_runs import share_agents, tiny_config
+
+from dreamer.cli import main
+from dreamer.commands import bench
+from dreamer.diagnostics import bench_loop, measuring
+from dreamer.diagnostics.bench_env import ALONE, bench_env
+from dreamer.diagnostics.bench_policy import bench_policy
+from dreamer.diagnostics.bench_replay import bench_replay
+from dreamer.diagnostics.measuring import Report, figure, read_report, save_report, show, take_turns
+from dreamer.presets import load_config
+from dreamer.schema import ConfigError
+
+MACHINE = {"processor": "a fast one", "cores": "2", "device": "1 x cpu (cpu)", "python": "3", "jax": "1"}
+MACHINE |= {"jaxlib": "1", "dreamer": "0"}
+
+
+def report(ms: float = 10.0, part: str = "policy", **changes: Any) -> Report:
+    rows = {"one": {**figure("ms", [ms - 1, ms, ms + 1]), "share": 0.925, "where": "here"}}
+    return Report(part, {"rounds": 3}, ("ms", "share", "where", "missing"), rows, "a note", MACHINE | changes)
+
+
+# Tables, files, comparisons
+
+
+def test_medians_and_quartiles() -> None:
+    assert figure("ms", [5, 1, 3, 2, 4]) == {"ms": 3, "ms_quartiles": [2, 4]}
+    assert figure("ms", [7]) == {"ms": 7, "ms_quartiles": [7, 7]}
+    assert figure("ms", []) == {}
+
+
+def test_contenders_take_turns() -> None:
+    order: list[str] = []
+    contenders: dict[str, Callable[[], int]] = {
+        name: lambda name=name: (order.append(name), len(order))[1] for name in ("a", "b")
+    }
+    assert take_turns(contenders, 2) == {"a": [1, 3], "b": [2, 4]}
+    assert order == ["a", "b", "a", "b"]
+
+
+def test_a_report_names_the_machine_and_shows_median_and_spread(capsys: pytest.CaptureFixture[str]) -> None:
+    show(report())
+    text = capsys.readouterr().out
+    assert "a fast one, 2 cores; 1 x cpu (cpu); python 3, jax 1" in text
+    assert "10" in text and "9.50..10.50" in text and "92%" in text and "a note" in text
+    assert " x" not in text.replace("1 x cpu", "")
+
+
+def test_ratios_stand_beside_the_figures_of_another_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    save_report(tmp_path / "other.json", report(20.0, jax="0.9"))
+    other = read_report(tmp_path / "other.json", "policy")
+    assert other == dataclasses.replace(report(20.0, jax="0.9"), columns=list(report().columns))
+    show(report(), other)
+    text = capsys.readouterr().out
+    assert "0.50 x" in text and "1.00 x" in text
+    assert "not the same machine: jax 0.9 there, 1 here" in text
+    assert "not the same request" not in text
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}", '{"part": "loop", "request": {}, "columns": [], "rows": {}}'])
+def test_what_is_no_report_of_this_part_is_refused(tmp_path: Path, content: str | None) -> None:
+    file = tmp_path / "other.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ConfigError, match="--compare: expected"):
+        read_report(file, "policy")
+
+
+def test_the_machine_is_named() -> None:
+    found = measuring.machine()
+    assert {"processor", "cores", "device", "system", "python", "jax", "dreamer", "numpy"} <= set(found)
+    assert all(isinstance(value, str) and value for value in found.values())
+    assert "cpu" in found["device"]
+
+
+# The command
+
+
+def test_every_part_takes_the_options_of_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[tuple[Any, ...]] = []
+    for part in ("policy", "replay", "env", "loop"):
+        measure = lambda *arguments, part=part: (seen.append(arguments), report(part=part))[1]  # noqa: E731
+        monkeypatch.setattr(f"dreamer.diagnostics.bench_{part}.bench_{part}", measure)
+    file = tmp_path / "out.json"
+    assert main(["bench", "policy", "--envs", "1", "8", "--rounds", "2", "--json", str(file)]) == 0
+    assert main(["bench", "env", "--configs", "debug", "--env.num_envs", "3", "--steps", "5"]) == 0
+    assert main(["bench", "replay", "--task", "toy_catch", "--capacity", "100"]) == 0
+    assert main(["bench", "loop", "--configs", "debug", "--train-ratios", "8", "2", "--seconds", "1"]) == 0
+    assert main(["bench", "policy", "--compare", str(file)]) == 0
+    policy, env, replay, loop, again = seen
+    assert policy == (load_config(["quickstart"]), [1, 8], 2) and again == (load_config(["quickstart"]), None, 15)
+    assert env == (load_config(["debug"], {"env.num_envs": 3}), 15, 5)
+    assert replay == (load_config([], {"task": "toy_catch"}), 100, 100, None)
+    assert loop == ({"toy_catch": load_config(["debug"])}, [8.0, 2.0], 1.0, 5)
+    assert json.loads(file.read_text())["part"] == "policy"
+
+
+def test_the_loop_is_measured_on_three_suites_unless_told_otherwise() -> None:
+    configs = bench.loop_configs(["--env.num_envs", "2"])
+    assert [config.task for config in configs.values()] == ["toy_catch", "atari100k_pong", "dmc_cartpole_swingup"]
+    assert all(config.env.num_envs == 2 for config in configs.values())
+
+
+@pytest.mark.parametrize("line", ["update --seed 1", "policy 3", "env --configs", "loop --train-ratios x", "nothing"])
+def test_mistakes_end_in_one_line(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", *line.split()]) == 2
+    assert "dreamer: error:" in capsys.readouterr().err
+
+
+# Measuring, small
+
+
+def test_the_policy_is_measured_for_every_number_of_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dreamer.diagnostics.bench_policy.CALLS", 2)
+    found = bench_policy(tiny_config(), [2, 1], rounds=3)
+    assert list(found.rows) == ["1 environment", "2 environments"]
+    for count, row in enumerate(found.rows.values(), 1):
+        low, high = row["ms_quartiles"]
+        assert 0 < low <= row["ms"] <= high and row["first_call_s"] > 0
+        np.testing.assert_allclose(row["steps_per_s"], count * 1e3 / row["ms"])
+
+
+def test_replay_is_measured_beside_plain_copying(tmp_path: Path) -> None:
+    found = bench_replay(tiny_config(), rounds=3, capacity=200, folder=tmp_path)
+    operations = ("draw a batch", "add a step", "write latents")
+    assert list(found.rows) == [f"{storage}: {what}" for storage in ("host", "disk") for what in operations]
+    assert all(row["ms"] > 0 and row["plain_ms"] > 0 and row["ratio"] > 0 for row in found.rows.values())
+    assert not any(tmp_path.iterdir())
+
+
+def test_environments_are_measured_by_where_they_run() -> None:
+    before = psutil.Process().num_threads()
+    atari = load_config(["atari100k"], {"env.num_envs": 2})
+    found = bench_env(atari, rounds=2, steps=4)
+    assert list(found.rows) == [ALONE, "inline", "process", "native"]
+    assert all(row["steps_per_s"] > 0 and row["steps_per_cpu_s"] > 0 for row in found.rows.values())
+    assert found.rows[ALONE]["speed_ratio"] == found.rows[ALONE]["cpu_speed_ratio"] == 1
+    assert psutil.Process().num_threads() <= before
+    assert list(bench_env(tiny_config(env__num_envs=1), rounds=2, steps=4).rows) == ["inline", "process"]
+
+
+@pytest.mark.parametrize(("ratio", "together"), [(16, 1), (32, 2), (4, 1)])
+def test_the_loop_is_measured_beside_its_parts(monkeypatch: pytest.MonkeyPatch, ratio: float, together: int) -> None:
+    share_agents(monkeypatch)
+    config = tiny_config(run__updates_per_dispatch=together)
+    found = bench_loop.bench_loop({"tiny": config}, [ratio], seconds=0.5, rounds=2)
+    ((name, row),) = found.rows.items()
+    assert name == f"tiny, train ratio {ratio:g}"
+    assert "which share the cores of this CPU" in found.note
+    # Batches of 2 x 8, two environments: each pass owes an eighth of the ratio in updates.
+    np.testing.assert_allclose(row["updates_per_pass"], ratio / 8, atol=0.2 if ratio == 4 else 0)
+    np.testing.assert_allclose(row["agent_steps_per_s"], 2e3 / row["pass_ms"], rtol=0.2)
+    bound = row["policy_ms"] + row["envs_ms"] + row["updates_per_pass"] * row["update_ms"]
+    np.testing.assert_allclose(row["bound_per_s"], 2e3 / bound, rtol=0.2)
+    assert row["share"] > 0.05
+
+
+def test_the_bound_on_an_accelerator_is_the_slower_of_environments_and_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = bench_loop._Parts.__new__(bench_loop._Parts)
+    parts._policy, parts._envs = "policy", "envs"  # type: ignore[assignment]
+    monkeypatch.setattr(bench_loop, "milliseconds", lambda part, calls: {"policy": 2.0, "envs": 5.0}[part])
+    monkeypatch.setattr(parts, "_dispatch", lambda count: 3.0 * count)
+    for shared, expected in ((True, 2 + 5 + 9), (False, 2 + 9)):
+        monkeypatch.setattr(bench_loop, "cores_are_shared", lambda shared=shared: shared)
+        line = parts.line(100.0, 10, {1: 10, 2: 10})
+        assert line["bound_ms"] == expected and line["pass_ms"] == 10
+        assert line["updates_per_pass"] == 3 and line["update_ms"] == 3
