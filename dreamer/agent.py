@@ -21,6 +21,7 @@ from dreamer.distributions import sum_of
 from dreamer.networks import COLUMNS, ROWS, Draws, columns, rows
 from dreamer.optimizer import make_optimizer, root_mean_square, update_slow
 from dreamer.rssm import RSSM, State, feature
+from dreamer.sharding import BATCH, BATCHES, STATE, WHOLE, make_devices
 from dreamer.types import ACTION_MASK, Field, Spaces, masks_actions
 from dreamer.world_model import WorldModel
 
@@ -84,13 +85,21 @@ class DreamerModel(nnx.Module):
 class Agent:
     """Pure functions over a `TrainState`, jit-compiled once each.
 
-    observations, actions: spaces by name; config: the whole configuration; dtype: of activations.
+    observations, actions: spaces by name; config: the whole configuration; dtype: of activations; devices: what to
+    compute on, as far as the options ask for them, none for JAX's default device. ValueError if they do not fit.
     """
 
     #: How dreams lie.
     layout = COLUMNS
 
-    def __init__(self, observations: Spaces, actions: Spaces, config: Config, dtype: jnp.dtype = jnp.float32) -> None:
+    def __init__(
+        self,
+        observations: Spaces,
+        actions: Spaces,
+        config: Config,
+        dtype: jnp.dtype = jnp.float32,
+        devices: Sequence[jax.Device] = (),
+    ) -> None:
         self.observations, self.actions, self.config = dict(observations), dict(sorted(actions.items())), config
         self.dtype = jnp.dtype(dtype)
         self.optimizer = make_optimizer(config.optimizer)
@@ -104,11 +113,14 @@ class Agent:
         self.loss_scales = self._loss_scales(model)
         self.numbered = nnx.to_pure_dict(state)
         self.opt_template = jax.eval_shape(self.optimizer.init, text_keys(self.numbered))
-        self.init = jax.jit(self._init)
-        self.policy = jax.jit(self._policy, donate_argnums=1)
-        self.train_step = jax.jit(self._train_step, donate_argnums=0, compiler_options=compiler_options())
-        self.train_steps = jax.jit(self._train_steps, donate_argnums=0, compiler_options=compiler_options())
-        self.report = jax.jit(self._report)
+        shapes = functools.partial(jax.eval_shape, self._init, 0)
+        self.devices = over = make_devices(devices, config.run, config.optimizer.accumulate, shapes)
+        options = {"donate_argnums": 0, "compiler_options": compiler_options()}
+        self.init = over.jit(self._init, [WHOLE], STATE)
+        self.train_step = over.jit(self._train_step, [STATE, BATCH], [STATE, BATCH, WHOLE], **options)
+        self.train_steps = over.jit(self._train_steps, [STATE, BATCH], [STATE, BATCHES, WHOLE], **options)
+        self.policy = over.jit_local(self._policy, donate_argnums=1)
+        self.report = over.jit_local(self._report)
 
     # Acting
 
@@ -168,7 +180,7 @@ class Agent:
         if slices == 1:
             grads, (scale, latents, metrics) = self._gradients(state, batch, key)
         else:
-            parts = jax.tree.map(lambda x: x.reshape(slices, -1, *x.shape[1:]), dict(batch))
+            parts = self.devices.slices(jax.tree.map(lambda x: x.reshape(slices, -1, *x.shape[1:]), dict(batch)))
             grads, (scale, latents, metrics) = self._accumulate(state, parts, jax.random.split(key, slices))
         params = state["params"]
         opt = serialization.from_state_dict(self.opt_template, state["opt"])
@@ -211,8 +223,9 @@ class Agent:
         return jnp.isfinite(jnp.stack(checked)).all()
 
     def _gradients(self, state: TrainState, batch: Batch, key: jax.Array) -> tuple[Any, tuple]:
-        loss = jax.grad(self.loss, has_aux=True)
-        return loss(state["params"], state["slow_value"], state["return_scale"], batch, key)
+        params, slow_value = self.devices.gathered((state["params"], state["slow_value"]))
+        grads, outputs = jax.grad(self.loss, has_aux=True)(params, slow_value, state["return_scale"], batch, key)
+        return self.devices.divided(grads), outputs
 
     def _accumulate(self, state: TrainState, parts: Batch, keys: jax.Array) -> tuple[Any, tuple]:
         """Gradients averaged over equal slices (slices, B/slices, T+1, ...), one in memory at a time.

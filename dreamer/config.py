@@ -57,6 +57,20 @@ class RunConfig:
     compute_dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "Dtype of activations; auto: bfloat16 on accelerators, float32 on the CPU"
     )
+    mesh_data: int | None = option(
+        None,
+        "A batch is divided over so many devices, times run.mesh_model; null: over as many as there are and divide it",
+        "devices",
+        resume=True,
+        ge=1,
+    )
+    mesh_model: int | None = option(
+        None,
+        "Devices that share one copy of the weights; null: 1, from 100 million parameters on as many as can",
+        "devices",
+        resume=True,
+        ge=1,
+    )
     collect: bool = option(
         True, "false: train on the preloaded data alone; run.agent_steps counts the steps that collecting would take"
     )
