@@ -20,6 +20,7 @@ import dreamer
 from dreamer.agent import Agent
 from dreamer.commands import bench as bench_command
 from dreamer.commands import collect as collect_command
+from dreamer.commands import doctor as doctor_command
 from dreamer.commands import eval as eval_command
 from dreamer.commands import export as export_command
 from dreamer.commands import train as train_command
@@ -93,6 +94,8 @@ def test_commands_parse(path, tmp_path, monkeypatch):
                 check_task(config.task)
             case ("export", arguments):
                 export_command.parser().parse_args(arguments)
+            case ("doctor", arguments):
+                doctor_command.parser().parse_args(arguments)
             case ("bench", arguments):
                 bench_command.loop_configs(bench_command.parser().parse_known_args(arguments)[1])
             case ("envs", ["check", task, *options]):
@@ -113,7 +116,7 @@ def test_commands_parse(path, tmp_path, monkeypatch):
 @every_document
 def test_options_and_presets_exist(path):
     known = {*options(), "configs", "help", "slow", *FOREIGN_OPTIONS}
-    parsers = [eval_command.parser(), collect_command.parser(), export_command.parser()]
+    parsers = [eval_command.parser(), collect_command.parser(), export_command.parser(), doctor_command.parser()]
     bench_command.add_parts(bench := argparse.ArgumentParser().add_subparsers())
     parsers += bench.choices.values()
     known |= {name.removeprefix("--") for p in parsers for a in p._actions for name in a.option_strings}
