@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,24 +36,38 @@ Batch = Mapping[str, jax.Array]
 STREAMS = {"init": 0, "policy": 1, "train": 2, "eval": 3, "report": 4}
 
 
-#: XLA's defaults on the CPU hand every sum to a library, which keeps the arithmetic around it from being fused, and
-#: use half the width of wide vector units.
-CPU_OPTIONS = {
-    "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
-    "xla_cpu_prefer_vector_width": 512,
+#: How XLA compiles an update, by kind of device, where its defaults are not the best.
+COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
+    # The defaults hand every sum to a library, which keeps the arithmetic around it from being fused, and use half the
+    # width of wide vector units.
+    "cpu": {
+        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
+        "xla_cpu_prefer_vector_width": 512,
+    },
+    # An update is some hundred small kernels in loops: record whole loops, not kernels, to be launched at once, and let
+    # devices add up gradients while they compute. Where the driver cannot record loops, XLA records what is in them.
+    "gpu": {
+        "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,"
+        "CONDITIONAL,WHILE",
+        "xla_gpu_enable_latency_hiding_scheduler": True,
+    },
 }
 
 
 @functools.cache
 def compiler_options() -> dict[str, Any] | None:
-    """How XLA should compile an update on this machine; None (its defaults) where it does not know `CPU_OPTIONS`."""
-    if jax.default_backend() != "cpu":
+    """How XLA should compile an update on this machine; None (its defaults) where it does not know these options, or
+    where XLA_FLAGS has some of its own for this kind of device.
+    """
+    kind = jax.default_backend()
+    options = COMPILER_OPTIONS.get(kind)
+    if options is None or f"--xla_{kind}_" in os.environ.get("XLA_FLAGS", ""):
         return None
     try:
-        jax.jit(lambda x: x, compiler_options=CPU_OPTIONS).lower(0).compile()
+        jax.jit(lambda x: x, compiler_options=options).lower(0).compile()
     except jax.errors.JaxRuntimeError:
         return None
-    return dict(CPU_OPTIONS)
+    return dict(options)
 
 
 def stream_key(run_key: jax.Array | np.ndarray, stream: str, counter: int | jax.Array) -> jax.Array:

@@ -1,0 +1,197 @@
+"""What an accelerator would be asked to compute: proved on a machine without one, nothing is compiled for it."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import export
+
+from dreamer import agent as agent_module
+from dreamer.agent import Agent
+from dreamer.config import Config
+from dreamer.presets import load_config, preset_names
+from dreamer.runtime.devices import keep_compiled_programs
+from dreamer.types import Space, Spaces, replay_fields
+
+
+def image(side: int, channels: int = 3) -> dict[str, Space]:
+    return {"image": Space("image", (side, side, channels))}
+
+
+def vector(**widths: int) -> dict[str, Space]:
+    return {name: Space("vector", (width,)) for name, width in widths.items()}
+
+
+def classes(count: int) -> dict[str, Space]:
+    return {"action": Space("discrete", (), (count,))}
+
+
+def box(width: int) -> dict[str, Space]:
+    return {"action": Space("vector", (width,))}
+
+
+MINECRAFT = {
+    **image(64),
+    **vector(inventory=390, inventory_max=390, health=1, hunger=1, breath=1),
+    "equipped": Space("discrete", (), (391,)),
+}
+
+#: What each preset's task shows and takes.
+TASKS: dict[str, tuple[Spaces, Spaces]] = {
+    "atari": (image(96, 1), classes(18)),
+    "atari100k": (image(64), classes(6)),
+    "bsuite": (vector(observation=50), classes(3)),
+    "carracing": (image(64), box(3)),
+    "crafter": (image(64), classes(17)),
+    "debug": (image(16), classes(3)),
+    "dmc_proprio": (vector(height=1, orientations=14, velocity=9), box(6)),
+    "dmc_vision": (image(64), box(6)),
+    "dmlab": (image(64), classes(15)),
+    "gym": (vector(observation=4), classes(2)),
+    "memory_maze": (image(64), classes(6)),
+    "minecraft": (MINECRAFT, classes(25)),
+    "minigrid": (image(64), classes(7)),
+    "procgen": (image(64), classes(15)),
+    "quickstart": (image(32), classes(3)),
+    "vizdoom": (image(64), classes(3)),
+}
+#: One of each kind; the others take as long again.
+QUICK = {"atari", "crafter", "dmc_proprio", "minecraft"}
+
+
+def shapes(agent: Agent, config: Config) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
+    """The training state and a batch, without their numbers."""
+    lead = config.run.batch_size, config.run.batch_length + 1
+    fields = replay_fields(agent.observations, agent.actions, agent.extras)
+    batch = {key: jax.ShapeDtypeStruct((*lead, *field.shape), field.dtype) for key, field in fields.items()}
+    return jax.eval_shape(agent._init, 0), batch
+
+
+def test_every_preset_is_here():
+    sizes = {name for name in preset_names() if name.startswith("size")}
+    assert set(TASKS) == set(preset_names()) - sizes - {"cpu"}
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TASKS]
+)
+def test_the_update_of_every_preset_lowers_for_gpu_and_tpu(name):
+    config = load_config([name])
+    agent = Agent(*TASKS[name], config, jnp.bfloat16)
+    lowered = export.export(jax.jit(agent._train_step), platforms=("cuda", "tpu"))(*shapes(agent, config))
+    assert lowered.platforms == ("cuda", "tpu")
+    assert len(lowered.out_avals) > len(jax.tree.leaves(agent.numbered))
+
+
+# bfloat16
+
+#: Arithmetic that loses too much, or overflows, in bfloat16; sums of AD over the batch are left to the compiler.
+PRECISE = {
+    "cumprod",
+    "cumsum",
+    "erf_inv",
+    "exp",
+    "integer_pow",
+    "log",
+    "log1p",
+    "pow",
+    "rsqrt",
+    "sort",
+    "sqrt",
+    "square",
+}
+#: What nearly all time goes into.
+FAST = {"conv_general_dilated", "dot_general"}
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """All equations, those of inner functions included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, list | tuple) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
+
+
+@pytest.fixture(scope="module")
+def traced() -> Any:
+    """The update in bfloat16, with every kind of observation and action."""
+    config = load_config(["crafter", "size1m"])
+    seen = {**image(64), **vector(speed=5), "item": Space("discrete", (), (4,))}
+    agent = Agent(seen, {**classes(17), "walk": Space("vector", (2,))}, config, jnp.bfloat16)
+    return jax.jit(agent._train_step).trace(*shapes(agent, config))
+
+
+def test_products_are_bfloat16_and_delicate_arithmetic_float32(traced):
+    found = collections.defaultdict(set)
+    for equation in equations(traced.jaxpr.jaxpr):
+        found[equation.primitive.name] |= {
+            value.aval.dtype for value in equation.invars if jnp.issubdtype(value.aval.dtype, jnp.floating)
+        }
+    assert {name for name in found if found[name] == {jnp.dtype(jnp.bfloat16)}} >= FAST
+    assert {name: found[name] for name in PRECISE & found.keys() if found[name] != {jnp.dtype(jnp.float32)}} == {}
+    assert len(PRECISE & found.keys()) >= 10
+
+
+def test_what_is_kept_between_updates_is_float32(traced):
+    state, latents, metrics = traced.out_info
+    floats = lambda tree: {x.dtype.name for x in jax.tree.leaves(tree) if x.dtype.name.startswith(("float", "bf"))}  # noqa: E731
+    for name in ("params", "slow_value", "opt", "return_scale"):
+        assert floats(state[name]) == {"float32"}, name
+    assert floats(metrics) == {"float32"}
+    assert {key: value.dtype.name for key, value in latents.items()} == {"deter": "bfloat16", "stoch": "uint8"}
+
+
+# The compiler
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if JAX's default device were a GPU, with nothing said in XLA_FLAGS."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    agent_module.compiler_options.cache_clear()
+    yield
+    agent_module.compiler_options.cache_clear()
+
+
+def test_compiler_options_of_a_gpu_are_known_to_this_xla(on_gpu):
+    assert agent_module.compiler_options() == agent_module.COMPILER_OPTIONS["gpu"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "ours"),
+    [("--xla_gpu_autotune_level=2", False), ("--xla_dump_to=/nowhere --xla_gpu_graph_min_graph_size=3", False)]
+    + [("--xla_force_host_platform_device_count=8", True)],
+)
+def test_the_users_flags_come_first(on_gpu, monkeypatch, flags, ours):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    assert (agent_module.compiler_options() is not None) == ours
+
+
+def test_an_option_that_xla_does_not_know_is_left_out(on_gpu, monkeypatch):
+    monkeypatch.setitem(agent_module.COMPILER_OPTIONS, "gpu", {"xla_gpu_of_the_future": True})
+    assert agent_module.compiler_options() is None
+
+
+def test_autotuning_is_kept_beside_the_compiled_programs(tmp_path, monkeypatch):
+    """What a GPU found out about its kernels; JAX itself does it, wherever there is a compilation cache."""
+    from jax._src.compiler import get_compile_options
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = jax.config.values["jax_compilation_cache_dir"]
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        keep_compiled_programs()
+        options = get_compile_options(num_replicas=1, num_partitions=1)
+        folder = options.executable_build_options.debug_options.xla_gpu_per_fusion_autotune_cache_dir
+        assert folder.startswith(str(tmp_path / "dreamer" / "jax"))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
