@@ -29,6 +29,9 @@ class RunConfig:
 
     agent_steps: int = option(1_100_000, "Length of the run", "agent steps", resume=True, gt=0)
     train_ratio: float = option(256.0, "Replayed steps per collected agent step", gt=0)
+    seeds: int | None = option(
+        None, "Independent agents trained together, in folders seed_N of the logdir; null: one, in the logdir", ge=1
+    )
     updates_per_dispatch: int = option(
         1, "Updates in one program on the device, where at least as many are due in the same step", gt=0
     )
@@ -54,9 +57,6 @@ class RunConfig:
     platform: Literal["auto", "cpu", "gpu", "tpu"] = option(
         "auto", "Device kind; auto: the fastest present", resume=True
     )
-    compute_dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "Dtype of activations; auto: bfloat16 on accelerators, float32 on the CPU"
-    )
     mesh_data: int | None = option(
         None,
         "A batch is divided over so many devices, times run.mesh_model; null: over as many as there are and divide it",
@@ -70,6 +70,9 @@ class RunConfig:
         "devices",
         resume=True,
         ge=1,
+    )
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "Dtype of activations; auto: bfloat16 on accelerators, float32 on the CPU"
     )
     collect: bool = option(
         True, "false: train on the preloaded data alone; run.agent_steps counts the steps that collecting would take"

@@ -21,8 +21,9 @@ from dreamer.cli import main
 from dreamer.replay import Selection
 from dreamer.runtime.checkpoint import Checkpointer, CheckpointWarning
 from dreamer.runtime.logging import LogWarning
+from dreamer.runtime.loop import Run
 from dreamer.runtime.schedule import SaveTimer
-from dreamer.runtime.train import ENVIRONMENTS_FAILED, Run, train
+from dreamer.runtime.train import ENVIRONMENTS_FAILED, train
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from dreamer.envs import InlineVectorEnv
 from dreamer.presets import load_config
 from dreamer.replay import Selection
 from dreamer.runtime.checkpoint import Checkpointer, CheckpointWarning
-from dreamer.runtime.train import Run
+from dreamer.runtime.loop import Run
 
 FOREVER = 10_000_000
 OPTIONS = (

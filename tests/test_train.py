@@ -26,7 +26,7 @@ from dreamer.cli import main
 from dreamer.envs import env_seed
 from dreamer.presets import load_config
 from dreamer.runtime.checkpoint import Checkpointer
-from dreamer.runtime.train import Run
+from dreamer.runtime.loop import Run
 
 ROUND: Script = [(0.0, False, False)] * 4 + [(1.0, True, False)]
 

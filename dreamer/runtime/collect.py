@@ -71,7 +71,7 @@ class Collector:
 
     def _begin(self) -> None:
         count = self.envs.num_envs
-        self._carry = self._agent.init_policy(count)
+        self.carry = self._agent.init_policy(count)
         self._obs = self.envs.reset()
         self._scores, self._lengths = np.zeros(count), np.zeros(count, int)
         self._log_sum = {key: np.zeros(count) for key in self._logged}
@@ -85,7 +85,7 @@ class Collector:
         """
         return {
             "counter": self.counter,
-            "carry": jax.device_get(self._carry),
+            "carry": jax.device_get(self.carry),
             "obs": self._obs,
             "scores": self._scores,
             "lengths": self._lengths,
@@ -97,7 +97,7 @@ class Collector:
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.counter, self._wanted = state["counter"], state["wanted"]
         # A copy: the policy donates its carry.
-        self._carry = jax.tree.map(jnp.array, state["carry"])
+        self.carry = jax.tree.map(jnp.array, state["carry"])
         self._obs = state["obs"]
         self._scores, self._lengths = state["scores"], state["lengths"]
         self._log_sum, self._log_max = dict(state["log_sum"]), dict(state["log_max"])
@@ -105,9 +105,17 @@ class Collector:
     def act(self, params: Any) -> Batch:
         """Choose actions and start stepping. Returns what replay stores: transition, action and policy extras."""
         key = None if self._key is None else self._key(self.counter)
-        seen = {k: self._obs[k] for k in (*self._visible, "is_first")}
-        self._carry, action, extras = self._agent.policy(params, self._carry, seen, key)
-        action, extras = jax.device_get((action, extras))
+        self.carry, action, extras = self._agent.policy(params, self.carry, self.seen, key)
+        return self.send(*jax.device_get((action, extras)))
+
+    @property
+    def seen(self) -> Batch:
+        """What the policy looks at."""
+        return {k: self._obs[k] for k in (*self._visible, "is_first")}
+
+    def send(self, action: Batch, extras: Batch) -> Batch:
+        """Start stepping with the policy's choice for what was seen; what replay stores, as `act`."""
+        seen = self.seen
         self.counter += 1
         # An observation that is not finite shows in the action a step later at the earliest.
         if not_finite({**seen, **action, **extras}):

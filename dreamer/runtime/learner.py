@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -48,15 +48,30 @@ class Learner:
         self, agent: Agent, state: TrainState, replay: Replay, batch_size: int, watch: Stopwatch | None = None
     ) -> None:
         """watch: books the time under replay, transfer and update."""
-        self.agent, self.state, self.replay = agent, state, replay
+        self.agent, self.replay = agent, replay
+        self._state: Any = state
+        self._lender: Callable[[], TrainState] | None = None
         self._batch_size = batch_size
         self._watch = watch or Stopwatch()
         self._finite = jax.jit(agent.finite)
         self._exchange = jax.jit(_exchange, donate_argnums=0)
         self._landing: tuple[list[np.ndarray], Mapping[str, Any]] | None = None
         self._waiting: list[_Drawn] = []
+        self._taken: list[_Drawn] = []
         self._newest: _Dispatched | None = None
         self._pending: collections.deque[_Dispatched] = collections.deque()
+
+    @property
+    def state(self) -> TrainState:
+        return self._state if self._lender is None else self._lender()
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        self._state = state
+
+    def lend(self, lender: Callable[[], TrainState]) -> None:
+        """From now on the training state is kept, and changed, by somebody else, who gives it when asked."""
+        self._state, self._lender = None, lender
 
     @property
     def params(self) -> Any:
@@ -72,20 +87,29 @@ class Learner:
 
         following: updates of the dispatch after this one, whose batches are gathered meanwhile.
         """
-        self._draw(count)
-        drawn, self._waiting = self._waiting[:count], self._waiting[count:]
+        batches = self.take(count)
         with self._watch.section("update"):
-            batches = [one.device for one in drawn]
             if count == 1:
                 self.state, latents, metrics = self.agent.train_step(self.state, batches[0])
             else:
                 self.state, latents, metrics = self.agent.train_steps(self.state, batches)
-            self._newest = _Dispatched(drawn, latents, metrics, self._finite(metrics))
+            finite = self._finite(metrics)
+        self.dispatched(latents, metrics, finite, following)
+        return metrics
+
+    def take(self, count: int) -> list[Any]:
+        """The batches of the next `count` updates, on the device."""
+        self._draw(count)
+        self._taken, self._waiting = self._waiting[:count], self._waiting[count:]
+        return [one.device for one in self._taken]
+
+    def dispatched(self, latents: Mapping[str, Any], metrics: Mapping[str, Any], finite: Any, following: int) -> None:
+        """The updates on the batches that were taken are on their way, with these outputs; prepare for the next."""
+        self._newest = _Dispatched(self._taken, latents, metrics, finite)
         self._pending.append(self._newest)
         while len(self._pending) > 1:
             self._land(self._pending.popleft())
         self._draw(following)
-        return metrics
 
     def settle(self) -> None:
         """Wait for every dispatched update and write its latents back: before an evaluation and at the end."""

@@ -14,6 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
+from dreamer.agent import Agent
 from dreamer.config import Config
 from dreamer.envs import EnvError
 from dreamer.envs.faults import FaultBudget
@@ -51,23 +52,34 @@ from dreamer.runtime.weights import warm_start
 class RunParts:
     """Everything a run has: environments, agent, replay, learner, records, checkpoints, and its counters."""
 
-    def __init__(self, config: Config, make_env: MakeEnv | None, console: Console) -> None:
+    def __init__(
+        self,
+        config: Config,
+        make_env: MakeEnv | None,
+        console: Console,
+        *,
+        agent: Agent | None = None,
+        display: Display | None = None,
+        step: int | None = None,
+    ) -> None:
+        """agent, display: those of runs beside this one, to share. step: of the checkpoint to go on from; None: the
+        newest."""
         self.config, self.logdir, self.console, self._make_env = config, Path(config.logdir), console, make_env
         self.checkpointer = Checkpointer(self.logdir, config.run.checkpoint_keep, config.run.checkpoint_milestones)
-        found = self.checkpointer.restore(parts=())[2] if self.checkpointer.latest() is not None else None
-        self._found = found
+        found = self.checkpointer.restore(step=step, parts=())[2] if self.checkpointer.latest() is not None else None
+        self._found, self._from = found, step
         # Environments that go on from their states need no new seeds.
         self.restarts = 0 if found is None else found["restarts"] + (not found["exact"])
         self.envs = training_envs(config, self.restarts, make_env)
         try:
-            self._build()
+            self._build(agent, display)
         except BaseException:
             self.envs.close()
             raise
 
-    def _build(self) -> None:
+    def _build(self, agent: Agent | None, display: Display | None) -> None:
         config, resuming = self.config, self._found is not None
-        self.agent = make_agent(config, self.envs.observation_spaces, self.envs.action_spaces)
+        self.agent = agent or make_agent(config, self.envs.observation_spaces, self.envs.action_spaces)
         preload = find_preload(config, self.agent.observations, self.agent.actions) if not resuming else None
         self.preloaded = preload.room(self.envs.num_envs) if preload else (self._found or {}).get("preloaded", 0)
         self.replay = make_replay(config, self.agent, self.preloaded)
@@ -79,10 +91,10 @@ class RunParts:
         self.dream_video: Path | None = None
         self.metrics, self.watch = Aggregator(), Stopwatch()
         self.faults = FaultBudget(config.env)
-        self.display = Display(config.task, config.run.agent_steps, live=config.run.display, console=self.console)
+        self.display = display or Display(config.task, run.agent_steps, live=run.display, console=self.console)
         state, meta, progress = self._restore() if resuming else self._begin(preload)
         check_trainable(config, self.replay)
-        run_key = np.asarray(state["key"])
+        self.run_key = run_key = np.asarray(state["key"])
         self.learner = Learner(self.agent, state, self.replay, config.run.batch_size, self.watch)
         self.evaluator = Evaluator(config, self.agent, run_key, self._make_env, self._evaluation_fault)
         self.evaluator.rounds = meta.get("evaluations", 0)
@@ -98,7 +110,7 @@ class RunParts:
         self.due_save = SaveTimer(self.agent_steps, config.run.checkpoint_every, config.run.checkpoint_minutes)
         save_config(config, self.logdir / CONFIG_FILE)
         title = f"Resuming at agent step {self.agent_steps:,}" if resuming else "Training"
-        self.console.print(start_summary(title, summary_rows(config, self.agent, state, self.replay, self.envs)))
+        self.summary = start_summary(title, summary_rows(config, self.agent, state, self.replay, self.envs))
 
     @property
     def steps(self) -> Steps:
@@ -166,7 +178,7 @@ class RunParts:
             self.replay.load(self.checkpointer.replay_folder, meta["replay"])
             found[:] = [read_progress(folder)]
 
-        _, state, meta = self.checkpointer.restore(template, check=load)
+        _, state, meta = self.checkpointer.restore(template, self._from, check=load)
         self.agent_steps, self.updates = meta["agent_steps"], meta["updates"]
         changed = meta["train_ratio"] != self.config.run.train_ratio
         self.schedule.restore(meta["schedule"], self.agent_steps, changed)

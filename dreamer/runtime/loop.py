@@ -1,0 +1,187 @@
+"""The training loop: act, dispatch the updates that are due, step the environments while the device works."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dreamer.envs import EnvError
+from dreamer.envs.interface import Batch
+from dreamer.runtime.collect import Episode
+from dreamer.runtime.display import evaluation_table
+from dreamer.runtime.evaluate import as_evaluation
+from dreamer.runtime.nonfinite import NonFiniteActionError
+from dreamer.runtime.parts import RunParts
+from dreamer.runtime.report import open_loop_report
+from dreamer.runtime.schedule import Every
+from dreamer.runtime.signals import StopRequest
+
+
+class Run(RunParts):
+    """One run: the loop over its parts."""
+
+    def loop(self, stop: StopRequest) -> None:
+        """Until `run.agent_steps`, a request to stop, or too many failures of environments."""
+        self.console.print(self.summary)
+        self.begin(stop)
+        with self.display:
+            while self.going:
+                self._act()
+                self._update()
+                self.wait()
+                self.record(self.due_save(self.agent_steps))
+            self.settle()
+        self.finish()
+
+    def begin(self, stop: StopRequest) -> None:
+        """Before the first step."""
+        run, start = self.config.run, self.agent_steps
+        self.stop = stop
+        self._due_log, self._due_report = Every(run.log_every, start), Every(run.report_every, start)
+        self._due_eval, self._due_video = Every(run.eval_every, start), Every(self.config.log.video_every, start)
+
+    @property
+    def going(self) -> bool:
+        return self.agent_steps < self.config.run.agent_steps and not self.stop and not self.failed
+
+    def _act(self) -> None:
+        """Choose actions, send them off, store the steps."""
+        if self.collector is not None:
+            try:
+                with self.watch.section("act"):
+                    step = self.collector.act(self.learner.params)
+            except NonFiniteActionError:
+                # An update that is still under way may have broken the weights: then that is what to tell.
+                self.learner.settle()
+                raise
+            self.store(step)
+        self.agent_steps += self.envs.num_envs
+
+    def store(self, step: Batch) -> None:
+        """Into replay, what the collector gave."""
+        with self.watch.section("replay"):
+            self.replay.add(step)
+        self.watch.count(policy=self.envs.num_envs)
+
+    def wait(self) -> None:
+        """Take the next observations and the episodes that have ended."""
+        collector = self.collector
+        if collector is None:
+            return
+        try:
+            with self.watch.section("env"):
+                episodes = collector.wait()
+        except EnvError as error:  # An environment that could not be made anew, time after time.
+            self.failed = str(error)
+            return
+        with self.watch.section("log"):
+            self._log_episodes(episodes)
+            if self._due_video(self.agent_steps) and self.config.log.videos:
+                collector.record()
+
+    def record(self, save: bool) -> None:
+        """Log, report and evaluate where it is time for it; save if asked to."""
+        with self.watch.section("log"):
+            if self._due_log(self.agent_steps):
+                self._log_metrics()
+            self.display.update(self.steps, "" if self.schedule.started else "filling replay")
+        if self._due_report(self.agent_steps) and self.config.log.videos:
+            self.report()
+        if self._due_eval(self.agent_steps):
+            self.evaluate()
+        self._try_saving(self.checkpointer.poll)
+        if save:
+            self.save()
+
+    def settle(self) -> None:
+        """After the last step: everything is written down."""
+        if not self.stop and not self.failed:
+            self.learner.settle()
+            self._log_metrics()
+        self.save()
+
+    def _update(self) -> None:
+        """Dispatch the updates that are due."""
+        if not self.schedule.started and self.filled:
+            self.schedule.start(self.agent_steps)
+        for count, following in self.schedule.dispatches(self.agent_steps, self.envs.num_envs):
+            self.updated(count, self.learner.update(count, following))
+
+    @property
+    def filled(self) -> bool:
+        """Whether replay holds enough to begin training."""
+        return self.replay.starts >= self.config.run.batch_size * self.config.run.batch_length
+
+    def updated(self, count: int, metrics: Mapping[str, Any]) -> None:
+        """So many updates are on their way, with these metrics."""
+        self.metrics.add(metrics, "train/")
+        self.updates += count
+        self.watch.count(train=count * self.config.run.batch_size * self.config.run.batch_length)
+
+    def _log_episodes(self, episodes: list[Episode]) -> None:
+        for episode in episodes:
+            self.logger.episode(self.steps, episode.score, episode.length)
+            self.display.episode(episode.score)
+            self.metrics.add({"score": episode.score, "length": episode.length}, "episode/mean_")
+            self.metrics.add(episode.logs, "episode/")
+            if episode.frames:
+                self.logger.video(self.steps, "episode/video", np.stack(episode.frames))
+
+    def _log_metrics(self) -> None:
+        stats = {f"replay/{name}": value for name, value in self.replay.stats().items()}
+        times = self.watch.result()
+        self.display.times(times)
+        self.logger.scalars(self.steps, {**self.metrics.result(), **stats, **times})
+
+    def report(self) -> None:
+        """Write the open-loop dream video and its errors."""
+        if self.learner.batch is None:
+            return
+        with self.watch.section("report"):
+            videos, errors = open_loop_report(self.agent, self.learner.state, self.learner.batch)
+            self.logger.scalars(self.steps, errors)
+            for name, frames in videos.items():
+                self.dream_video = self.logger.video(self.steps, name, frames)
+
+    def evaluate(self) -> list[float]:
+        """Play evaluation episodes, log them, keep the weights if they are the best so far.
+
+        Returns the scores; none if the run was asked to stop meanwhile.
+        """
+        with self.watch.section("eval"):
+            self.learner.settle()
+            episodes = self.evaluator(self.learner.params, self._evaluating)
+        if self.stop:
+            return []
+        scores = [episode.score for episode in episodes]
+        mean, best = float(np.mean(scores)), self.checkpointer.best_score()
+        values = {"eval/score": mean, "eval/score_std": float(np.std(scores))}
+        further = as_evaluation(self.config, scores, [episode.logs for episode in episodes]).further
+        values |= {f"eval/{name}": value for name, value in further.items()}
+        self.logger.scalars(self.steps, values | {"eval/length": float(np.mean([e.length for e in episodes]))})
+        if np.isfinite(mean) and (best is None or mean >= best):
+            weights, meta = {"params": self.learner.params}, {"agent_steps": self.agent_steps}
+            self._try_saving(lambda: self.checkpointer.save_best(mean, weights, meta))
+        return scores
+
+    def _evaluating(self) -> bool:
+        """Between two steps of an evaluation; whether to give it up."""
+        self.display.update(self.steps, "evaluating")
+        return bool(self.stop)
+
+    def finish(self) -> None:
+        """What a person wants to see at the end, unless the run ended before."""
+        if self.stop or self.failed:
+            return
+        self.report()
+        if self.config.run.final_eval and (scores := self.evaluate()):
+            self.console.print(evaluation_table([as_evaluation(self.config, scores)]))
+        if self.dream_video is not None:
+            self.console.print(f"dream video: {self.dream_video}", soft_wrap=True)
+        if self.config.log.tensorboard:
+            viewer = Path(sys.executable).with_name("tensorboard")
+            self.console.print(f"curves and videos: {viewer} --logdir {self.logdir}", soft_wrap=True)
