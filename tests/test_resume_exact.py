@@ -125,7 +125,7 @@ def assert_equal_runs(logdir: Path, reference: Path) -> None:
     assert same(state, expected[1])
     assert same(stored, expected[3])
     assert stats == expected[4]
-    assert same(loop["learner"]["next"], expected[2]["learner"]["next"])
+    assert same(loop["learner"]["waiting"], expected[2]["learner"]["waiting"])
     assert same(loop["collector"], expected[2]["collector"])
 
 
