@@ -188,9 +188,9 @@ def test_arguments_reach_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dispatch", [None, 2])
-def test_the_benchmark_measures(dispatch: int | None) -> None:
-    program = bench.Program("1m", "vector", dispatch)
+@pytest.mark.parametrize(("dispatch", "seeds"), [(None, None), (2, 2)])
+def test_the_benchmark_measures(dispatch: int | None, seeds: int | None) -> None:
+    program = bench.Program("1m", "vector", dispatch, seeds)
     wall, cpu = program()
     assert wall > 0 and cpu > 0 and program.facts()["params"] == 640_867
-    assert int(program.state["updates"]) == 2 * (dispatch or 1)
+    assert np.ravel(program.state["updates"]).tolist() == [2 * (dispatch or 1)] * (seeds or 1)

@@ -56,6 +56,7 @@ def add_parts(parts: argparse._SubParsersAction) -> None:
     update.add_argument("--size", default="1m", help="size of the model, as in the presets size1m, size12m, ...")
     update.add_argument("--obs", choices=("vector", "image"), default="vector", help="what the agent observes")
     update.add_argument("--updates-per-dispatch", type=count, metavar="K", help="K updates in one program")
+    update.add_argument("--seeds", type=count, metavar="S", help="S agents in one update mapped over them")
     update.add_argument(
         "--against", choices=("plain",), help="plain: beside all rewrites swapped for their plain forms"
     )

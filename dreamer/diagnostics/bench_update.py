@@ -26,6 +26,7 @@ from dreamer.diagnostics.measuring import Report, Rows, figure, take_turns
 from dreamer.presets import load_config
 from dreamer.rssm import RSSM
 from dreamer.runtime.devices import choose_device, compute_dtype, reuse_freed_memory
+from dreamer.runtime.seeds import MappedAgent
 from dreamer.types import Space, Spaces, replay_fields
 
 #: Observation and action spaces of the benchmark.
@@ -125,15 +126,24 @@ def random_batch(agent: Agent, config: Config, seed: int = 0) -> dict[str, jax.A
 class Program:
     """A compiled update and the state it changes. One call is one dispatch, waited for."""
 
-    def __init__(self, size: str, obs: str, dispatch: int | None = None) -> None:
-        """size: of a preset, "1m"; obs: a row of `TASKS`; dispatch: updates in one dispatch, None for a single one."""
+    def __init__(self, size: str, obs: str, dispatch: int | None = None, seeds: int | None = None) -> None:
+        """size: of a preset, "1m"; obs: a row of `TASKS`; dispatch: updates in one dispatch, None for a single one;
+        seeds: agents that are updated together, None for a single one."""
         config = load_config([f"size{size}"], {})
         dtype = compute_dtype(config.run, choose_device("auto"))
         learner = Agent(*TASKS[obs], config, dtype)
-        self.updates, self.state = dispatch or 1, learner.init(0)
+        self.updates, self.seeds = dispatch or 1, seeds
         batches = [random_batch(learner, config, seed) for seed in range(self.updates)]
-        self.batch = batches[0] if dispatch is None else batches
-        update: Any = learner.train_step if dispatch is None else learner.train_steps
+        update: Any
+        self.batch: Any
+        if seeds is None:
+            self.state = learner.init(0)
+            self.batch = batches[0] if dispatch is None else batches
+            update = learner.train_step if dispatch is None else learner.train_steps
+        else:
+            mapped = MappedAgent(learner)
+            self.state = mapped.stack([learner.init(seed) for seed in range(seeds)])
+            self.batch, update = [batches] * seeds, mapped.update
         start = time.perf_counter()
         self.compiled = update.lower(self.state, self.batch).compile()
         self.compile_seconds = time.perf_counter() - start
@@ -141,10 +151,10 @@ class Program:
         self()  # warm-up: the first call touches its memory for the first time
 
     def __call__(self) -> tuple[float, float]:
-        """Wall and process CPU milliseconds of one update."""
+        """Wall and process CPU milliseconds of one update, of all seeds together."""
         wall, cpu = time.perf_counter(), time.process_time()
-        self.state, latents, self.metrics = self.compiled(self.state, self.batch)
-        jax.block_until_ready((self.state, latents, self.metrics))
+        self.state, latents, self.metrics, *further = self.compiled(self.state, self.batch)
+        jax.block_until_ready((self.state, latents, self.metrics, further))
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         return wall * 1e3 / self.updates, cpu * 1e3 / self.updates
 
@@ -155,7 +165,7 @@ class Program:
             "compile_s": round(self.compile_seconds, 1),
             "temp_mb": round(memory.temp_size_in_bytes / 2**20, 1),
             "loss": float(jnp.ravel(self.metrics["opt/loss"])[-1]),
-            "params": sum(x.size for x in jax.tree.leaves(self.state["params"])),
+            "params": sum(x.size for x in jax.tree.leaves(self.state["params"])) // (self.seeds or 1),
             "device": str(jax.devices()[0]),
         }
 
@@ -170,6 +180,7 @@ class Request:
     size: str = "1m"
     obs: str = "vector"
     updates_per_dispatch: int | None = None
+    seeds: int | None = None
     against: str | None = None
     rounds: int = 11
     protocol: bool = False
@@ -201,7 +212,7 @@ def measure(programs: Mapping[str, Program], rounds: int) -> Rows:
 def bench_update(request: Request) -> Report | None:
     """Runs the benchmark; None after speaking the protocol of `serve`."""
     reuse_freed_memory()
-    arguments = (request.size, request.obs, request.updates_per_dispatch)
+    arguments = (request.size, request.obs, request.updates_per_dispatch, request.seeds)
     programs: dict[str, Program] = {}
     if not (request.protocol and request.against):
         programs["update"] = Program(*arguments)
@@ -218,5 +229,8 @@ def bench_update(request: Request) -> Report | None:
     rows = measure(programs, request.rounds)
     against = () if request.against is None else ("speedup", "cpu_speedup")
     note = f"speedup: {' over '.join(programs)}, paired round by round." if against else ""
-    columns = ("ms", "cpu_ms", "compile_s", "temp_mb", *against)
+    if request.seeds is not None:
+        rows = {name: row | {"seed_updates_per_s": 1e3 * request.seeds / row["ms"]} for name, row in rows.items()}
+    rate = () if request.seeds is None else ("seed_updates_per_s",)
+    columns = ("ms", "cpu_ms", "compile_s", "temp_mb", *rate, *against)
     return Report("update", dataclasses.asdict(request), columns, rows, note)
