@@ -43,7 +43,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Run]]:
     share_agents(monkeypatch)
     made: list[Run] = []
     build = Run._build
-    monkeypatch.setattr(Run, "_build", lambda run: (made.append(run), build(run))[1])
+    monkeypatch.setattr(Run, "_build", lambda run, *shared: (made.append(run), build(run, *shared))[1])
     yield made
 
 

@@ -30,9 +30,9 @@ from dreamer.diagnostics.measuring import Report, Rows, figure, milliseconds
 from dreamer.envs import EnvError
 from dreamer.runtime.devices import keep_compiled_programs, reuse_freed_memory
 from dreamer.runtime.learner import Learner
+from dreamer.runtime.loop import Run
 from dreamer.runtime.setup import training_envs
 from dreamer.runtime.signals import StopRequest
-from dreamer.runtime.train import Run
 
 #: Passes with updates before anything is timed: each program has been compiled by then.
 _WARM_UP = 3

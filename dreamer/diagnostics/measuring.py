@@ -28,8 +28,8 @@ Rows = dict[str, dict[str, Any]]
 _QUARTILES = "_quartiles"
 #: How figures are shown, by the end of their names; all others in few digits.
 _FORMATS = {"share": "{:.0%}", "ratio": "{:.2f}x", "speedup": "{:.2f}x"}
-#: Tables have many columns; where there is no terminal to fit into, they take what they need.
-_WIDTH = 160
+#: Where there is no terminal to fit into, tables take what they need.
+_WIDTH = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,16 +132,16 @@ def show(report: Report, other: Report | None = None, console: Console | None = 
 
 def _table(report: Report, others: Rows) -> Table:
     table = Table(title=f"dreamer bench {report.part}", title_justify="left", title_style="bold", box=box.ROUNDED)
-    table.add_column("", no_wrap=True)
+    table.add_column("")
     for column in report.columns:
-        table.add_column(column.replace("_", " "), justify="right", no_wrap=True)
+        table.add_column(column.replace("_", " "), justify="right")
     for name, row in report.rows.items():
         table.add_row(name, *(_cell(column, row, others.get(name, {})) for column in report.columns))
     return table
 
 
 def _cell(column: str, row: Mapping[str, Any], other: Mapping[str, Any]) -> str:
-    """A figure, its quartiles, and its ratio to the one of the other report."""
+    """A figure, below it its quartiles, and its ratio to the one of the other report."""
     if (value := row.get(column)) is None:
         return ""
     if isinstance(value, str):
@@ -153,7 +153,7 @@ def _cell(column: str, row: Mapping[str, Any], other: Mapping[str, Any]) -> str:
         parts.append(f"[dim]{write(spread[0])}..{write(spread[1])}[/]")
     if other.get(column):
         parts.append(f"[cyan]{value / other[column]:.2f} x[/]")
-    return "  ".join(parts)
+    return "\n".join(parts)
 
 
 def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

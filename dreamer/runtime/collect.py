@@ -13,6 +13,7 @@ import numpy as np
 from dreamer.agent import Agent, stream_key
 from dreamer.envs import EnvError, VectorEnv
 from dreamer.envs.interface import Batch, Fault
+from dreamer.runtime import transfer
 from dreamer.runtime.nonfinite import NonFiniteActionError, not_finite
 from dreamer.types import LOG_PREFIX, TRANSITION_FIELDS, UNSCALED_REWARD, visible
 
@@ -35,11 +36,13 @@ class Episode:
 class Collector:
     """N environments and the policy that acts in them.
 
-    One step is split in two so that the caller can dispatch updates while the environments step::
+    One step is split so that the caller can read other numbers together with the actions, and dispatch updates while
+    the environments step::
 
-        transition = collector.act(params)     choose actions for the current observations, send them off
-        ...                                    the environments step, the device works
-        episodes = collector.wait()            the next observations are there
+        chosen = collector.choose(params)            actions for the current observations, still on the device
+        transition = collector.send(*read(chosen))   send them off; `act` does both
+        ...                                          the environments step, the device works
+        episodes = collector.wait()                  the next observations are there
     """
 
     def __init__(
@@ -85,7 +88,7 @@ class Collector:
         """
         return {
             "counter": self.counter,
-            "carry": jax.device_get(self.carry),
+            "carry": transfer.read(self.carry),
             "obs": self._obs,
             "scores": self._scores,
             "lengths": self._lengths,
@@ -103,10 +106,14 @@ class Collector:
         self._log_sum, self._log_max = dict(state["log_sum"]), dict(state["log_max"])
 
     def act(self, params: Any) -> Batch:
-        """Choose actions and start stepping. Returns what replay stores: transition, action and policy extras."""
+        """Choose actions and start stepping; what replay stores, as `send`."""
+        return self.send(*transfer.read(self.choose(params)))
+
+    def choose(self, params: Any) -> tuple[Any, Any]:
+        """Actions by name and policy extras, on the device."""
         key = None if self._key is None else self._key(self.counter)
         self.carry, action, extras = self._agent.policy(params, self.carry, self.seen, key)
-        return self.send(*jax.device_get((action, extras)))
+        return action, extras
 
     @property
     def seen(self) -> Batch:
@@ -114,7 +121,7 @@ class Collector:
         return {k: self._obs[k] for k in (*self._visible, "is_first")}
 
     def send(self, action: Batch, extras: Batch) -> Batch:
-        """Start stepping with the policy's choice for what was seen; what replay stores, as `act`."""
+        """Start stepping with what was chosen. Returns what replay stores: transition, action and policy extras."""
         seen = self.seen
         self.counter += 1
         # An observation that is not finite shows in the action a step later at the earliest.

@@ -12,8 +12,12 @@ import numpy as np
 
 from dreamer.agent import Agent, TrainState
 from dreamer.replay import DeviceStorage, Replay, Selection, device
+from dreamer.runtime import transfer
 from dreamer.runtime.meters import Stopwatch
 from dreamer.runtime.nonfinite import NonFiniteUpdateError
+
+#: Beside the latents, for the host wherever they go.
+_PRIORITY = "priority"
 
 
 @dataclasses.dataclass
@@ -27,12 +31,16 @@ class _Drawn:
 
 @dataclasses.dataclass
 class _Dispatched:
-    """K updates that the device may still be working on. `latents` become None when they have landed."""
+    """K updates that the device may still be working on. `latents` become None when they have landed.
+
+    arrived: whether the host has of them what it needs, and they were found sound.
+    """
 
     drawn: list[_Drawn]
     latents: Mapping[str, Any] | None
     metrics: Mapping[str, Any]
     finite: Any
+    arrived: bool = False
 
 
 class Learner:
@@ -106,10 +114,21 @@ class Learner:
     def dispatched(self, latents: Mapping[str, Any], metrics: Mapping[str, Any], finite: Any, following: int) -> None:
         """The updates on the batches that were taken are on their way, with these outputs; prepare for the next."""
         self._newest = _Dispatched(self._taken, latents, metrics, finite)
+        transfer.begin(self._needed(self._newest))
         self._pending.append(self._newest)
         while len(self._pending) > 1:
             self._land(self._pending.popleft())
         self._draw(following)
+
+    def under_way(self) -> list[Any]:
+        """What the host needs of updates that it has heard nothing of yet: for the read that brings the actions too."""
+        return [self._needed(done) for done in self._pending if not done.arrived]
+
+    def arrived(self, values: list[Any]) -> None:
+        """What was `under_way` has been read. NonFiniteUpdateError, naming the loss terms, unless it was sound."""
+        waiting = [done for done in self._pending if not done.arrived]
+        for done, found in zip(waiting, values, strict=True):
+            self._arrive(done, *found)
 
     def settle(self) -> None:
         """Wait for every dispatched update and write its latents back: before an evaluation and at the end."""
@@ -124,8 +143,9 @@ class Learner:
         """
         newest = None
         if self._newest is not None:
-            latents = None if self._newest.latents is None else dict(self._fetch(self._newest))
-            newest = {"drawn": _on_host(self._newest.drawn), "latents": latents}
+            if self._newest.latents is not None:
+                self._fetch(self._newest)
+            newest = {"drawn": _on_host(self._newest.drawn), "latents": transfer.read(self._newest.latents)}
         return {"newest": newest, "waiting": _on_host(self._waiting)}
 
     def restore(self, progress: Mapping[str, Any]) -> None:
@@ -166,41 +186,54 @@ class Learner:
 
     def _land(self, done: _Dispatched) -> None:
         """Write latents back, those of each update over those of the one before."""
+        self._fetch(done)
         selections = [one.selection for one in done.drawn]
-        if isinstance(self.replay.storage, DeviceStorage):
-            self._check(done, jax.device_get(done.finite))
-            assert done.latents is not None
-            if self._landing is not None:  # more batches were waiting than the last dispatch took
-                self._exchanged([])
-            written = dict(done.latents)
-            if (priority := written.pop("priority", None)) is not None:
-                priority = jax.device_get(priority).reshape(len(selections), *priority.shape[-2:])
-                for selection, values in zip(selections, priority, strict=True):
-                    self.replay.prioritize(selection, values)
-            self._landing = [self.replay.write_slots(selection) for selection in selections], written
-        else:
-            latents = self._fetch(done)
-            with self._watch.section("replay"):
+        assert done.latents is not None
+        with self._watch.section("replay"):
+            if isinstance(self.replay.storage, DeviceStorage):
+                self._stage(selections, dict(done.latents))
+            else:
                 for i, selection in enumerate(selections):
-                    self.replay.write(selection, _of_update(latents, i, len(selections)))
+                    self.replay.write(selection, _of_update(done.latents, i, len(selections)))
         done.latents = None
 
-    def _fetch(self, done: _Dispatched) -> Mapping[str, np.ndarray]:
-        """The latents of an update; NonFiniteUpdateError, naming the loss terms, unless it was sound."""
-        with self._watch.section("update"):
-            finite, latents = jax.device_get((done.finite, done.latents))
+    def _stage(self, selections: list[Selection], latents: dict[str, Any]) -> None:
+        """Device storage: have the next exchange write latents; priorities go to the host's tree at once."""
+        if self._landing is not None:  # more batches were waiting than the last dispatch took
+            self._exchanged([])
+        if (priority := latents.pop(_PRIORITY, None)) is not None:
+            priority = priority.reshape(len(selections), *priority.shape[-2:])
+            for selection, values in zip(selections, priority, strict=True):
+                self.replay.prioritize(selection, values)
+        self._landing = [self.replay.write_slots(selection) for selection in selections], latents
+
+    def _needed(self, done: _Dispatched) -> tuple[Any, dict[str, Any]]:
+        """What the host needs of a dispatch: whether it was sound, and what goes into replay from there."""
+        latents = done.latents or {}
+        if isinstance(self.replay.storage, DeviceStorage):
+            latents = {name: values for name, values in latents.items() if name == _PRIORITY}
+        return done.finite, dict(latents)
+
+    def _arrive(self, done: _Dispatched, finite: np.ndarray, latents: Mapping[str, np.ndarray]) -> None:
         self._check(done, finite)
-        return latents
+        done.latents, done.arrived = {**(done.latents or {}), **latents}, True
+
+    def _fetch(self, done: _Dispatched) -> None:
+        """Have on the host what it needs of a dispatch."""
+        if not done.arrived:
+            with self._watch.section("update"):
+                found = transfer.read(self._needed(done))
+            self._arrive(done, *found)
 
     def _check(self, done: _Dispatched, finite: np.ndarray) -> None:
         if finite:
             return
-        found = {k: np.atleast_1d(v).astype(float) for k, v in jax.device_get(dict(done.metrics)).items()}
+        found = {k: np.atleast_1d(v).astype(float) for k, v in transfer.read(dict(done.metrics)).items()}
         first = next(i for i in range(len(done.drawn)) if not self.agent.finite({k: v[i] for k, v in found.items()}))
         metrics = {k: float(v[first]) for k, v in found.items()}
         terms = {k: v for k, v in metrics.items() if k.startswith("loss/") and not np.isfinite(v)}
         terms |= {k: metrics[k] for k in ("opt/grad_norm", "opt/param_rms") if not np.isfinite(metrics[k])}
-        batch = jax.device_get(dict(done.drawn[first].batch))
+        batch = transfer.read(dict(done.drawn[first].batch))
         raise NonFiniteUpdateError(int(metrics["opt/updates"]), terms, batch)
 
 
@@ -210,7 +243,7 @@ def _of_update(latents: Mapping[str, Any], index: int, count: int) -> Mapping[st
 
 
 def _on_host(drawn: list[_Drawn]) -> list[dict[str, Any]]:
-    return [{"selection": dataclasses.asdict(one.selection), "batch": jax.device_get(dict(one.batch))} for one in drawn]
+    return [{"selection": dataclasses.asdict(one.selection), "batch": transfer.read(dict(one.batch))} for one in drawn]
 
 
 def _exchange(

@@ -11,10 +11,10 @@ import numpy as np
 
 from dreamer.envs import EnvError
 from dreamer.envs.interface import Batch
+from dreamer.runtime import transfer
 from dreamer.runtime.collect import Episode
 from dreamer.runtime.display import evaluation_table
 from dreamer.runtime.evaluate import as_evaluation
-from dreamer.runtime.nonfinite import NonFiniteActionError
 from dreamer.runtime.parts import RunParts
 from dreamer.runtime.report import open_loop_report
 from dreamer.runtime.schedule import Every
@@ -51,13 +51,13 @@ class Run(RunParts):
     def _act(self) -> None:
         """Choose actions, send them off, store the steps."""
         if self.collector is not None:
-            try:
-                with self.watch.section("act"):
-                    step = self.collector.act(self.learner.params)
-            except NonFiniteActionError:
-                # An update that is still under way may have broken the weights: then that is what to tell.
-                self.learner.settle()
-                raise
+            with self.watch.section("act"):
+                # The actions wait for the newest weights; the rest of what those updates gave comes along.
+                chosen = self.collector.choose(self.learner.params)
+                (action, extras), arrived = transfer.read((chosen, self.learner.under_way()))
+                self.learner.arrived(arrived)
+                step = self.collector.send(action, extras)
+            self.startup.mark("first action", once=True)
             self.store(step)
         self.agent_steps += self.envs.num_envs
 
@@ -108,6 +108,7 @@ class Run(RunParts):
         """Dispatch the updates that are due."""
         if not self.schedule.started and self.filled:
             self.schedule.start(self.agent_steps)
+            self.startup.mark("filling replay")
         for count, following in self.schedule.dispatches(self.agent_steps, self.envs.num_envs):
             self.updated(count, self.learner.update(count, following))
 
@@ -120,6 +121,8 @@ class Run(RunParts):
         """So many updates are on their way, with these metrics."""
         self.metrics.add(metrics, "train/")
         self.updates += count
+        if told := self.startup.finish("first update"):
+            self.console.print(told, soft_wrap=True)
         self.watch.count(train=count * self.config.run.batch_size * self.config.run.batch_length)
 
     def _log_episodes(self, episodes: list[Episode]) -> None:

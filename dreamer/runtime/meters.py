@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
+
+from dreamer.runtime import transfer
 
 #: How the values of a metric become one, by the end of its name; all others are averaged.
 REDUCTIONS: dict[str, Callable[[np.ndarray], Any]] = {
@@ -41,7 +42,7 @@ class Aggregator:
 
     def state(self) -> dict[str, np.ndarray]:
         """All values added since the last result, in order, float64; waits for the device."""
-        values = jax.device_get(self._values)
+        values = transfer.read(self._values)
         return {name: np.concatenate([np.ravel(x).astype(np.float64) for x in xs]) for name, xs in values.items()}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:

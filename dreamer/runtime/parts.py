@@ -46,6 +46,7 @@ from dreamer.runtime.setup import (
     summary_rows,
     training_envs,
 )
+from dreamer.runtime.startup import Startup
 from dreamer.runtime.weights import warm_start
 
 
@@ -60,17 +61,20 @@ class RunParts:
         *,
         agent: Agent | None = None,
         display: Display | None = None,
+        startup: Startup | None = None,
         step: int | None = None,
     ) -> None:
-        """agent, display: those of runs beside this one, to share. step: of the checkpoint to go on from; None: the
-        newest."""
+        """agent, display, startup: those of runs beside this one, to share. step: of the checkpoint to go on from;
+        None: the newest."""
         self.config, self.logdir, self.console, self._make_env = config, Path(config.logdir), console, make_env
         self.checkpointer = Checkpointer(self.logdir, config.run.checkpoint_keep, config.run.checkpoint_milestones)
         found = self.checkpointer.restore(step=step, parts=())[2] if self.checkpointer.latest() is not None else None
         self._found, self._from = found, step
         # Environments that go on from their states need no new seeds.
         self.restarts = 0 if found is None else found["restarts"] + (not found["exact"])
+        self.startup = startup or Startup()
         self.envs = training_envs(config, self.restarts, make_env)
+        self.startup.mark("environments")
         try:
             self._build(agent, display)
         except BaseException:
@@ -80,6 +84,7 @@ class RunParts:
     def _build(self, agent: Agent | None, display: Display | None) -> None:
         config, resuming = self.config, self._found is not None
         self.agent = agent or make_agent(config, self.envs.observation_spaces, self.envs.action_spaces)
+        self.startup.mark("networks")
         preload = find_preload(config, self.agent.observations, self.agent.actions) if not resuming else None
         self.preloaded = preload.room(self.envs.num_envs) if preload else (self._found or {}).get("preloaded", 0)
         self.replay = make_replay(config, self.agent, self.preloaded)
@@ -95,6 +100,7 @@ class RunParts:
         state, meta, progress = self._restore() if resuming else self._begin(preload)
         check_trainable(config, self.replay)
         self.run_key = run_key = np.asarray(state["key"])
+        self.startup.mark("checkpoint" if resuming else "initial weights")
         self.learner = Learner(self.agent, state, self.replay, config.run.batch_size, self.watch)
         self.evaluator = Evaluator(config, self.agent, run_key, self._make_env, self._evaluation_fault)
         self.evaluator.rounds = meta.get("evaluations", 0)
@@ -105,6 +111,7 @@ class RunParts:
                 self.agent, self.envs, run_key, "policy", on_fault=self._training_fault, state=collecting
             )
             self.collector.counter = self.agent_steps // self.envs.num_envs
+            self.startup.mark("environments")
             if collecting is None and config.log.videos:
                 self.collector.record()
         self.due_save = SaveTimer(self.agent_steps, config.run.checkpoint_every, config.run.checkpoint_minutes)

@@ -22,11 +22,12 @@ from dreamer.agent import Agent, compiler_options, stream_key
 from dreamer.config import Config
 from dreamer.envs.vector import MakeEnv
 from dreamer.presets import CONFIG_FILE, save_config
+from dreamer.runtime import transfer
 from dreamer.runtime.checkpoint import Checkpointer, CheckpointError
 from dreamer.runtime.lock import LogdirLock
 from dreamer.runtime.loop import Run
-from dreamer.runtime.nonfinite import NonFiniteActionError
 from dreamer.runtime.signals import StopRequest
+from dreamer.runtime.startup import Startup
 
 
 def seed_configs(config: Config) -> list[Config]:
@@ -108,7 +109,9 @@ class _Part:
 class SeedRuns:
     """The loop over several runs that differ in their seed only."""
 
-    def __init__(self, config: Config, make_env: MakeEnv | None, console: Console) -> None:
+    def __init__(
+        self, config: Config, make_env: MakeEnv | None, console: Console, startup: Startup | None = None
+    ) -> None:
         configs = seed_configs(config)
         folders = [Path(one.logdir) for one in configs]
         save_config(config, Path(config.logdir) / CONFIG_FILE)
@@ -121,7 +124,9 @@ class SeedRuns:
             step = common_step(folders)
             for one in configs:
                 agent, display = (self.runs[0].agent, self.runs[0].display) if self.runs else (None, None)
-                self.runs.append(Run(one, make_env, console, agent=agent, display=display, step=step))
+                shared: dict[str, Any] = {"agent": agent, "display": display, "startup": startup, "step": step}
+                self.runs.append(Run(one, make_env, console, **shared))
+                startup = self.runs[0].startup
             self._undo = undo.pop_all()
         self._mapped = MappedAgent(self.runs[0].agent)
         self._states = self._mapped.stack([run.learner.state for run in self.runs])
@@ -177,17 +182,16 @@ class SeedRuns:
             carries, action, extras = self._mapped.policy(
                 self._states["params"], [one.carry for one in collectors], seen, self._run_keys, collectors[0].counter
             )
-            action, extras = jax.device_get((action, extras))
+            under_way = [run.learner.under_way() for run in self.runs]
+            (action, extras), arrived = transfer.read(((action, extras), under_way))
         for index, (run, collector) in enumerate(zip(self.runs, collectors, strict=True)):
             collector.carry = carries[index]
             part = lambda tree: {key: value[index] for key, value in tree.items()}  # noqa: B023, E731
-            try:
-                with run.watch.section("act"):
-                    step = collector.send(part(action), part(extras))
-            except NonFiniteActionError:
-                run.learner.settle()  # An update that is under way may have broken the weights: that is what to tell.
-                raise
+            with run.watch.section("act"):
+                run.learner.arrived(arrived[index])
+                step = collector.send(part(action), part(extras))
             run.store(step)
+        first.startup.mark("first action", once=True)
 
     def _update(self) -> None:
         """Dispatch the updates that are due, those of all seeds in one program. All begin together."""
@@ -195,6 +199,7 @@ class SeedRuns:
         if not runs[0].schedule.started and all(run.filled for run in runs):
             for run in runs:
                 run.schedule.start(run.agent_steps)
+            runs[0].startup.mark("filling replay")
         plans = [run.schedule.dispatches(run.agent_steps, run.envs.num_envs) for run in runs]
         for (count, following), *_ in zip(*plans, strict=True):
             batches = [run.learner.take(count) for run in runs]

@@ -18,6 +18,7 @@ from dreamer.runtime.nonfinite import NonFiniteError
 from dreamer.runtime.seeds import SeedRuns
 from dreamer.runtime.setup import name_own_task, resolve_logdir
 from dreamer.runtime.signals import StopRequest
+from dreamer.runtime.startup import Startup
 
 #: Exit code of a run whose numbers were not finite.
 NON_FINITE = 3
@@ -25,13 +26,16 @@ NON_FINITE = 3
 ENVIRONMENTS_FAILED = 4
 
 
-def train(config: Config, make_env: MakeEnv | None = None) -> int:
+def train(config: Config, make_env: MakeEnv | None = None, begun: float | None = None) -> int:
     """Run, or resume, the training that `config` describes; returns the exit code.
 
     make_env: ``(index, seed) -> environment``, a Gymnasium or `dreamer.envs.Env` one, instead of `config.task`.
+    begun: when the program was started, by `time.time`, for the account of the time to the first update; None: now.
     0: reached the end or was asked to stop (a checkpoint is saved); 3: a loss or an action was not finite; 4:
     environments failed too often (a checkpoint is saved).
     """
+    startup = Startup(begun)
+    startup.mark("imports")
     config = resolve_logdir(config if make_env is None else name_own_task(config))
     logdir = Path(config.logdir)
     stored = stored_config(logdir)
@@ -42,7 +46,9 @@ def train(config: Config, make_env: MakeEnv | None = None) -> int:
     reuse_freed_memory()
     keep_compiled_programs()
     with LogdirLock(logdir), StopRequest() as stop:
-        run: Run | SeedRuns = (Run if config.run.seeds is None else SeedRuns)(config, make_env, console)
+        run: Run | SeedRuns = (Run if config.run.seeds is None else SeedRuns)(
+            config, make_env, console, startup=startup
+        )
         try:
             run.loop(stop)
         except NonFiniteError as error:

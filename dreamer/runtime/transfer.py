@@ -1,0 +1,23 @@
+"""The one door through which the numbers of the training loop leave the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+
+def begin(tree: Any) -> None:
+    """Let the arrays of a tree that will be read soon come over as soon as they are there; waits for nothing."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(leaf, jax.Array):
+            leaf.copy_to_host_async()
+
+
+def read(tree: Any) -> Any:
+    """The tree with its arrays on the host, numpy; waits for what is still being computed.
+
+    All transfers begin before the first is waited for: whatever is wanted at the same time belongs into one read. The
+    loop has one for each step of the environments (`Run`), and one for each further dispatch that is due in that step.
+    """
+    return jax.device_get(tree)

@@ -1,0 +1,61 @@
+"""Where the time to the first update went."""
+
+from __future__ import annotations
+
+import io
+import re
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from tiny_runs import share_agents, tiny_config
+
+from dreamer.runtime.loop import Run
+from dreamer.runtime.signals import StopRequest
+from dreamer.runtime.startup import Startup, process_start
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_parts_are_booked_one_after_another() -> None:
+    clock = Clock()
+    startup = Startup(97.0, clock)
+    startup.mark("imports")
+    for part, seconds, once in (("a", 1, False), ("b", 2, True), ("b", 4, True), ("a", 0.5, False), ("c", 0.01, False)):
+        clock.now += seconds
+        startup.mark(part, once)
+    clock.now += 8
+    # The second b was not booked: its 4 seconds went to the mark that followed.
+    assert startup.finish("d") == "18.5 s to the first update: imports 3.0, a 5.5, b 2.0, d 8.0"
+    startup.mark("late")
+    assert startup.finish("d") is None
+
+
+def test_the_process_was_started_not_long_ago() -> None:
+    assert 0 < time.time() - process_start() < 24 * 3600
+
+
+def test_a_run_says_so_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    share_agents(monkeypatch)
+    output = io.StringIO()
+    off = {"run__eval_every": None, "run__report_every": None, "run__final_eval": False, "run__agent_steps": 60}
+    config = tiny_config(logdir=str(tmp_path), run__checkpoint_every=None, **off)
+    begun = time.time()
+    run = Run(config, None, Console(file=output, width=200), startup=Startup(begun - 5))
+    try:
+        run.loop(StopRequest())
+    finally:
+        run.close()
+    ((total, parts),) = re.findall(r"^([\d.]+) s to the first update: (.*)$", output.getvalue(), flags=re.M)
+    assert 5 <= float(total) <= time.time() - begun + 5.1
+    found = dict(part.rsplit(" ", 1) for part in parts.split(", "))
+    # Nobody marked the imports here: their five seconds went to what came first.
+    assert float(found.pop("environments")) >= 5
+    assert set(found) <= {"networks", "initial weights", "first action", "filling replay", "first update"}
+    assert abs(float(total) - 5 - sum(map(float, found.values()))) < 1.0
