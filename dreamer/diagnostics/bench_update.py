@@ -22,6 +22,7 @@ import numpy as np
 from dreamer import actor_critic, agent, distributions, networks
 from dreamer.agent import Agent
 from dreamer.config import Config
+from dreamer.diagnostics.cost import flops
 from dreamer.diagnostics.measuring import Report, Rows, figure, take_turns
 from dreamer.presets import load_config
 from dreamer.rssm import RSSM
@@ -145,7 +146,9 @@ class Program:
             self.state = mapped.stack([learner.init(seed) for seed in range(seeds)])
             self.batch, update = [batches] * seeds, mapped.update
         start = time.perf_counter()
-        self.compiled = update.lower(self.state, self.batch).compile()
+        traced = update.trace(self.state, self.batch)
+        self.gflop = flops(traced.jaxpr.jaxpr) / 1e9 / self.updates
+        self.compiled = traced.lower().compile()
         self.compile_seconds = time.perf_counter() - start
         self.metrics: dict[str, jax.Array] = {}
         self()  # warm-up: the first call touches its memory for the first time
@@ -165,6 +168,7 @@ class Program:
             "compile_s": round(self.compile_seconds, 1),
             "temp_mb": round(memory.temp_size_in_bytes / 2**20, 1),
             "loss": float(jnp.ravel(self.metrics["opt/loss"])[-1]),
+            "gflop": round(self.gflop, 2),
             "params": sum(x.size for x in jax.tree.leaves(self.state["params"])) // (self.seeds or 1),
             "device": str(jax.devices()[0]),
         }
