@@ -1,0 +1,94 @@
+"""Run as a program, with eight simulated devices: the same updates on one device and on meshes; see `test_sharding`.
+
+Writes the results to the folder it is given: arrays.npz, by "NAME/path", and facts.json.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import learner_data
+import numpy as np
+from learner_data import CHEAP, random_batch, small_config
+
+from dreamer import agent as agent_module
+from dreamer.agent import Agent
+from dreamer.runtime.checkpoint import Checkpointer
+from dreamer.runtime.snapshot import flatten
+from dreamer.types import Space
+
+UPDATES = 20
+#: Half the compile time again.
+CHEAPER = CHEAP | {"xla_cpu_use_fusion_emitters": False}
+MESHES = {"one": (1, 1), "data": (8, 1), "both": (4, 2)}
+SPACES = {"position": Space("vector", (3,))}
+ACTIONS = {"action": Space("discrete", (), (3,)), "walk": Space("vector", (2,))}
+
+
+def agent_on(shape: tuple[int, int]) -> Agent:
+    config = small_config(dict(deter=64, hidden=16, units=16, blocks=8, depth=8), optimizer=dict(learning_rate=1e-3))
+    run = dataclasses.replace(config.run, batch_size=8, mesh_data=shape[0], mesh_model=shape[1])
+    return Agent(SPACES, ACTIONS, dataclasses.replace(config, run=run), devices=jax.devices())
+
+
+def named(prefix: str, tree: Any) -> dict[str, np.ndarray]:
+    return {f"{prefix}/{'.'.join(map(str, path))}": np.asarray(leaf) for path, leaf in flatten(tree).items()}
+
+
+def main(folder: Path) -> None:
+    learner_data.B = 8
+    agent_module.compiler_options = lambda: CHEAPER
+    agents = {name: agent_on(shape) for name, shape in MESHES.items()}
+    batches = [random_batch(agents["one"], seed) for seed in range(UPDATES)]
+    arrays: dict[str, np.ndarray] = {}
+    facts: dict[str, Any] = {}
+    saved = {name: Checkpointer(folder / name) for name in agents}
+    start: Any = None
+    for name, agent in agents.items():
+        over = agent.devices
+        # Compiling `init` takes its time: once with a mesh is enough.
+        state = over.place_state(start) if name == "data" else agent.init(0)
+        start = over.fetch(state)
+        arrays |= named(f"{name}/start", start)
+        compiled = agent.train_step.lower(state, over.place(batches[0])).compile()
+        text, memory = compiled.as_text(), compiled.memory_analysis()
+        facts[name] = {
+            "arguments": memory.argument_size_in_bytes,
+            "aliased": memory.alias_size_in_bytes,
+            "state": sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
+            "on_first": sum(leaf.addressable_data(0).nbytes for leaf in jax.tree.leaves(state)),
+            "gathers": re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(.*op_name=\"([^\"]*)\"", text),
+            "permutes": len(re.findall(r"(?:all-to-all|collective-permute)\(", text)),
+        }
+        losses = []
+        for i, batch in enumerate(batches):
+            if i == UPDATES // 2:
+                saved[name].save(i, over.one_copy(state), {})
+            state, latents, metrics = compiled(state, over.place(batch))
+            losses.append(over.fetch(metrics)["opt/loss"])
+        arrays |= named(f"{name}/end", over.fetch(state)) | named(f"{name}/metrics", over.fetch(metrics))
+        arrays |= named(f"{name}/latents", over.fetch(latents)) | {f"{name}/losses": np.array(losses)}
+        facts[name]["compiled"] = compiled
+    for source, target in (("one", "data"), ("data", "one"), ("both", "one"), ("one", "both")):
+        agent = agents[target]
+        _, found, _ = saved[source].restore(jax.eval_shape(agent.init, 0))
+        state = agent.devices.place_state(found)
+        for batch in batches[UPDATES // 2 :]:
+            state, _, _ = facts[target]["compiled"](state, agent.devices.place(batch))
+        arrays |= named(f"{source} to {target}/end", agent.devices.fetch(state))
+    for fact in facts.values():
+        fact.pop("compiled")
+    np.savez(
+        folder / "arrays.npz", **{k: v.astype(np.float32) if v.dtype.kind == "V" else v for k, v in arrays.items()}
+    )
+    (folder / "facts.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
