@@ -41,6 +41,7 @@ OPTIONAL |= {
     "cffi",
     "dm_env",
     "deepmind_lab",
+    "matplotlib",
 }
 VAGUE = {"utils", "util", "common", "helpers", "helper", "manager", "misc"}
 

@@ -23,6 +23,7 @@ from dreamer.commands import collect as collect_command
 from dreamer.commands import doctor as doctor_command
 from dreamer.commands import eval as eval_command
 from dreamer.commands import export as export_command
+from dreamer.commands import plot as plot_command
 from dreamer.commands import train as train_command
 from dreamer.commands.arguments import split_arguments
 from dreamer.envs.interface import Fault
@@ -94,6 +95,8 @@ def test_commands_parse(path, tmp_path, monkeypatch):
                 check_task(config.task)
             case ("export", arguments):
                 export_command.parser().parse_args(arguments)
+            case ("plot", arguments):
+                plot_command.parser().parse_args(arguments)
             case ("doctor", arguments):
                 doctor_command.parser().parse_args(arguments)
             case ("bench", arguments):
@@ -117,6 +120,7 @@ def test_commands_parse(path, tmp_path, monkeypatch):
 def test_options_and_presets_exist(path):
     known = {*options(), "configs", "help", "slow", *FOREIGN_OPTIONS}
     parsers = [eval_command.parser(), collect_command.parser(), export_command.parser(), doctor_command.parser()]
+    parsers.append(plot_command.parser())
     bench_command.add_parts(bench := argparse.ArgumentParser().add_subparsers())
     parsers += bench.choices.values()
     known |= {name.removeprefix("--") for p in parsers for a in p._actions for name in a.option_strings}

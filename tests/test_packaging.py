@@ -47,6 +47,7 @@ def test_wheel_holds_the_package_and_every_preset(wheel):
         names = set(archive.namelist())
     expected = {f"dreamer/_configs/{p.relative_to(ROOT / 'configs')}" for p in (ROOT / "configs").rglob("*.yaml")}
     expected |= {str(p.relative_to(ROOT)) for p in (ROOT / "dreamer").rglob("*.py")}
+    expected |= {str(p.relative_to(ROOT)) for p in (ROOT / "dreamer" / "diagnostics" / "published_scores").iterdir()}
     assert expected <= names
     assert not [
         name for name in names if not name.startswith(("dreamer/", f"dreamer-{dreamer.__version__}.dist-info/"))
@@ -254,7 +255,7 @@ def test_test_chooses_the_default_or_the_slow_tests(checkout, arguments, marks):
     _, log, script = checkout
     out = script("test", *arguments, "-x", "tests/test_config.py")
     assert out == f"ran -m pytest -m {marks} -x tests/test_config.py"
-    assert installations(log) == ["[box2d,bsuite,crafter,dev,dmc,memorymaze,minari,minigrid,procgen,vizdoom]"]
+    assert installations(log) == ["[box2d,bsuite,crafter,dev,dmc,memorymaze,minari,minigrid,plot,procgen,vizdoom]"]
 
 
 def test_continuous_integration_runs_the_test_command():

@@ -1,0 +1,71 @@
+"""`dreamer plot`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from dreamer.commands.arguments import Parser, count
+
+
+def width(text: str) -> float:
+    """A number above 0, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return value
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="dreamer plot",
+        description="Draw learning curves of runs: mean and 95 % bootstrap band over seeds, for each task and over "
+        "tasks, beside published ones; with a table of final scores.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN_OR_GLOB",
+        help="folder of a run, or of many; a scores*.jsonl; a JSON list of {task, method, seed, xs, ys}, .gz too; "
+        "a pattern of these; NAME=any of these sets the name in the legend",
+    )
+    parser.add_argument(
+        "--reference",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="TASK",
+        help="published scores of these tasks: dmc_walker_walk for all there are, dmc_vision-walker_walk for one; "
+        "auto: of every task plotted, where there are any",
+    )
+    axes = ("env_frames", "hours", "updates", "agent_steps")
+    parser.add_argument("--x", choices=axes, default="env_frames", dest="axis", help="horizontal axis")
+    parser.add_argument("--bins", type=count, metavar="N", help="average scores in so many bins")
+    parser.add_argument("--window", type=width, metavar="W", help="... or in bins so wide, in units of the x axis")
+    parser.add_argument(
+        "--out", type=Path, default=Path("plot"), metavar="PREFIX", help="write PREFIX.png, PREFIX.svg, PREFIX.md"
+    )
+    parser.add_argument(
+        "--format",
+        nargs="+",
+        choices=("png", "svg", "pdf"),
+        default=("png", "svg"),
+        dest="formats",
+        metavar="FORMAT",
+        help="formats of the picture: png, svg, pdf",
+    )
+    parser.add_argument("--task", help="the task of runs whose files do not say it")
+    return parser
+
+
+def run(arguments: Sequence[str]) -> int:
+    given = parser().parse_args(arguments)
+
+    from dreamer.diagnostics.plot import Request, plot_command
+
+    return plot_command(Request(**vars(given)))

@@ -1,0 +1,121 @@
+"""`dreamer plot`: learning curves of runs, beside published ones, as pictures and a table."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from dreamer.diagnostics import published
+from dreamer.diagnostics.comparison import Comparison, compare
+from dreamer.diagnostics.curves import Run, read
+from dreamer.diagnostics.figure import draw
+from dreamer.diagnostics.table import markdown
+from dreamer.diagnostics.variants import variant, variants
+from dreamer.schema import ConfigError, show, suggestion
+
+#: `--reference auto`: the published scores of the tasks that are plotted, where there are any.
+AUTO = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What to plot; `dreamer plot --help` says it in words.
+
+    runs       folders, files, patterns, each perhaps as NAME=...
+    axis       env_frames, agent_steps, updates or hours
+    bins       number of bins; window: their width in units of the axis; at most one of the two
+    out        path of the files to write, without the ending
+    formats    png, svg, pdf; the table is always written
+    task       of runs that do not say theirs
+    """
+
+    runs: Sequence[str]
+    reference: Sequence[str] = ()
+    axis: str = "env_frames"
+    bins: int | None = None
+    window: float | None = None
+    out: Path = Path("plot")
+    formats: Sequence[str] = ("png", "svg")
+    task: str | None = None
+
+
+def _labelled(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+    """Runs of ours by the options that tell them apart, and what else differs with those."""
+    configs: dict[str, list] = {}
+    for run in runs:
+        if run.config is not None:
+            configs.setdefault(run.task, []).append(run.config)
+    differing = variants(configs)
+    if not differing:
+        return list(runs), []
+    named = [r if r.config is None else dataclasses.replace(r, label=variant(r.config, differing)) for r in runs]
+    notes = [f"With {first} differ {', '.join(others)}." for first, *others in differing if others]
+    return named, notes
+
+
+def _alike(source: published.Source, runs: Sequence[Run]) -> bool:
+    """Whether runs may have observed what the published ones did (pixels or not), as far as they say."""
+    said = {show(run.config[source.option]) for run in runs if run.config and source.option in run.config}
+    return not said or source.value in said
+
+
+def _references(names: Sequence[str], runs: Sequence[Run], axis: str) -> dict[str, list[published.Published]]:
+    """Published scores by task of the runs, on the axis."""
+    tasks = list(dict.fromkeys(run.task for run in runs))
+    found: dict[str, list[published.Published]] = {}
+    for name in names:
+        known = [c for c in published.published().values() if name == AUTO] or published.find(name)
+        fitting = [(task, c) for task in tasks for c in known if c.task == published.plain_task(task)]
+        if name not in published.published():
+            fitting = [(task, c) for task, c in fitting if _alike(c.source, [r for r in runs if r.task == task])]
+        if not fitting and name != AUTO:
+            close = suggestion(name, tasks, f"; these are of {', '.join(tasks)}")
+            raise ConfigError(f"--reference {name}: expected a task of the runs{close}")
+        for task, curve in fitting:
+            if curve.name not in [c.name for c in found.setdefault(task, [])]:
+                found[task].append(curve.along(axis))
+    return found
+
+
+def make_comparison(request: Request) -> Comparison:
+    """Reads runs and published scores. ConfigError for what is not there, or has nothing to plot."""
+    if request.bins is not None and request.window is not None:
+        raise ConfigError("expected --bins or --window, got both; leave one out")
+    runs = read(request.runs, request.axis, request.task)
+    empty = [str(run.path) for run in runs if not run.xs.size]
+    runs, notes = _labelled([run for run in runs if run.xs.size])
+    if not runs:
+        raise ConfigError(
+            f"no finished episodes in {', '.join(empty[:3])}{' and others' if len(empty) > 3 else ''}; expected lines "
+            "with step and episode/score: wait for the first episode to end"
+        )
+    if empty:
+        notes.append(f"Left out, as no episode has ended there: {', '.join(empty)}.")
+    references = _references(request.reference, runs, request.axis)
+    if request.window is not None and request.window * 10_000 < max(run.xs.max() for run in runs):
+        raise ConfigError(f"--window {request.window:g}: expected at most 10000 bins; give a wider window")
+    found = compare(runs, references, request.bins, request.window)
+    missing = [] if AUTO not in request.reference else [p.title for p in found.panels[: len({r.task for r in runs})]]
+    unpublished = [task for task in missing if task not in references]
+    notes += [f"Nothing is published of {', '.join(unpublished)}."] if unpublished else []
+    return dataclasses.replace(found, notes=notes + found.notes)
+
+
+def write(found: Comparison, request: Request) -> list[Path]:
+    """Writes the pictures and the table, and returns their paths."""
+    request.out.parent.mkdir(parents=True, exist_ok=True)
+    pictures = [request.out.with_name(f"{request.out.name}.{ending}") for ending in request.formats]
+    draw(found, request.axis, pictures)
+    table = request.out.with_name(f"{request.out.name}.md")
+    table.write_text(markdown(found, request.axis), encoding="utf-8")
+    return [*pictures, table]
+
+
+def plot_command(request: Request) -> int:
+    """Plots, prints the table and the paths."""
+    found = make_comparison(request)
+    paths = write(found, request)
+    print(markdown(found, request.axis))
+    print("Written: " + ", ".join(map(str, paths)))
+    return 0
