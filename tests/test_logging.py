@@ -6,11 +6,13 @@ import math
 import resource
 import warnings
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+from dreamer.runtime import transfer
 from dreamer.runtime.logging import Logger, LogWarning, Steps
 from dreamer.runtime.meters import Aggregator, Stopwatch
 
@@ -201,6 +203,22 @@ def test_aggregator_counts_every_value_of_an_array_and_keeps_nan():
     aggregator.add({"x": 10, "bad": jnp.nan})
     result = aggregator.result()
     assert result["x"] == 4.0 and math.isnan(result["bad"]) and result["n"] == 2**24 + 1
+
+
+def test_aggregator_has_few_arrays_waiting_on_the_device(monkeypatch):
+    aggregator, sizes = Aggregator(), []
+    read = transfer.read
+    monkeypatch.setattr(transfer, "read", lambda tree: (sizes.append(len(jax.tree.leaves(tree))), read(tree))[1])
+    metrics = {f"m{i}": jnp.float32(i) for i in range(50)} | {"count_last": jnp.int32(2**24 + 1)}
+    for _ in range(3):
+        aggregator.add(metrics, "train/")
+    aggregator.add({"m0": jnp.array([4.0, 8.0], jnp.float32)}, "train/")
+    aggregator.restore(aggregator.state() | {"train/m1": np.array([7.0])})
+    aggregator.add(metrics, "train/")
+    result = aggregator.result()
+    assert sizes == [3 * 2 + 1, 51 + 2]
+    assert result["train/m0"] == 12 / 6 and result["train/m1"] == (7 + 1) / 2
+    assert result["train/m49"] == 49 and result["train/count_last"] == 2**24 + 1
 
 
 def test_stopwatch_shares_and_rates():

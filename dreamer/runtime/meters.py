@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dreamer.runtime import transfer
@@ -23,31 +25,50 @@ REDUCTIONS: dict[str, Callable[[np.ndarray], Any]] = {
 class Aggregator:
     """Collects metrics and gives one number for each.
 
-    Values may still be on the device: they are fetched together when the result is asked for, not before.
+    Values may still be on the device: they are fetched together when the result is asked for, not before. Those
+    added together wait there as one array, because a transfer costs much the same for one number as for fifty.
     An array (the updates of one dispatch, say) counts as that many values.
     """
 
     def __init__(self) -> None:
         self._values: dict[str, list[Any]] = {}
+        self._packed: dict[tuple[str, ...], list[jax.Array]] = {}
 
     def add(self, values: Mapping[str, Any], prefix: str = "") -> None:
+        alike: dict[Any, dict[str, jax.Array]] = {}
         for name, value in values.items():
-            self._values.setdefault(prefix + name, []).append(value)
+            if isinstance(value, jax.Array):
+                alike.setdefault((value.shape, value.dtype), {})[prefix + name] = value
+            else:
+                self._values.setdefault(prefix + name, []).append(value)
+        for group in alike.values():
+            self._packed.setdefault(tuple(group), []).append(_pack(list(group.values())))
 
     def result(self) -> dict[str, float]:
         """One number for each metric added since the last call. Nothing finite is made of what is not finite."""
         flat = self.state()
-        self._values = {}
+        self._values, self._packed = {}, {}
         return {name: float(_reduction(name)(array)) for name, array in flat.items() if array.size}
 
     def state(self) -> dict[str, np.ndarray]:
-        """All values added since the last result, in order, float64; waits for the device."""
-        values = transfer.read(self._values)
-        return {name: np.concatenate([np.ravel(x).astype(np.float64) for x in xs]) for name, xs in values.items()}
+        """All values added since the last result, float64, those from the host first; waits for the device."""
+        values, packed = transfer.read((self._values, list(self._packed.values())))
+        found = {name: [np.ravel(x).astype(np.float64) for x in xs] for name, xs in values.items()}
+        for names, arrays in zip(self._packed, packed, strict=True):
+            rows = np.concatenate([array.reshape(len(names), -1) for array in arrays], 1, dtype=np.float64)
+            for name, row in zip(names, rows, strict=True):
+                found.setdefault(name, []).append(row)
+        return {name: np.concatenate(xs) for name, xs in found.items()}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
         """Go on with the values of a `state`."""
-        self._values = {name: [array] for name, array in state.items()}
+        self._values, self._packed = {name: [array] for name, array in state.items()}, {}
+
+
+@jax.jit
+def _pack(values: list[jax.Array]) -> jax.Array:
+    """Metrics of equal shape and dtype as the rows of one array."""
+    return jnp.stack(values)
 
 
 class Stopwatch:
