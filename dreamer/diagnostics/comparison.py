@@ -15,7 +15,12 @@ from dreamer.diagnostics.scales import Scale, scale_of
 from dreamer.diagnostics.statistics import band, mean
 from dreamer.diagnostics.totals import Total, totals_of
 
-_FEW_SEEDS = 5
+#: Below this many seeds a band deserves a warning.
+_ENOUGH_SEEDS = 5
+FEW_SEEDS = (
+    f"With fewer than {_ENOUGH_SEEDS} seeds a bootstrap band is too narrow: it cannot leave the range of the seeds "
+    "that were run."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +75,8 @@ def _notes(groups: Sequence[Seeds], used: Sequence[Published]) -> list[str]:
             notes.append(f"{who}: several runs have seed {', '.join(repeated)}; they count as different ones.")
         if not seeds.complete.any():
             notes.append(f"{who}: its runs have no x in common, so there is no final score.")
-    if any(1 < len(seeds.names) < _FEW_SEEDS for seeds in groups):
-        notes.append(
-            f"With fewer than {_FEW_SEEDS} seeds a bootstrap band is too narrow: it cannot leave the range of the "
-            "seeds that were run."
-        )
+    if any(1 < len(seeds.names) < _ENOUGH_SEEDS for seeds in groups):
+        notes.append(FEW_SEEDS)
     sources = {curve.source.name: curve.source for curve in used}
     return notes + [f"published {name}: {source.caveat}" for name, source in sources.items()]
 

@@ -195,7 +195,7 @@ def _from_list(file: Path, axis: str, task: str | None) -> list[Run]:
     for number, record in enumerate(records):
         where = f"{file}, curve {number}"
         keys = set(record) if isinstance(record, dict) else set()
-        if missing := {"xs", "ys"} - keys or ({"task"} - keys if task is None else set()):
+        if missing := {"xs", "ys", *(["task"] if task is None else [])} - keys:
             raise ConfigError(f"{where}: expected the keys task, method, seed, xs, ys; no {', '.join(sorted(missing))}")
         if len(record["xs"]) != len(record["ys"]):
             raise ConfigError(f"{where}: expected as many ys as xs, got {len(record['ys'])} and {len(record['xs'])}")

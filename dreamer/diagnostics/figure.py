@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dreamer.diagnostics.comparison import Comparison
+from dreamer.diagnostics.comparison import FEW_SEEDS, Comparison
 from dreamer.diagnostics.lines import Curve, Panel, short
 from dreamer.schema import ConfigError
 
@@ -112,7 +112,7 @@ def _caption(found: Comparison, width: float) -> str:
     band = f"Lines: mean over {count} seed{'s' if seeds[-1] > 1 else ''}. Bands: 95 % bootstrap interval over seeds"
     published = {curve.label for panel in found.panels for curve in panel.curves if curve.published}
     text = [band + (" (published: Student's t)." if published else ".")]
-    text += [note for note in found.notes if note.partition(":")[0] in published]
+    text += [note for note in found.notes if note == FEW_SEEDS or note.partition(":")[0] in published]
     return "\n".join(line for part in text for line in textwrap.wrap(part, int(width * 17.5)))
 
 
