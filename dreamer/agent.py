@@ -22,7 +22,7 @@ from dreamer.distributions import sum_of
 from dreamer.networks import COLUMNS, ROWS, Draws, columns, rows
 from dreamer.optimizer import make_optimizer, root_mean_square, update_slow
 from dreamer.rssm import RSSM, State, feature
-from dreamer.sharding import BATCH, BATCHES, STATE, WHOLE, make_devices
+from dreamer.sharding import BATCH, BATCHES, STATE, WEIGHTS, WHOLE, make_devices
 from dreamer.types import ACTION_MASK, Field, Spaces, masks_actions
 from dreamer.world_model import WorldModel
 
@@ -134,8 +134,8 @@ class Agent:
         self.init = over.jit(self._init, [WHOLE], STATE)
         self.train_step = over.jit(self._train_step, [STATE, BATCH], [STATE, BATCH, WHOLE], **options)
         self.train_steps = over.jit(self._train_steps, [STATE, BATCH], [STATE, BATCHES, WHOLE], **options)
-        self.policy = over.jit_local(self._policy, donate_argnums=1)
-        self.report = over.jit_local(self._report)
+        self.policy = over.jit_local(self._policy, [WEIGHTS, WHOLE, WHOLE, WHOLE], donate_argnums=1)
+        self.report = over.jit_local(self._report, [WEIGHTS, WHOLE, WHOLE])
 
     # Acting
 

@@ -434,3 +434,6 @@ class Config:
     def repeat(self) -> int:
         """Environment frames per agent step: `env.repeat` or the suite's own, one of which is 1 (`envs.options`)."""
         return self.env.repeat * self.env.suite_repeat(self.task.split("_", 1)[0])
+        mesh = (run.mesh_data or 1) * (run.mesh_model or 1)
+        if run.seeds is not None and mesh > 1:
+            raise ValueError(f"expected run.mesh_data and run.mesh_model 1 or null with run.seeds, got {mesh} devices")

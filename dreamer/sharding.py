@@ -36,9 +36,9 @@ RULES: tuple[tuple[str, P], ...] = (
 #: From so many parameters on, they are divided over the devices of a machine unless the options say otherwise.
 LARGE = 100_000_000
 
-#: What an argument or a result of a program is: the training state, a batch (B, ...), batches (K, B, ...), or anything
-#: of which every device has all.
-STATE, BATCH, BATCHES, WHOLE = "state", "batch", "batches", "whole"
+#: What an argument or a result of a program is: the training state or the parameters in it, a batch (B, ...), batches
+#: (K, B, ...), or anything of which every device has all.
+STATE, WEIGHTS, BATCH, BATCHES, WHOLE = "state", "weights", "batch", "batches", "whole"
 
 
 def mesh_shape(run: RunConfig, slices: int, parameters: int, devices: int, processes: int = 1) -> tuple[int, int]:
@@ -90,8 +90,8 @@ class OneDevice:
         """`jax.jit`; inputs, outputs: what the arguments and results are (`STATE`, ...)."""
         return jax.jit(function, **options)
 
-    def jit_local(self, function: Callable, **options: Any) -> Any:
-        """A program of this process alone, on one copy of the weights: acting, looking."""
+    def jit_local(self, function: Callable, inputs: Sequence[str], **options: Any) -> Any:
+        """A program of this process alone, on one copy of the weights, its first argument: acting, looking."""
         return jax.jit(function, **options)
 
     def gathered(self, tree: Tree) -> Tree:
@@ -113,10 +113,6 @@ class OneDevice:
     def place_state(self, state: Tree) -> Tree:
         """A whole training state, from anywhere."""
         return jax.device_put(state)
-
-    def fetch(self, tree: Tree) -> Tree:
-        """Results as host arrays; of those divided as a batch, this process's share."""
-        return jax.device_get(tree)
 
     def one_copy(self, state: Tree) -> Tree:
         """A training state (or parts of it) on as few devices of this process as hold it: to act with, to save."""
@@ -152,10 +148,14 @@ class ManyDevices(OneDevice):
         out = self.shardings(outputs) if isinstance(outputs, str) else tuple(map(self.shardings, outputs))
         return jax.jit(function, in_shardings=into, out_shardings=out, **options)
 
-    def jit_local(self, function: Callable, **options: Any) -> Any:
-        if self.shape[1] == 1:
-            return jax.jit(function, **options)
-        return jax.jit(function, out_shardings=NamedSharding(self._row, P()), **options)
+    def jit_local(self, function: Callable, inputs: Sequence[str], **options: Any) -> Any:
+        if self.shape[1] > 1:
+            whole = NamedSharding(self._row, P())
+            weights = jax.tree.map(lambda spec: NamedSharding(self._row, spec), self._specs["params"])
+            into = tuple(weights if kind == WEIGHTS else whole for kind in inputs)
+            options |= {"in_shardings": into, "out_shardings": whole}
+        compiled = jax.jit(function, **options)
+        return lambda params, *rest: compiled(self.one_copy(params), *rest)
 
     def gathered(self, tree: Tree) -> Tree:
         return jax.lax.with_sharding_constraint(tree, self.shardings(WHOLE))
@@ -185,9 +185,6 @@ class ManyDevices(OneDevice):
 
         return jax.tree.map(one, state, self.shardings(STATE))
 
-    def fetch(self, tree: Tree) -> Tree:
-        return jax.device_get(tree) if self._alone else jax.tree.map(_share, tree)
-
     def one_copy(self, state: Tree) -> Tree:
         if self._copied is None or self._copied[0] is not state:
             self._copied = state, jax.tree.map(self._of_row, state)
@@ -202,8 +199,12 @@ class ManyDevices(OneDevice):
         return jax.make_array_from_single_device_arrays(leaf.shape, sharding, row)
 
 
-def _share(leaf: Any) -> Any:
-    """A result as a host array; one that is divided over processes: the rows of this one."""
+def own_share(tree: Tree) -> Tree:
+    """Results as host arrays; of those that are divided over processes, the sequences of this one."""
+    return jax.tree.map(_own_share, tree)
+
+
+def _own_share(leaf: Any) -> Any:
     if not isinstance(leaf, jax.Array) or leaf.is_fully_replicated:
         return jax.device_get(leaf)
     axis = next(i for i, name in enumerate(_spec(leaf)) if name is not None)

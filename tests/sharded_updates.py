@@ -19,6 +19,7 @@ from learner_data import CHEAP, random_batch, small_config
 
 from dreamer import agent as agent_module
 from dreamer.agent import Agent
+from dreamer.runtime import transfer
 from dreamer.runtime.checkpoint import Checkpointer
 from dreamer.runtime.snapshot import flatten
 from dreamer.types import Space
@@ -54,7 +55,7 @@ def main(folder: Path) -> None:
         over = agent.devices
         # Compiling `init` takes its time: once with a mesh is enough.
         state = over.place_state(start) if name == "data" else agent.init(0)
-        start = over.fetch(state)
+        start = transfer.read(state)
         arrays |= named(f"{name}/start", start)
         compiled = agent.train_step.lower(state, over.place(batches[0])).compile()
         text, memory = compiled.as_text(), compiled.memory_analysis()
@@ -71,9 +72,9 @@ def main(folder: Path) -> None:
             if i == UPDATES // 2:
                 saved[name].save(i, over.one_copy(state), {})
             state, latents, metrics = compiled(state, over.place(batch))
-            losses.append(over.fetch(metrics)["opt/loss"])
-        arrays |= named(f"{name}/end", over.fetch(state)) | named(f"{name}/metrics", over.fetch(metrics))
-        arrays |= named(f"{name}/latents", over.fetch(latents)) | {f"{name}/losses": np.array(losses)}
+            losses.append(transfer.read(metrics)["opt/loss"])
+        arrays |= named(f"{name}/end", transfer.read(state)) | named(f"{name}/metrics", transfer.read(metrics))
+        arrays |= named(f"{name}/latents", transfer.read(latents)) | {f"{name}/losses": np.array(losses)}
         facts[name]["compiled"] = compiled
     for source, target in (("one", "data"), ("data", "one"), ("both", "one"), ("one", "both")):
         agent = agents[target]
@@ -81,7 +82,7 @@ def main(folder: Path) -> None:
         state = agent.devices.place_state(found)
         for batch in batches[UPDATES // 2 :]:
             state, _, _ = facts[target]["compiled"](state, agent.devices.place(batch))
-        arrays |= named(f"{source} to {target}/end", agent.devices.fetch(state))
+        arrays |= named(f"{source} to {target}/end", transfer.read(state))
     for fact in facts.values():
         fact.pop("compiled")
     np.savez(

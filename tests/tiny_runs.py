@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import gymnasium
@@ -42,7 +42,7 @@ def tiny_agent(observations: Spaces, actions: Spaces, config: Config | None = No
 def share_agents(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the runs of this process use the agents of `tiny_agent`."""
 
-    def make_agent(config: Config, observations: Spaces, actions: Spaces) -> Agent:
+    def make_agent(config: Config, observations: Spaces, actions: Spaces, devices: Sequence[Any] = ()) -> Agent:
         choose_device(config.run.platform)
         return tiny_agent(observations, actions, config)
 

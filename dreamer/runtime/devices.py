@@ -20,19 +20,23 @@ class DeviceError(RuntimeError):
     """The wanted device is not there; the message says what is and what to install."""
 
 
-def choose_device(platform: str) -> jax.Device:
-    """The first device of the asked kind ("auto": the fastest kind present), made JAX's default."""
+def find_devices(platform: str) -> list[jax.Device]:
+    """All devices of the asked kind ("auto": the fastest kind present), those of other processes included."""
     if platform == "auto":
-        device = jax.devices()[0]
-    else:
-        try:
-            device = jax.devices(_BACKENDS[platform])[0]
-        except RuntimeError as error:
-            found = sorted({d.platform for d in jax.devices()})
-            raise DeviceError(
-                f"expected a device of kind {platform!r} (--run.platform), found {found}; "
-                "install the extra for it, pip install 'dreamer[cuda12]' say, or use --run.platform auto"
-            ) from error
+        return jax.devices()
+    try:
+        return jax.devices(_BACKENDS[platform])
+    except RuntimeError as error:
+        found = sorted({d.platform for d in jax.devices()})
+        raise DeviceError(
+            f"expected a device of kind {platform!r} (--run.platform), found {found}; "
+            "install the extra for it, pip install 'dreamer[cuda12]' say, or use --run.platform auto"
+        ) from error
+
+
+def choose_device(platform: str) -> jax.Device:
+    """The first device of the asked kind that is this process's own, made JAX's default."""
+    device = next(device for device in find_devices(platform) if device.process_index == jax.process_index())
     jax.config.update("jax_default_device", device)
     return device
 

@@ -182,7 +182,7 @@ class Learner:
 
     def _send(self, selection: Selection, batch: dict[str, np.ndarray]) -> _Drawn:
         with self._watch.section("transfer"):
-            return _Drawn(selection, batch, jax.device_put(batch))
+            return _Drawn(selection, batch, self.agent.devices.place(batch))
 
     def _land(self, done: _Dispatched) -> None:
         """Write latents back, those of each update over those of the one before."""

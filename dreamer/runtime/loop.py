@@ -145,7 +145,8 @@ class Run(RunParts):
         if self.learner.batch is None:
             return
         with self.watch.section("report"):
-            videos, errors = open_loop_report(self.agent, self.learner.state, self.learner.batch)
+            state = self.agent.devices.one_copy(self.learner.state)
+            videos, errors = open_loop_report(self.agent, state, self.learner.batch)
             self.logger.scalars(self.steps, errors)
             for name, frames in videos.items():
                 self.dream_video = self.logger.video(self.steps, name, frames)

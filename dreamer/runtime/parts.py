@@ -23,6 +23,7 @@ from dreamer.envs.vector import MakeEnv
 from dreamer.presets import CONFIG_FILE, save_config
 from dreamer.runtime.checkpoint import Checkpointer, CheckpointError
 from dreamer.runtime.collect import Collector
+from dreamer.runtime.devices import find_devices
 from dreamer.runtime.display import Display, start_summary
 from dreamer.runtime.evaluate import Evaluator
 from dreamer.runtime.learner import Learner
@@ -83,7 +84,10 @@ class RunParts:
 
     def _build(self, agent: Agent | None, display: Display | None) -> None:
         config, resuming = self.config, self._found is not None
-        self.agent = agent or make_agent(config, self.envs.observation_spaces, self.envs.action_spaces)
+        if agent is None:
+            spaces = self.envs.observation_spaces, self.envs.action_spaces
+            agent = make_agent(config, *spaces, devices=find_devices(config.run.platform))
+        self.agent = agent
         self.startup.mark("networks")
         preload = find_preload(config, self.agent.observations, self.agent.actions) if not resuming else None
         self.preloaded = preload.room(self.envs.num_envs) if preload else (self._found or {}).get("preloaded", 0)
@@ -156,7 +160,7 @@ class RunParts:
                 "offsets": self.logger.offsets(),
                 "versions": versions(),
             }
-            state, replay = self.learner.state, self.replay
+            state, replay = self.agent.devices.one_copy(self.learner.state), self.replay
             self._try_saving(lambda: self.checkpointer.save(self.agent_steps, state, meta, replay, files))
 
     def _try_saving(self, save: Callable[[], object]) -> None:
@@ -173,7 +177,8 @@ class RunParts:
         self.logger.truncate(dict.fromkeys(self.logger.offsets(), 0), self.steps)
         if preload is not None:
             self.console.print(f"data to begin with: {preload.fill(self.replay)}", soft_wrap=True)
-        return warm_start(self.config, self.agent.init(self.config.seed)), {}, None
+        state = warm_start(self.config, self.agent.init(self.config.seed))
+        return self.agent.devices.place_state(state), {}, None
 
     def _restore(self) -> tuple[Any, dict[str, Any], Progress]:
         """(training state, meta data, progress) of the newest checkpoint; counters, replay and log files go on from
@@ -195,7 +200,7 @@ class RunParts:
         if surroundings := changed_surroundings(meta["versions"]):
             text = "; ".join(surroundings)
             self.console.print(f"[yellow]not the surroundings of the checkpoint[/], so last digits may differ: {text}")
-        return jax.device_put(state), meta, found[0]
+        return self.agent.devices.place_state(state), meta, found[0]
 
     def _go_on(self, progress: Progress) -> Mapping[str, Any] | None:
         """Learner, statistics and environments go on from a checkpoint. Returns the collector's state, or None where

@@ -33,7 +33,7 @@ from dreamer.runtime.startup import Startup
 def seed_configs(config: Config) -> list[Config]:
     """The configurations of the single runs: seeds s, s+1, ..., each in its own folder, DIR/seed_2 for seed 2."""
     count = config.run.seeds or 1
-    run = dataclasses.replace(config.run, seeds=None)
+    run = dataclasses.replace(config.run, seeds=None, mesh_data=1, mesh_model=1)
     return [
         dataclasses.replace(config, seed=seed, logdir=str(Path(config.logdir) / f"seed_{seed}"), run=run)
         for seed in range(config.seed, config.seed + count)

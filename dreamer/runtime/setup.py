@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +68,12 @@ def evaluation_envs(config: Config, make_env: MakeEnv | None, count: int, seed: 
     return make_vector_env(config.task, config.env, count, seed, training=False, make=make_env)
 
 
-def make_agent(config: Config, observations: Spaces, actions: Spaces) -> Agent:
-    """The agent on the chosen device; ConfigError if the networks cannot be built for these spaces."""
+def make_agent(config: Config, observations: Spaces, actions: Spaces, devices: Sequence[jax.Device] = ()) -> Agent:
+    """The agent on the chosen device, or on as many of these `devices` as the options say; ConfigError if they do not
+    fit, or if the networks cannot be built for these spaces."""
     device = choose_device(config.run.platform)
     try:
-        return Agent(observations, actions, config, compute_dtype(config.run, device))
+        return Agent(observations, actions, config, compute_dtype(config.run, device), devices)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -94,6 +95,13 @@ def make_replay(config: Config, agent: Agent, preloaded: int = 0) -> Replay:
     capacity = replay_capacity(config, preloaded, bytes_per_step(fields))
     folder, free = Path(config.logdir) / "replay", free_device_bytes(choose_device(config.run.platform))
     kind = config.replay.storage
+    if agent.devices.shape != (1, 1):
+        free = None  # batches come from the host, each device's part straight to it
+        if kind == "device":
+            raise ConfigError(
+                "expected replay.storage auto, host or disk with several devices, got device; or compute on one: "
+                "--run.mesh_data 1 --run.mesh_model 1"
+            )
     if kind == "auto":
         kind = choose_storage(fields, tuple(agent.extras), capacity, folder, free)
     try:
@@ -126,6 +134,15 @@ def module_sizes(params: Mapping[str, Any]) -> dict[str, int]:
     return {name: sum(leaf.size for leaf in jax.tree.leaves(tree)) for name, tree in modules.items()}
 
 
+def mesh_rows(agent: Agent) -> list[Row]:
+    """How many devices share the work; nothing if it is one."""
+    data, model = agent.devices.shape
+    if data * model == 1:
+        return []
+    copies = "each has all weights" if model == 1 else f"the weights divided over {model}"
+    return [Row("devices", f"{data} x {model} (run.mesh_data x run.mesh_model): a batch divided over all, {copies}")]
+
+
 def summary_rows(config: Config, agent: Agent, state: TrainState, replay: Replay, envs: VectorEnv) -> list[Row]:
     """What will run."""
     device = jax.tree.leaves(state["params"])[0].devices().pop()
@@ -145,6 +162,7 @@ def summary_rows(config: Config, agent: Agent, state: TrainState, replay: Replay
         ),
         Row("task", f"{config.task}, {envs.num_envs} environments ({where}), seed {config.seed}"),
         Row("spaces", f"{observations} -> {actions}"),
+        *mesh_rows(agent),
         parameters_row(module_sizes(state["params"])),
         Row("compute", f"{agent.dtype.name}, batch {config.run.batch_size} x {config.run.batch_length}"),
         Row("updates", f"{config.updates_per_step:g} per agent step (train ratio {config.run.train_ratio:g})"),

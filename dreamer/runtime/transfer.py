@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from dreamer.sharding import own_share
+
 
 def begin(tree: Any) -> None:
     """Let the arrays of a tree that will be read soon come over as soon as they are there; waits for nothing."""
@@ -15,9 +17,10 @@ def begin(tree: Any) -> None:
 
 
 def read(tree: Any) -> Any:
-    """The tree with its arrays on the host, numpy; waits for what is still being computed.
+    """The tree with its arrays on the host, numpy; waits for what is still being computed. Of what is divided over
+    processes, the share of this one.
 
     All transfers begin before the first is waited for: whatever is wanted at the same time belongs into one read. The
     loop has one for each step of the environments (`Run`), and one for each further dispatch that is due in that step.
     """
-    return jax.device_get(tree)
+    return jax.device_get(tree) if jax.process_count() == 1 else own_share(tree)

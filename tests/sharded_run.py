@@ -1,0 +1,13 @@
+"""Run as a program: `dreamer train` with the debug preset, quiet; arguments are further options. See `test_sharding`."""
+
+from __future__ import annotations
+
+import sys
+
+from tiny_runs import QUIET
+
+from dreamer.commands.train import run
+
+if __name__ == "__main__":
+    quiet = [f"--{name}={str(value).lower()}" for name, value in QUIET.items()]
+    sys.exit(run(["--configs", "debug", *quiet, *sys.argv[1:]]))
