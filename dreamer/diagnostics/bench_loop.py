@@ -17,8 +17,8 @@ import dataclasses
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -116,6 +116,34 @@ def _quiet(config: Config, ratio: float) -> Config:
     return dataclasses.replace(config, run=run, replay=replay, log=dataclasses.replace(config.log, videos=False))
 
 
+class Cost(NamedTuple):
+    """Milliseconds of the parts, each alone; of dispatches by the number of their updates."""
+
+    policy: float
+    envs: float
+    dispatches: dict[int, float]
+
+    def mean(self, other: Cost) -> Cost:
+        """Of two, before and after. A dispatch of which only `other` knows costs what it says."""
+        dispatches = {count: (self.dispatches.get(count, cost) + cost) / 2 for count, cost in other.dispatches.items()}
+        return Cost((self.policy + other.policy) / 2, (self.envs + other.envs) / 2, dispatches)
+
+
+def line_of(spent: float, passes: int, dispatches: Mapping[int, int], cost: Cost) -> Line:
+    """spent: milliseconds of the loop over so many passes; dispatches: how many there were of how many updates."""
+    work = sum(number * cost.dispatches[count] for count, number in dispatches.items())
+    updates = sum(count * number for count, number in dispatches.items())
+    together = cost.envs + work / passes if cores_are_shared() else max(cost.envs, work / passes)
+    return {
+        "pass_ms": spent / passes,
+        "bound_ms": cost.policy + together,
+        "policy_ms": cost.policy,
+        "envs_ms": cost.envs,
+        "update_ms": work / updates if updates else float("nan"),
+        "updates_per_pass": updates / passes,
+    }
+
+
 class _Pauses(StopRequest):
     """What the loop asks before each pass whether to stop. Meanwhile the loop stands still, and its parts are timed."""
 
@@ -138,12 +166,16 @@ class _Pauses(StopRequest):
             if self._trained == _WARM_UP:
                 self._wait()
                 self._parts = _Parts(self._run)
+                self._cost = self._parts.cost(self._dispatches)
                 self._begin()
             self._dispatches.clear()
         elif time.perf_counter() - self._since >= self._seconds:
             self._wait()
             spent = time.perf_counter() - self._since
-            self.lines.append(self._parts.line(spent * 1e3, self._passes, self._dispatches))
+            # The machine changes: a round is compared with its parts before and after it.
+            after = self._parts.cost({*self._dispatches, *self._cost.dispatches})
+            cost, self._cost = self._cost.mean(after), after
+            self.lines.append(line_of(spent * 1e3, self._passes, self._dispatches, cost))
             self._begin()
         return len(self.lines) == self._rounds
 
@@ -186,21 +218,10 @@ class _Parts:
         for part in (self._policy, self._envs):
             milliseconds(part, _CALLS)
 
-    def line(self, spent: float, passes: int, dispatches: Mapping[int, int]) -> Line:
-        """spent: milliseconds of the loop over so many passes; dispatches: how many there were of how many updates."""
+    def cost(self, counts: Iterable[int]) -> Cost:
+        """counts: of updates in a dispatch, those to be timed."""
         policy, envs = milliseconds(self._policy, _CALLS), milliseconds(self._envs, _CALLS)
-        cost = {count: self._dispatch(count) for count in dispatches}
-        work = sum(number * cost[count] for count, number in dispatches.items())
-        updates = sum(count * number for count, number in dispatches.items())
-        bound = policy + (envs + work / passes if cores_are_shared() else max(envs, work / passes))
-        return {
-            "pass_ms": spent / passes,
-            "bound_ms": bound,
-            "policy_ms": policy,
-            "envs_ms": envs,
-            "update_ms": work / updates if updates else float("nan"),
-            "updates_per_pass": updates / passes,
-        }
+        return Cost(policy, envs, {count: self._dispatch(count) for count in counts})
 
     def _dispatch(self, count: int) -> float:
         """Milliseconds of a dispatch of so many updates."""

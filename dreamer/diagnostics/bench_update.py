@@ -229,7 +229,7 @@ def bench_update(request: Request) -> Report | None:
     if request.trace is not None:
         with jax.profiler.trace(str(request.trace)):
             programs["update"]()
-        print(f"trace of one dispatch in {request.trace}: tensorboard --logdir {request.trace}, or ui.perfetto.dev")
+        print(f"trace of one dispatch in {request.trace}: open its .trace.json.gz at ui.perfetto.dev")
     rows = measure(programs, request.rounds)
     against = () if request.against is None else ("speedup", "cpu_speedup")
     note = f"speedup: {' over '.join(programs)}, paired round by round." if against else ""
