@@ -11,6 +11,7 @@ import numpy as np
 from dreamer.agent import Agent, TrainState, stream_key
 from dreamer.config import Config
 from dreamer.envs import VectorEnv
+from dreamer.runtime import transfer
 from dreamer.runtime.setup import evaluation_envs
 from dreamer.types import ACTION_MASK, Spaces, visible
 
@@ -42,7 +43,7 @@ class PolicyAlone:
     def __call__(self) -> None:
         key = self._key(self._count)
         self._carry, *chosen = self._agent.policy(self._params(), self._carry, self._obs, key)
-        jax.device_get(chosen)
+        transfer.read(chosen)
         self._count += 1
 
 
@@ -75,7 +76,7 @@ class UpdateAlone:
     def __init__(self, agent: Agent, state: TrainState, batches: Sequence[Mapping[str, Any]]) -> None:
         """batches: (B, T+1, ...) each, as many as the dispatch has updates."""
         self._agent, self._state = agent, state
-        self._batches = [jax.device_put(dict(batch)) for batch in batches]
+        self._batches = [agent.devices.place(dict(batch)) for batch in batches]
 
     def __call__(self) -> None:
         if len(self._batches) == 1:

@@ -226,9 +226,9 @@ class _Parts:
     def _dispatch(self, count: int) -> float:
         """Milliseconds of a dispatch of so many updates."""
         if count not in self._updates:
-            batch = self._run.learner.batch
+            agent, batch = self._run.agent, self._run.learner.batch
             assert batch is not None
-            self._updates[count] = UpdateAlone(self._run.agent, self._run.agent.init(0), [batch] * count)
+            self._updates[count] = UpdateAlone(agent, agent.devices.place_state(agent.init(0)), [batch] * count)
             self._updates[count]()
         times = [milliseconds(self._updates[count])]
         if times[0] < _LONG:
