@@ -118,7 +118,7 @@ def test_commands_parse(path, tmp_path, monkeypatch):
 
 @every_document
 def test_options_and_presets_exist(path):
-    known = {*options(), "configs", "help", "slow", *FOREIGN_OPTIONS}
+    known = {*options(), "configs", "help", "plan", "slow", *FOREIGN_OPTIONS}
     parsers = [eval_command.parser(), collect_command.parser(), export_command.parser(), doctor_command.parser()]
     parsers.append(plot_command.parser())
     bench_command.add_parts(bench := argparse.ArgumentParser().add_subparsers())

@@ -12,12 +12,16 @@ from dreamer.presets import check_resume, load_config, preset_names, stored_conf
 from dreamer.schema import help_text
 
 QUICKSTART = "quickstart"
+#: Asks for the plan of a run in place of the run.
+PLAN = "--plan"
 
 TRAIN_USAGE = """\
 usage: dreamer train [--configs NAME_OR_FILE ...] [--task SUITE_NAME] [--logdir DIR] [--seed N] [--OPTION VALUE ...]
+                     [--plan]
 
 Presets and YAML files apply in order, then the options: --run.train_ratio 128, --run.train_ratio=128, lists as
 64,64, null for none, true or false (a name alone is true). The same command with the same --logdir resumes the run.
+--plan trains nothing: it prints what the run needs (memory, disk, updates, hours) and how each figure was got.
 `dreamer train` alone learns the built-in game; `dreamer train --logdir DIR` alone goes on with the run in DIR.
 
 presets: {presets}
@@ -29,7 +33,7 @@ def train_config(arguments: Sequence[str]) -> Config:
 
     Without --configs and --task it goes on with the run that --logdir holds, or else is the quickstart.
     """
-    configs, overrides = split_arguments(arguments)
+    configs, overrides = split_arguments([word for word in arguments if word != PLAN])
     if not configs and "task" not in overrides:
         logdir = overrides.get("logdir")
         if logdir and stored_config(logdir) is not None:
@@ -55,6 +59,10 @@ def run(arguments: Sequence[str]) -> int:
         print("Resuming with changed options:", *(f"  {change}" for change in changes), sep="\n")
     if config.run.platform == "cpu":
         hide_accelerators()
+    if PLAN in arguments:
+        from dreamer.diagnostics.plan import plan_command
+
+        return plan_command(config)
 
     from dreamer.runtime.train import train
 
