@@ -27,7 +27,7 @@ def trained(monkeypatch):
     """The configurations that reached `dreamer.runtime.train.train`."""
     seen = []
 
-    def train(config, make_env=None):
+    def train(config, make_env=None, begun=None):
         seen.append(config)
         return 0
 

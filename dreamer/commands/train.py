@@ -64,6 +64,7 @@ def run(arguments: Sequence[str]) -> int:
 
         return plan_command(config)
 
+    from dreamer.runtime.startup import process_start
     from dreamer.runtime.train import train
 
-    return train(config)
+    return train(config, begun=process_start())
