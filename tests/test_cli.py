@@ -96,7 +96,7 @@ def test_train_passes_presets_and_overrides_in_order(capsys, trained):
 
 
 def test_exit_code_of_training_is_the_program_s(capsys, monkeypatch):
-    fake = types.SimpleNamespace(train=lambda config: 3)
+    fake = types.SimpleNamespace(train=lambda config, begun: 3)
     monkeypatch.setitem(sys.modules, "dreamer.runtime.train", fake)
     assert run(capsys, "train")[0] == 3
 
@@ -141,7 +141,7 @@ def test_mistakes_come_before_anything_slow():
 
 
 def test_errors_of_the_run_that_a_user_can_mend_end_in_one_line(capsys, monkeypatch):
-    def train(config):
+    def train(config, begun):
         raise TaskError("expected a finite action space")
 
     monkeypatch.setitem(sys.modules, "dreamer.runtime.train", types.SimpleNamespace(train=train))
@@ -154,7 +154,7 @@ def test_the_table_of_user_errors_names_real_classes():
 
 
 def test_faults_of_the_program_are_not_hidden(monkeypatch):
-    def train(config):
+    def train(config, begun):
         raise ZeroDivisionError
 
     monkeypatch.setitem(sys.modules, "dreamer.runtime.train", types.SimpleNamespace(train=train))
