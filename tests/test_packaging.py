@@ -1,4 +1,4 @@
-"""The wheel, the container file, the pinned versions, the two commands and the rule for skipped tests."""
+"""The wheel, the pinned versions, the two commands and the rule for skipped tests."""
 
 from __future__ import annotations
 
@@ -103,69 +103,6 @@ def test_missing_packages_name_extras_that_exist():
 def test_pre_commit_runs_the_pinned_tools():
     versions = re.findall(r"ruff==([\d.]+)", (ROOT / ".pre-commit-config.yaml").read_text())
     assert versions and set(versions) == {PINS["ruff"]}
-
-
-# --- The container -----------------------------------------------------------------------------
-
-
-def dockerfile() -> list[tuple[str, str]]:
-    """(instruction, arguments) of the Dockerfile, continued lines joined."""
-    text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.M).replace("\\\n", " ")
-    return [(line.split(None, 1)[0], line.split(None, 1)[1]) for line in text.splitlines() if line.strip()]
-
-
-def only(name: str) -> list[str]:
-    return [arguments for instruction, arguments in dockerfile() if instruction == name]
-
-
-def test_what_the_container_copies_exists_and_is_sent_to_the_builder():
-    sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    sources = [source for arguments in only("COPY") for source in arguments.split()[:-1]]
-    assert {"pyproject.toml", "constraints.txt", "dreamer", "configs"} <= set(sources)
-    for source in sources:
-        assert (ROOT / source).exists() and source in sent
-
-
-def test_the_container_runs_the_program_as_an_ordinary_user_with_a_mounted_logdir():
-    assert only("USER") == ["dreamer"]
-    names = [instruction for instruction, _ in dockerfile()]
-    assert names.index("USER") > max(i for i, name in enumerate(names) if name == "RUN")
-    assert only("VOLUME") == ["/logdir"]
-    assert only("ENTRYPOINT") == ['["dreamer"]']
-    assert "--logdir" in only("CMD")[0]
-    assert any("libegl1" in step for step in only("RUN"))
-
-
-def arguments_of_the_container() -> dict[str, str]:
-    return dict(argument.split("=") for argument in only("ARG"))
-
-
-def test_the_container_s_arguments_are_extras():
-    given = arguments_of_the_container()
-    assert given["ACCELERATOR"] == "cuda12"
-    assert {given["ACCELERATOR"], *given["EXTRAS"].split(",")} <= set(EXTRAS)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_the_container_s_installation_works_in_a_clean_environment(tmp_path):
-    """Its COPY and pip steps, run by hand, with an environment's extra in the place of gigabytes of CUDA."""
-    (step,) = [step for step in only("RUN") if step.startswith("pip install")]
-    build = tmp_path / "build"
-    build.mkdir()
-    for arguments in only("COPY"):
-        for source in arguments.split()[:-1]:
-            copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
-            copy(ROOT / source, build / source)
-    run(sys.executable, "-m", "venv", str(tmp_path / "venv"), cwd=tmp_path)
-    binaries = tmp_path / "venv" / "bin"
-    path = f"{binaries}:{os.environ['PATH']}"
-    run("bash", "-euc", step, cwd=build, PATH=path, ACCELERATOR="crafter", EXTRAS="dmc")
-    shutil.rmtree(build)
-    assert "dmc_walker_walk" in run(str(binaries / "dreamer"), "envs", "dmc", cwd=tmp_path)
-    line = "train --configs crafter debug --task crafter_reward --run.agent_steps 20 --logdir run --run.platform cpu"
-    run(str(binaries / "dreamer"), *line.split(), cwd=tmp_path)
-    assert (tmp_path / "run" / "config.yaml").exists()
 
 
 # --- The two commands --------------------------------------------------------------------------
