@@ -33,7 +33,7 @@ TrainState = dict[str, Any]
 Batch = Mapping[str, jax.Array]
 
 #: Named random streams: every key is fold_in(fold_in(run_key, stream), counter).
-STREAMS = {"init": 0, "policy": 1, "train": 2, "eval": 3, "report": 4}
+STREAMS = {"init": 0, "policy": 1, "train": 2, "eval": 3, "report": 4, "process": 5}
 
 
 #: How XLA compiles an update, by kind of device, where its defaults are not the best.

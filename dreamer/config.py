@@ -71,6 +71,17 @@ class RunConfig:
         resume=True,
         ge=1,
     )
+    coordinator: str | None = option(
+        None,
+        "Where the processes of one run meet: HOST:PORT of process 0, or auto in a cluster that knows; null: alone",
+        resume=True,
+    )
+    processes: int | None = option(
+        None, "How many processes share the run; null: what the cluster says", resume=True, ge=1
+    )
+    process_id: int | None = option(
+        None, "Which of them this is, from 0; null: what the cluster says", resume=True, ge=0
+    )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "Dtype of activations; auto: bfloat16 on accelerators, float32 on the CPU"
     )
@@ -418,6 +429,9 @@ class Config:
                 f"expected run.batch_size ({run.batch_size}) to be a multiple of optimizer.accumulate, "
                 f"got {self.optimizer.accumulate}"
             )
+        mesh = (run.mesh_data or 1) * (run.mesh_model or 1)
+        if run.seeds is not None and mesh > 1:
+            raise ValueError(f"expected run.mesh_data and run.mesh_model 1 or null with run.seeds, got {mesh} devices")
         if not run.collect and self.replay.preload is None:
             raise ValueError("expected data to train on with run.collect false: name them with --replay.preload PATH")
         last = behaviour.imagine_last
@@ -434,6 +448,3 @@ class Config:
     def repeat(self) -> int:
         """Environment frames per agent step: `env.repeat` or the suite's own, one of which is 1 (`envs.options`)."""
         return self.env.repeat * self.env.suite_repeat(self.task.split("_", 1)[0])
-        mesh = (run.mesh_data or 1) * (run.mesh_model or 1)
-        if run.seeds is not None and mesh > 1:
-            raise ValueError(f"expected run.mesh_data and run.mesh_model 1 or null with run.seeds, got {mesh} devices")

@@ -222,16 +222,17 @@ def _dotted(path: tuple) -> str:
 
 
 def make_devices(devices: Sequence[jax.Device], run: RunConfig, slices: int, state: Callable[[], Tree]) -> OneDevice:
-    """What computes: `devices` as the options say. Without any, or with one: JAX's default device.
+    """What computes: `devices` as the options say; without any, JAX's default device.
 
     slices: parts of a batch that are worked on one after another; state: gives ShapeDtypeStructs of the training state.
     ValueError if the options do not fit the devices.
     """
-    processes = jax.process_count() if devices else 1
-    if len(devices) <= 1:
+    if not devices:
+        return OneDevice()
+    if len(devices) == 1:
         mesh_shape(run, slices, 0, 1)
         return OneDevice()
     shapes = state()
     parameters = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
-    shape = mesh_shape(run, slices, parameters, len(devices), processes)
+    shape = mesh_shape(run, slices, parameters, len(devices), jax.process_count())
     return OneDevice() if shape == (1, 1) else ManyDevices(devices, shape, shapes)

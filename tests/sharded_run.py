@@ -1,4 +1,4 @@
-"""Run as a program: `dreamer train` with the debug preset, quiet; arguments are further options. See `test_sharding`."""
+"""Run as a program: `dreamer train` with the debug preset, quiet; arguments are further options."""
 
 from __future__ import annotations
 

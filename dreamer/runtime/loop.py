@@ -18,6 +18,7 @@ from dreamer.runtime.evaluate import as_evaluation
 from dreamer.runtime.parts import RunParts
 from dreamer.runtime.report import open_loop_report
 from dreamer.runtime.schedule import Every
+from dreamer.runtime.shares import share
 from dreamer.runtime.signals import StopRequest
 
 
@@ -59,13 +60,13 @@ class Run(RunParts):
                 step = self.collector.send(action, extras)
             self.startup.mark("first action", once=True)
             self.store(step)
-        self.agent_steps += self.envs.num_envs
+        self.agent_steps += self.stride
 
     def store(self, step: Batch) -> None:
         """Into replay, what the collector gave."""
         with self.watch.section("replay"):
             self.replay.add(step)
-        self.watch.count(policy=self.envs.num_envs)
+        self.watch.count(policy=self.stride)
 
     def wait(self) -> None:
         """Take the next observations and the episodes that have ended."""
@@ -109,13 +110,13 @@ class Run(RunParts):
         if not self.schedule.started and self.filled:
             self.schedule.start(self.agent_steps)
             self.startup.mark("filling replay")
-        for count, following in self.schedule.dispatches(self.agent_steps, self.envs.num_envs):
+        for count, following in self.schedule.dispatches(self.agent_steps, self.stride):
             self.updated(count, self.learner.update(count, following))
 
     @property
     def filled(self) -> bool:
         """Whether replay holds enough to begin training."""
-        return self.replay.starts >= self.config.run.batch_size * self.config.run.batch_length
+        return self.replay.starts >= share(self.config.run.batch_size) * self.config.run.batch_length
 
     def updated(self, count: int, metrics: Mapping[str, Any]) -> None:
         """So many updates are on their way, with these metrics."""

@@ -47,6 +47,7 @@ from dreamer.runtime.setup import (
     summary_rows,
     training_envs,
 )
+from dreamer.runtime.shares import check_processes, from_first, own_key, share
 from dreamer.runtime.startup import Startup
 from dreamer.runtime.weights import warm_start
 
@@ -71,6 +72,8 @@ class RunParts:
         self.checkpointer = Checkpointer(self.logdir, config.run.checkpoint_keep, config.run.checkpoint_milestones)
         found = self.checkpointer.restore(step=step, parts=())[2] if self.checkpointer.latest() is not None else None
         self._found, self._from = found, step
+        if found is not None:
+            check_processes(found.get("processes", 1))
         # Environments that go on from their states need no new seeds.
         self.restarts = 0 if found is None else found["restarts"] + (not found["exact"])
         self.startup = startup or Startup()
@@ -103,9 +106,9 @@ class RunParts:
         self.display = display or Display(config.task, run.agent_steps, live=run.display, console=self.console)
         state, meta, progress = self._restore() if resuming else self._begin(preload)
         check_trainable(config, self.replay)
-        self.run_key = run_key = np.asarray(state["key"])
+        self.run_key = run_key = own_key(np.asarray(state["key"]))
         self.startup.mark("checkpoint" if resuming else "initial weights")
-        self.learner = Learner(self.agent, state, self.replay, config.run.batch_size, self.watch)
+        self.learner = Learner(self.agent, state, self.replay, share(config.run.batch_size), self.watch)
         self.evaluator = Evaluator(config, self.agent, run_key, self._make_env, self._evaluation_fault)
         self.evaluator.rounds = meta.get("evaluations", 0)
         collecting = None if progress is None else self._go_on(progress)
@@ -114,7 +117,7 @@ class RunParts:
             self.collector = Collector(
                 self.agent, self.envs, run_key, "policy", on_fault=self._training_fault, state=collecting
             )
-            self.collector.counter = self.agent_steps // self.envs.num_envs
+            self.collector.counter = self.agent_steps // self.stride
             self.startup.mark("environments")
             if collecting is None and config.log.videos:
                 self.collector.record()
@@ -122,6 +125,11 @@ class RunParts:
         save_config(config, self.logdir / CONFIG_FILE)
         title = f"Resuming at agent step {self.agent_steps:,}" if resuming else "Training"
         self.summary = start_summary(title, summary_rows(config, self.agent, state, self.replay, self.envs))
+
+    @property
+    def stride(self) -> int:
+        """Agent steps in each step of the loop, over all processes."""
+        return self.config.env.num_envs
 
     @property
     def steps(self) -> Steps:
@@ -149,6 +157,7 @@ class RunParts:
                 "agent_steps": self.agent_steps,
                 "updates": self.updates,
                 "restarts": self.restarts,
+                "processes": jax.process_count(),
                 "exact": ENVIRONMENTS in files,
                 "preloaded": self.preloaded,
                 "schedule": self.schedule.state(),
@@ -160,7 +169,8 @@ class RunParts:
                 "offsets": self.logger.offsets(),
                 "versions": versions(),
             }
-            state, replay = self.agent.devices.one_copy(self.learner.state), self.replay
+            state = self.agent.devices.one_copy(self.learner.state) if jax.process_index() == 0 else {}
+            replay = self.replay
             self._try_saving(lambda: self.checkpointer.save(self.agent_steps, state, meta, replay, files))
 
     def _try_saving(self, save: Callable[[], object]) -> None:
@@ -183,14 +193,14 @@ class RunParts:
     def _restore(self) -> tuple[Any, dict[str, Any], Progress]:
         """(training state, meta data, progress) of the newest checkpoint; counters, replay and log files go on from
         there."""
-        template = jax.eval_shape(self.agent.init, 0)
+        template, first = jax.eval_shape(self.agent.init, 0), jax.process_index() == 0
         found: list[Progress] = []
 
         def load(meta: dict[str, Any], folder: Path) -> None:
             self.replay.load(self.checkpointer.replay_folder, meta["replay"])
             found[:] = [read_progress(folder)]
 
-        _, state, meta = self.checkpointer.restore(template, self._from, check=load)
+        _, state, meta = self.checkpointer.restore(template if first else {}, self._from, check=load)
         self.agent_steps, self.updates = meta["agent_steps"], meta["updates"]
         changed = meta["train_ratio"] != self.config.run.train_ratio
         self.schedule.restore(meta["schedule"], self.agent_steps, changed)
@@ -200,7 +210,7 @@ class RunParts:
         if surroundings := changed_surroundings(meta["versions"]):
             text = "; ".join(surroundings)
             self.console.print(f"[yellow]not the surroundings of the checkpoint[/], so last digits may differ: {text}")
-        return self.agent.devices.place_state(state), meta, found[0]
+        return self.agent.devices.place_state(from_first(state, template)), meta, found[0]
 
     def _go_on(self, progress: Progress) -> Mapping[str, Any] | None:
         """Learner, statistics and environments go on from a checkpoint. Returns the collector's state, or None where

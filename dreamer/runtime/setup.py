@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from dreamer.agent import Agent, TrainState
 from dreamer.config import Config
@@ -21,6 +20,7 @@ from dreamer.replay import Replay, ReplayError, bytes_per_step, choose_storage
 from dreamer.runtime.devices import choose_device, compute_dtype
 from dreamer.runtime.display import Row, device_row, format_bytes, parameters_row
 from dreamer.runtime.provenance import versions
+from dreamer.runtime.shares import own_seed, share
 from dreamer.types import Space, Spaces, replay_fields, visible
 
 
@@ -58,9 +58,10 @@ RESUME = {
 
 
 def training_envs(config: Config, restarts: int, make_env: MakeEnv | None) -> VectorEnv:
-    """The training environments; each restart of the run gives them other seeds, or they would repeat themselves."""
-    seed = config.seed if restarts == 0 else int(np.random.SeedSequence([config.seed, restarts]).generate_state(1)[0])
-    return make_vector_env(config.task, config.env, config.env.num_envs, seed, training=True, make=make_env)
+    """The training environments of this process; each process and each restart of the run gives them other seeds, or
+    they would repeat themselves."""
+    seed = own_seed(config.seed, restarts)
+    return make_vector_env(config.task, config.env, share(config.env.num_envs), seed, training=True, make=make_env)
 
 
 def evaluation_envs(config: Config, make_env: MakeEnv | None, count: int, seed: int | None = None) -> VectorEnv:
@@ -81,10 +82,10 @@ def make_agent(config: Config, observations: Spaces, actions: Spaces, devices: S
 def replay_capacity(config: Config, preloaded: int = 0, step_bytes: int = 1) -> int:
     """Steps to make room for: never more than the run collects or begins with (`preloaded`), a little more than one
     sequence per environment. step_bytes: of one step, if the room is given in gigabytes."""
-    envs, length = config.env.num_envs, config.run.batch_length + 1
-    collected = config.run.agent_steps + envs if config.run.collect else 0
+    envs, length = share(config.env.num_envs), config.run.batch_length + 1
+    collected = share(config.run.agent_steps + config.env.num_envs) if config.run.collect else 0
     size = config.replay.gigabytes
-    limit = config.replay.capacity if size is None else int(size * 1e9) // step_bytes
+    limit = share(config.replay.capacity if size is None else int(size * 1e9) // step_bytes)
     needed = min(limit, preloaded + collected)
     return max(math.ceil(needed / envs), length + 1) * envs
 
@@ -107,10 +108,10 @@ def make_replay(config: Config, agent: Agent, preloaded: int = 0) -> Replay:
     try:
         return Replay(
             fields,
-            config.env.num_envs,
+            share(config.env.num_envs),
             capacity,
             config.run.batch_length + 1,
-            config.seed,
+            own_seed(config.seed),
             online=config.replay.online,
             latent_keys=tuple(agent.extras),
             selection=config.replay.selection,

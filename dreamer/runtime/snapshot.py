@@ -95,8 +95,8 @@ def write(folder: Path, leaves: Leaves, meta: Mapping[str, Any], files: Mapping[
         # Orbax refuses arrays without elements; the manifest alone says all about them.
         stored = {_name(p): a for p, a in leaves.items() if a.size}
         if stored:
-            with ocp.PyTreeCheckpointer() as saver:
-                saver.save((partial / "state").absolute(), stored)
+            with _orbax() as saver:
+                saver.save((partial / "state").absolute(), args=ocp.args.PyTreeSave(stored))
         (partial / "meta.json").write_text(json.dumps(meta, default=_encode), encoding="utf-8")
         for name, data in (files or {}).items():
             (partial / "files").mkdir(exist_ok=True)
@@ -205,6 +205,13 @@ def _digest(manifest: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(manifest).encode())
 
 
+def _orbax() -> ocp.Checkpointer:
+    """Writes and reads for this process alone: where there are others, it does not wait for them."""
+    process = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone)
+
+
 def _load(folder: Path, saved: Mapping[tuple, jax.ShapeDtypeStruct]) -> Leaves:
     """Reads the named arrays as numpy, whatever device they were saved from."""
     stored = {_name(p): s for p, s in saved.items() if s.size}
@@ -212,7 +219,7 @@ def _load(folder: Path, saved: Mapping[tuple, jax.ShapeDtypeStruct]) -> Leaves:
     if stored:
         how = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in stored}
         request = ocp.args.PyTreeRestore(item=stored, restore_args=how, partial_restore=True)
-        with ocp.PyTreeCheckpointer() as loader:
+        with _orbax() as loader:
             values = loader.restore((folder / "state").absolute(), args=request)
     return {p: values[_name(p)] if s.size else np.zeros(s.shape, s.dtype) for p, s in saved.items()}
 

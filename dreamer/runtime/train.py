@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+import jax
 from rich.console import Console
 from rich.markup import escape
 
@@ -12,6 +13,7 @@ from dreamer.config import Config
 from dreamer.envs.vector import MakeEnv
 from dreamer.presets import check_resume, stored_config
 from dreamer.runtime.devices import keep_compiled_programs, reuse_freed_memory
+from dreamer.runtime.distributed import SharedRun, join, own_part
 from dreamer.runtime.lock import LogdirLock
 from dreamer.runtime.loop import Run
 from dreamer.runtime.nonfinite import NonFiniteError
@@ -36,19 +38,19 @@ def train(config: Config, make_env: MakeEnv | None = None, begun: float | None =
     """
     startup = Startup(begun)
     startup.mark("imports")
-    config = resolve_logdir(config if make_env is None else name_own_task(config))
+    reuse_freed_memory()
+    keep_compiled_programs()
+    join(config.run)
+    config = resolve_logdir(own_part(config if make_env is None else name_own_task(config)))
     logdir = Path(config.logdir)
     stored = stored_config(logdir)
     if stored is not None:
         check_resume(stored, config)
     logdir.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False)
-    reuse_freed_memory()
-    keep_compiled_programs()
+    kind = SharedRun if jax.process_count() > 1 else Run if config.run.seeds is None else SeedRuns
     with LogdirLock(logdir), StopRequest() as stop:
-        run: Run | SeedRuns = (Run if config.run.seeds is None else SeedRuns)(
-            config, make_env, console, startup=startup
-        )
+        run: Run | SeedRuns = kind(config, make_env, console, startup=startup)
         try:
             run.loop(stop)
         except NonFiniteError as error:
