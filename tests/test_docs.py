@@ -18,6 +18,7 @@ import pytest
 
 import dreamer
 from dreamer.agent import Agent
+from dreamer.cli import COMMANDS
 from dreamer.commands import bench as bench_command
 from dreamer.commands import collect as collect_command
 from dreamer.commands import doctor as doctor_command
@@ -44,15 +45,19 @@ EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["op
 
 #: What looks like a file of ours and is one of a run's folder, of the reader, or a prefix of keys.
 NOT_OURS = {"config.yaml", "my.yaml", "eval.gif", "log/"}
-#: Options of docker, pip and XLA.
-FOREIGN_OPTIONS = {"gpus", "rm", "no-deps", "xla_force_host_platform_device_count"}
+#: Options of pip, docker, kubectl and XLA.
+FOREIGN_OPTIONS = {
+    *("gpus", "rm", "no-deps"),
+    "xla_force_host_platform_device_count",
+    *("build", "build-arg", "target", "tag", "detach", "follow", "file", "filename", "time", "init", "tail"),
+}  # fmt: skip
 
 every_document = pytest.mark.parametrize("path", DOCS, ids=lambda p: p.name)
 
 
 def blocks(path: Path, language: str) -> list[str]:
-    """Fenced blocks of a language."""
-    return re.findall(rf"^```{language}\n(.*?)^```$", path.read_text(), flags=re.M | re.S)
+    """Fenced blocks of a language, whatever their tags."""
+    return re.findall(rf"^```{language}(?: [^\n]*)?\n(.*?)^```$", path.read_text(), flags=re.M | re.S)
 
 
 def spans(path: Path) -> list[str]:
@@ -61,8 +66,9 @@ def spans(path: Path) -> list[str]:
 
 
 def commands(path: Path) -> list[list[str]]:
-    """Words of every line in shell blocks, comments and settings of variables left out."""
-    lines = [shlex.split(line, comments=True) for block in blocks(path, "sh") for line in block.splitlines()]
+    """Words of every command in shell blocks, comments and settings of variables left out."""
+    text = "\n".join(blocks(path, "sh")).replace("\\\n", " ")
+    lines = [shlex.split(part, comments=True) for line in text.splitlines() for part in line.split(" && ")]
     return [words[next(i for i, w in enumerate(words) if "=" not in w) :] for words in lines if words]
 
 
@@ -70,9 +76,11 @@ def program(words: list[str]) -> tuple[str, list[str]] | None:
     """(command, arguments) where a line runs `dreamer`, through a script or in a container; else None."""
     if words[0] == "./scripts/train":
         return "train", words[1:]
+    if words[0] == "sbatch":
+        return "train", [*words[3:], "--logdir", words[2]]
     if words[0] == "dreamer" or words[:2] == ["docker", "run"]:
-        at = words.index("dreamer")
-        return words[at + 1], words[at + 2 :]
+        at = next(i for i, word in enumerate(words) if word.split(":")[0] == "dreamer")
+        return (words[at + 1], words[at + 2 :]) if words[at + 1] in COMMANDS else None
     return None
 
 
@@ -84,6 +92,8 @@ def test_commands_parse(path, tmp_path, monkeypatch):
     save_config(load_config(["quickstart"], {}), tmp_path / "runs" / "catch" / "config.yaml")
     for words in commands(path):
         match program(words):
+            case (_, ["--help"]):
+                pass
             case ("train", arguments):
                 config = train_command.train_config(arguments)
                 if "my_" not in config.task:
@@ -110,7 +120,18 @@ def test_commands_parse(path, tmp_path, monkeypatch):
             case ("envs", arguments):
                 assert set(arguments) <= set(SUITES), words
             case None:
-                known = {"pip", "docker", "tensorboard", "apt-get"}
+                known = {
+                    "pip",
+                    "docker",
+                    "tensorboard",
+                    "apt-get",
+                    "kubectl",
+                    "source",
+                    "mkdir",
+                    "git",
+                    "cd",
+                    "dreamer",
+                }
                 assert words[0] in known or (ROOT / words[0]).is_file(), words
             case other:
                 raise AssertionError(f"{other} is no command of the program")
