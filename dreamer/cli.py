@@ -18,6 +18,7 @@ COMMANDS: dict[str, str] = {
     "collect": "write episodes of a random or a trained policy",
     "export": "write the episodes of a run's replay",
     "envs": "list the environments, or check one",
+    "sweep": "train many runs from one file",
     "plot": "draw learning curves, beside published ones",
     "doctor": "look whether this machine can train",
     "bench": "measure what training costs on this machine, part by part",

@@ -87,7 +87,8 @@ def _find(name: str, source: str, beside: Path) -> Path:
 # --- Files -------------------------------------------------------------------------------------
 
 
-def _parse(path: Path) -> Node | None:
+def parse_file(path: Path) -> Node | None:
+    """The tree of a YAML file, which knows its lines; None for an empty one."""
     try:
         text = path.read_text(encoding="utf-8")
         return YAML(typ="safe", pure=True).compose(text)
@@ -100,7 +101,7 @@ def _parse(path: Path) -> Node | None:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
 
 
-def _plain(node: Node, where: str) -> Any:
+def plain_node(node: Node, where: str) -> Any:
     """The plain Python value of a YAML node."""
     yaml = YAML(typ="safe", pure=True)
     try:
@@ -109,7 +110,7 @@ def _plain(node: Node, where: str) -> Any:
         raise ConfigError(f"{where}: expected a plain value: {getattr(error, 'problem', None) or error}") from None
 
 
-def _flatten(node: Node, path: Path, prefix: str, into: dict[str, tuple[Node, str]]) -> None:
+def flatten_node(node: Node, path: Path, prefix: str, into: dict[str, tuple[Node, str]]) -> None:
     """Adds dotted name -> (node, `file:line`) for every option of a mapping."""
     where = f"{path}:{node.start_mark.line + 1}"
     if prefix and node.tag == "tag:yaml.org,2002:null":  # an empty group
@@ -120,7 +121,7 @@ def _flatten(node: Node, path: Path, prefix: str, into: dict[str, tuple[Node, st
         line = f"{path}:{key.start_mark.line + 1}"
         name = f"{prefix}.{key.value}" if prefix else str(key.value)
         if name in sections():
-            _flatten(value, path, name, into)
+            flatten_node(value, path, name, into)
         elif name in into:
             raise ConfigError(f"{line}: {name} stands here twice; keep one")
         else:
@@ -131,25 +132,26 @@ def _load_file(path: Path, trail: tuple[Path, ...] = ()) -> Settings:
     """The settings of one file, those of its includes first."""
     if path in trail:
         raise ConfigError(f"{path}: includes itself ({' -> '.join(p.name for p in (*trail, path))})")
-    root = _parse(path)
+    root = parse_file(path)
     found: dict[str, tuple[Node, str]] = {}
     if root is not None:
-        _flatten(root, path, "", found)
+        flatten_node(root, path, "", found)
     settings: Settings = {}
     if "include" in found:
         node, where = found.pop("include")
-        names = _plain(node, where)
+        names = plain_node(node, where)
         names = [names] if isinstance(names, str) else names
         if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
             raise ConfigError(f"{where}: expected include to be a list of presets, got {names!r}")
         for name in names:
             settings |= _load_file(_find(name, where, path.parent), (*trail, path))
     for name, (node, where) in found.items():
-        settings[name] = _fitted(name, _plain(node, where), where)
+        settings[name] = fitted(name, plain_node(node, where), where)
     return settings
 
 
-def _fitted(name: str, value: Any, source: str) -> Setting:
+def fitted(name: str, value: Any, source: str) -> Setting:
+    """The value as an option's type; ConfigError, with the source, if it does not fit or there is no such option."""
     if name not in options():
         raise ConfigError(f"{source}: {unknown(name)}")
     try:
@@ -187,7 +189,7 @@ def _override(settings: Settings, name: str, value: Any) -> None:
         raise ConfigError(f"{source}: {unknown(name)}")
     option = options()[name]
     if not isinstance(value, str):
-        settings[name] = _fitted(name, value, source)
+        settings[name] = fitted(name, value, source)
         return
     try:
         settings[name] = Setting(read(option.annotation, value), source)
@@ -210,6 +212,17 @@ def load_config(configs: Iterable[str | Path] = (), overrides: Mapping[str, Any]
     for name, value in (overrides or {}).items():
         _override(settings, name, value)
     return _build(settings)
+
+
+def with_settings(configs: Iterable[Setting], settings: Settings, beside: Path) -> Config:
+    """The configuration after these presets or files, in order, and then the settings; errors name their sources.
+
+    beside: where relative paths of files start.
+    """
+    whole: Settings = {}
+    for name, source in configs:
+        whole |= _load_file(_find(name, source, beside))
+    return _build(whole | settings)
 
 
 def _build(settings: Settings) -> Config:

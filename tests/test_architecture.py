@@ -21,6 +21,7 @@ LAYERS = [
     ["schema"],
     ["presets"],
     ["runtime", "diagnostics", "play"],
+    ["sweeps"],
     ["commands"],
     ["cli"],
     ["__main__", "__init__"],
@@ -28,7 +29,7 @@ LAYERS = [
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 CLOSED = {"envs", "replay"}  # these know only the vocabulary
 VOCABULARY = {"types", "config"}
-SEE_WHOLE_CONFIG = {"agent", "schema", "presets", "runtime", "diagnostics", "commands", "__init__"}
+SEE_WHOLE_CONFIG = {"agent", "schema", "presets", "runtime", "diagnostics", "sweeps", "commands", "__init__"}
 OPTIONAL = {"dm_control", "mujoco", "crafter", "Box2D", "pygame", "tensorflow", "torch", "moviepy", "minerl", "minari"}
 OPTIONAL |= {
     "bsuite",
@@ -42,6 +43,9 @@ OPTIONAL |= {
     "dm_env",
     "deepmind_lab",
     "matplotlib",
+    "optuna",
+    "ray",
+    "submitit",
 }
 VAGUE = {"utils", "util", "common", "helpers", "helper", "manager", "misc"}
 

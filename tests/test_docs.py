@@ -25,6 +25,7 @@ from dreamer.commands import doctor as doctor_command
 from dreamer.commands import eval as eval_command
 from dreamer.commands import export as export_command
 from dreamer.commands import plot as plot_command
+from dreamer.commands import sweep as sweep_command
 from dreamer.commands import train as train_command
 from dreamer.commands.arguments import split_arguments
 from dreamer.envs.interface import Fault
@@ -37,6 +38,7 @@ from dreamer.runtime.loop import Run
 from dreamer.runtime.meters import Aggregator, Stopwatch
 from dreamer.runtime.signals import StopRequest
 from dreamer.schema import options, sections
+from dreamer.sweeps.file import find_sweep
 from dreamer.types import Space, replay_fields
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,6 +109,8 @@ def test_commands_parse(path, tmp_path, monkeypatch):
                 export_command.parser().parse_args(arguments)
             case ("plot", arguments):
                 plot_command.parser().parse_args(arguments)
+            case ("sweep", arguments):
+                find_sweep(sweep_command.parser().parse_args(arguments).file)
             case ("doctor", arguments):
                 doctor_command.parser().parse_args(arguments)
             case ("bench", arguments):
@@ -141,7 +145,7 @@ def test_commands_parse(path, tmp_path, monkeypatch):
 def test_options_and_presets_exist(path):
     known = {*options(), "configs", "help", "plan", "slow", *FOREIGN_OPTIONS}
     parsers = [eval_command.parser(), collect_command.parser(), export_command.parser(), doctor_command.parser()]
-    parsers.append(plot_command.parser())
+    parsers += [plot_command.parser(), sweep_command.parser()]
     bench_command.add_parts(bench := argparse.ArgumentParser().add_subparsers())
     parsers += bench.choices.values()
     known |= {name.removeprefix("--") for p in parsers for a in p._actions for name in a.option_strings}

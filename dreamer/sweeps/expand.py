@@ -1,0 +1,95 @@
+"""From a sweep file to its runs: every combination, each with a name and a whole, checked configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dreamer.config import Config
+from dreamer.envs.registry import check_task
+from dreamer.presets import Settings, fitted, with_settings
+from dreamer.schema import ConfigError
+from dreamer.sweeps.spec import Drawn, Entry, Sweep
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A run to be. name: of its folder, and its own within the sweep."""
+
+    name: str
+    config: Config
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.logdir)
+
+
+def draw(drawn: Drawn, index: int) -> dict[str, Any]:
+    """The values of one random draw; the same whatever the number of draws."""
+    generator = np.random.default_rng([drawn.seed, index])
+    return {name: d.distribution.draw(generator, d.values) for name, d in drawn.draws.items()}
+
+
+def drawn_entry(drawn: Drawn, label: str, values: Mapping[str, Any]) -> Entry:
+    """These values as something that sets runs apart."""
+    return Entry(label, (), {name: fitted(name, value, drawn.draws[name].where) for name, value in values.items()})
+
+
+def combinations(sweep: Sweep) -> Iterator[tuple[Entry, ...]]:
+    """Every combination of named runs, grid, list and random draws."""
+    axes = [axis for axis in (sweep.named, *sweep.grid, sweep.items) if axis]
+    if sweep.random:
+        width = max(2, len(str(sweep.random.count - 1)))
+        entries = (
+            drawn_entry(sweep.random, f"draw{i:0{width}}", draw(sweep.random, i)) for i in range(sweep.random.count)
+        )
+        axes.append(tuple(entries))
+    return itertools.product(*axes)
+
+
+def planned(sweep: Sweep, entries: tuple[Entry, ...], seed: int, folder: Path) -> Planned:
+    """One run, its configuration checked; ConfigError with the line of the file, or the run's name."""
+    labels = [re.sub(r"[^\w.+-]+", "_", entry.label) for entry in entries if entry.label]
+    name = "-".join([*labels, f"seed{seed}"])
+    configs = [*sweep.configs, *(config for entry in entries for config in entry.configs)]
+    settings: Settings = dict(sweep.settings)
+    for entry in entries:
+        settings |= entry.settings
+    own = {"seed": seed, "logdir": str(folder / name)}
+    settings |= {option: fitted(option, value, f"{sweep.path}") for option, value in own.items()}
+    try:
+        config = with_settings(configs, settings, sweep.path.parent)
+        if not config.log.jsonl:
+            raise ConfigError("expected log.jsonl true: a sweep reads how far a run is from its metrics.jsonl")
+    except ConfigError as error:
+        raise ConfigError(
+            str(error) if str(error).startswith(str(sweep.path)) else f"{sweep.path}: run {name}: {error}"
+        ) from None
+    return Planned(name, config)
+
+
+def expand(sweep: Sweep, folder: Path) -> list[Planned]:
+    """All runs of a sweep without search, the first seed of each before the second of any; each is checked."""
+    every = list(combinations(sweep))
+    runs = [planned(sweep, entries, seed, folder) for seed in sweep.seeds for entries in every]
+    names: set[str] = set()
+    for run in runs:
+        if run.name in names:
+            raise ConfigError(
+                f"{sweep.path}: two runs are called {run.name}; leave one out, or name them under `runs:`"
+            )
+        names.add(run.name)
+    check_tasks(runs)
+    return runs
+
+
+def check_tasks(runs: list[Planned]) -> None:
+    """TaskError for a task that there is not."""
+    for task in dict.fromkeys(run.config.task for run in runs):
+        check_task(task)

@@ -1,0 +1,277 @@
+"""Sweep files: one YAML file says which runs there are. Errors name the file, the line and the nearest valid name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
+
+from dreamer.presets import (
+    Setting,
+    Settings,
+    configs_folder,
+    fitted,
+    flatten_node,
+    parse_file,
+    plain_node,
+    unknown,
+)
+from dreamer.schema import ConfigError, options, show, suggestion
+from dreamer.sweeps.distributions import read_draw
+from dreamer.sweeps.spec import Drawn, EarlyStop, Entry, Sweep
+
+#: Options that a sweep sets itself, and what to write instead.
+_OWN = {"seed": "write `seeds: [0, 1, 2]`", "logdir": "each run has a folder of its own in --logdir"}
+
+
+def sweep_names() -> dict[str, Path]:
+    """The sweeps that go by a name."""
+    return {file.stem: file for file in sorted(configs_folder().glob("sweeps/*.yaml"))}
+
+
+def find_sweep(name: str) -> Path:
+    """The file of a sweep's name or of a path."""
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        if not path.is_file():
+            raise ConfigError(f"expected a sweep file, found none at {path.absolute()}")
+        return path.absolute()
+    names = sweep_names()
+    if name not in names:
+        close = suggestion(name, names, f"; known: {', '.join(names)}")
+        raise ConfigError(f"unknown sweep {name!r}{close} (or give a path that ends in .yaml)")
+    return names[name]
+
+
+def load_sweep(path: Path) -> Sweep:
+    """Reads a sweep file; ConfigError for what is wrong in it."""
+    root = parse_file(path)
+    if root is None:
+        raise ConfigError(f"{path}: expected a sweep, found an empty file; known keys: {', '.join(_KEYS)}")
+    found: dict[str, Any] = {}
+    for key, where, node in _pairs(root, path, "a sweep"):
+        if key not in _KEYS:
+            more = "; options of all runs go under `options:`" if key.split(".")[0] in _roots() else ""
+            close = suggestion(key, _KEYS, f"; known: {', '.join(_KEYS)}")
+            raise ConfigError(f"{where}: unknown key {key!r} of a sweep{more or close}")
+        field, read = _KEYS[key]
+        found[field] = read(node, path, where)
+    sweep = Sweep(**{"path": path, "name": path.stem, **found})
+    if sweep.search and (sweep.named or sweep.grid or sweep.items or sweep.random):
+        raise ConfigError(f"{path}: expected `search` alone beside `options` and `seeds`; its score must be one number")
+    return sweep
+
+
+def _roots() -> set[str]:
+    return {name.split(".")[0] for name in options()}
+
+
+# --- Parts of the tree ---------------------------------------------------------------------------
+
+
+def _pairs(node: Node, path: Path, what: str) -> list[tuple[str, str, Node]]:
+    """(key, `file:line`, node) of a mapping."""
+    if not isinstance(node, MappingNode):
+        raise ConfigError(f"{_line(node, path)}: expected {what} to be a mapping (name: value)")
+    found: dict[str, tuple[str, str, Node]] = {}
+    for key, value in node.value:
+        name, where = str(key.value), f"{path}:{key.start_mark.line + 1}"
+        if name in found:
+            raise ConfigError(f"{where}: {name} stands here twice; keep one")
+        found[name] = (name, where, value)
+    return list(found.values())
+
+
+def _line(node: Node, path: Path) -> str:
+    return f"{path}:{node.start_mark.line + 1}"
+
+
+def _sequence(node: Node, path: Path, where: str, what: str) -> list[Node]:
+    if not isinstance(node, SequenceNode) or not node.value:
+        raise ConfigError(f"{where}: expected {what} to be a list, got {plain_node(node, where)!r}")
+    return list(node.value)
+
+
+def _configs(node: Node, path: Path, where: str) -> tuple[Setting, ...]:
+    """A preset or a list of them."""
+    names = plain_node(node, where)
+    listed = [names] if isinstance(names, str) else names
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise ConfigError(f"{where}: expected configs to be a list of presets, got {names!r}")
+    return tuple(Setting(name, where) for name in listed)
+
+
+def _dotted(node: Node, path: Path) -> dict[str, tuple[Node, str]]:
+    """Options by dotted name, from nested groups or dotted keys; those that a sweep sets itself are refused."""
+    found: dict[str, tuple[Node, str]] = {}
+    flatten_node(node, path, "", found)
+    for name, (_, where) in found.items():
+        if name in _OWN:
+            raise ConfigError(f"{where}: {name} is set by the sweep; {_OWN[name]}")
+        parent = name.rpartition(".")[0]
+        if name not in options() and name != "configs":
+            if parent in options() and isinstance(options()[parent].default, dict):
+                raise ConfigError(f"{where}: give {parent} as a mapping, {{{name.rpartition('.')[2]}: value}}")
+            raise ConfigError(f"{where}: {unknown(name)}")
+    return found
+
+
+def _settings(node: Node, path: Path) -> tuple[tuple[Setting, ...], Settings]:
+    """(configs, options) of a mapping."""
+    found = _dotted(node, path)
+    configs = _configs(found["configs"][0], path, found["configs"][1]) if "configs" in found else ()
+    found.pop("configs", None)
+    return configs, {name: fitted(name, plain_node(n, where), where) for name, (n, where) in found.items()}
+
+
+# --- Keys of the file ----------------------------------------------------------------------------
+
+
+def _options(node: Node, path: Path, where: str) -> Settings:
+    configs, settings = _settings(node, path)
+    if configs:
+        raise ConfigError(f"{configs[0].source}: configs of all runs go beside `options`, not into it")
+    return settings
+
+
+def _named(node: Node, path: Path, where: str) -> tuple[Entry, ...]:
+    entries = []
+    for name, _, inner in _pairs(node, path, "runs"):
+        empty = inner.tag == "tag:yaml.org,2002:null"
+        entries.append(Entry(name, *(((), {}) if empty else _settings(inner, path))))
+    return tuple(entries)
+
+
+def _items(node: Node, path: Path, where: str) -> tuple[Entry, ...]:
+    entries = []
+    for inner in _sequence(node, path, where, "list"):
+        configs, settings = _settings(inner, path)
+        entries.append(Entry(label_of(configs, settings), configs, settings))
+    return tuple(entries)
+
+
+def _grid(node: Node, path: Path, where: str) -> tuple[tuple[Entry, ...], ...]:
+    axes = []
+    found = _dotted(node, path)
+    for name, (inner, line) in found.items():
+        entries = []
+        for value in _sequence(inner, path, line, f"the values of {name}"):
+            at = _line(value, path)
+            if name == "configs":
+                configs, settings = _configs(value, path, at), {}
+            else:
+                configs, settings = (), {name: fitted(name, plain_node(value, at), at)}
+            entries.append(Entry(label_of(configs, settings, found), configs, settings))
+        axes.append(tuple(entries))
+    return tuple(axes)
+
+
+def label_of(configs: Iterable[Setting], settings: Settings, among: Iterable[str] = ()) -> str:
+    """What a run is called by what it sets: `size12m-train_ratio_64`; full names where last parts are shared."""
+    ends = [name.rsplit(".", 1)[-1] for name in among]
+    parts = [Path(config.value).stem for config in configs]
+    for name, setting in settings.items():
+        end = name.rsplit(".", 1)[-1]
+        parts.append(
+            show(setting.value) if name == "task" else f"{name if ends.count(end) > 1 else end}_{show(setting.value)}"
+        )
+    return "-".join(parts)
+
+
+def _drawn(count_key: str) -> Callable[[Node, Path, str], Drawn]:
+    def read(node: Node, path: Path, where: str) -> Drawn:
+        parts = {key: (line, inner) for key, line, inner in _pairs(node, path, "this")}
+        known = (count_key, "seed", "options")
+        for key, (line, _) in parts.items():
+            if key not in known:
+                close = suggestion(key, known, f"; known: {', '.join(known)}")
+                raise ConfigError(f"{line}: unknown key {key!r}{close}")
+        for key in (count_key, "options"):
+            if key not in parts:
+                raise ConfigError(f"{where}: expected the key {key}; known: {', '.join(known)}")
+        numbers = {
+            k: _number(int, 0 if k == "seed" else 1)(parts[k][1], path, parts[k][0])
+            for k in (count_key, "seed")
+            if k in parts
+        }
+        draws = {
+            name: read_draw(name, plain_node(inner, line), line)
+            for name, (inner, line) in _dotted(parts["options"][1], path).items()
+        }
+        for name, draw in draws.items():
+            for value in draw.values:
+                fitted(name, value, draw.where)
+        return Drawn(numbers[count_key], numbers.get("seed", 0), draws)
+
+    return read
+
+
+def _seeds(node: Node, path: Path, where: str) -> tuple[int, ...]:
+    """A number of seeds, from 0, or the list of them."""
+    found = plain_node(node, where)
+    if isinstance(found, int) and not isinstance(found, bool) and found > 0:
+        return tuple(range(found))
+    good = isinstance(found, list) and found and all(isinstance(s, int) and not isinstance(s, bool) for s in found)
+    if not good or min(found) < 0 or len(set(found)) < len(found):
+        raise ConfigError(f"{where}: expected seeds to be their number, or a list of different ones, got {found!r}")
+    return tuple(found)
+
+
+def _number(kind: type, least: float, largest: float = float("inf")) -> Callable[[Node, Path, str], Any]:
+    def read(node: Node, path: Path, where: str) -> Any:
+        found = plain_node(node, where)
+        number = isinstance(found, int if kind is int else int | float) and not isinstance(found, bool)
+        if not number or not least <= found <= largest:
+            upper = "" if largest == float("inf") else f" to {largest:g}"
+            raise ConfigError(
+                f"{where}: expected {'a whole' if kind is int else 'a'} number from {least:g}{upper}, got {found!r}"
+            )
+        return kind(found)
+
+    return read
+
+
+def _early_stop(node: Node, path: Path, where: str) -> EarlyStop | None:
+    if node.tag == "tag:yaml.org,2002:null":
+        return None
+    readers = {"after": _number(float, 0, 1), "below": _number(float, 0, 1), "runs": _number(int, 1)}
+    found = {}
+    for key, line, inner in _pairs(node, path, "early_stop"):
+        if key not in readers:
+            close = suggestion(key, readers, f"; known: {', '.join(readers)}")
+            raise ConfigError(f"{line}: unknown key {key!r} of early_stop{close}")
+        found[key] = readers[key](inner, path, line)
+    return EarlyStop(**found)
+
+
+def _text(node: Node, path: Path, where: str) -> str:
+    found = plain_node(node, where)
+    if not isinstance(found, str) or not found or "/" in found:
+        raise ConfigError(f"{where}: expected a name without /, got {found!r}")
+    return found
+
+
+def _mapping(node: Node, path: Path, where: str) -> dict[str, Any]:
+    return {key: plain_node(inner, line) for key, line, inner in _pairs(node, path, "this")}
+
+
+#: By key of the file: the field of `Sweep`, and how it is read.
+_KEYS: dict[str, tuple[str, Callable[[Node, Path, str], Any]]] = {
+    "name": ("name", _text),
+    "configs": ("configs", _configs),
+    "options": ("settings", _options),
+    "runs": ("named", _named),
+    "grid": ("grid", _grid),
+    "list": ("items", _items),
+    "random": ("random", _drawn("runs")),
+    "search": ("search", _drawn("trials")),
+    "seeds": ("seeds", _seeds),
+    "retries": ("retries", _number(int, 0)),
+    "retry_seconds": ("retry_seconds", _number(float, 0)),
+    "early_stop": ("early_stop", _early_stop),
+    "hours": ("hours", _number(float, 0)),
+    "slurm": ("slurm", _mapping),
+    "ray": ("ray", _mapping),
+}

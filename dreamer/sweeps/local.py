@@ -1,0 +1,114 @@
+"""Runs as processes of this machine, on the devices there are."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dreamer.presets import save_config
+from dreamer.schema import ConfigError
+from dreamer.sweeps.expand import Planned
+from dreamer.sweeps.state import CONFIG_FILE, LOG_FILE
+
+#: Share of a device's memory that runs on it take together, where there are several.
+MEMORY_SHARE = 0.9
+TRAIN = (sys.executable, "-m", "dreamer", "train")
+
+
+def found_devices(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """NVIDIA devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [device for device in visible.split(",") if device.strip()]
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    try:
+        told = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    listed = [line for line in told.stdout.splitlines() if line.startswith("GPU ")]
+    return [str(number) for number in range(len(listed))] if told.returncode == 0 else []
+
+
+def slots(jobs: int | None, devices: Sequence[str]) -> list[dict[str, str]]:
+    """Settings of the environment for each of `jobs` runs at once; None: one per device, or one.
+
+    devices: each "0", or "0,1" for runs on several. Runs are dealt to them one by one; where a device has several,
+    each gets its share of the memory.
+    """
+    if not devices:
+        return [{} for _ in range(jobs or 1)]
+    count = jobs or len(devices)
+    dealt = [{"CUDA_VISIBLE_DEVICES": devices[number % len(devices)]} for number in range(count)]
+    for number, settings in enumerate(dealt):
+        beside = len(range(number % len(devices), count, len(devices)))
+        if beside > 1:
+            settings["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{math.floor(100 * MEMORY_SHARE / beside) / 100:.2f}"
+    return dealt
+
+
+def command(run: Planned, program: Sequence[str] = TRAIN) -> list[str]:
+    """Writes the configuration of a run into its folder; the words that start or resume it."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    path = run.folder / CONFIG_FILE
+    save_config(run.config, path)
+    return [*program, "--configs", str(path.absolute()), "--logdir", str(run.folder)]
+
+
+class LocalJob:
+    """A process of its own session, so that Ctrl-C in the terminal reaches only the sweep."""
+
+    def __init__(self, words: Sequence[str], settings: Mapping[str, str], log: Path) -> None:
+        device = settings.get("CUDA_VISIBLE_DEVICES")
+        self.where = "" if device is None else f"device {device}"
+        with log.open("ab") as file:
+            self._process = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, **settings},
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.poll()
+
+    def stop(self) -> None:
+        if self._process.poll() is None:
+            self._process.terminate()
+
+    def kill(self) -> None:
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self._process.wait()
+
+
+class LocalBackend:
+    """Processes of this machine."""
+
+    def __init__(self, settings: Sequence[Mapping[str, str]], program: Sequence[str] = TRAIN) -> None:
+        """settings: of the environment, one for each run at once."""
+        if not settings:
+            raise ConfigError("expected at least one run at once, got none; give --jobs 1 or more")
+        self._settings, self._program = settings, program
+        self.slots = len(settings)
+
+    def start(self, run: Planned, slot: int) -> LocalJob:
+        return LocalJob(command(run, self._program), self._settings[slot], run.folder / LOG_FILE)
+
+    def close(self) -> None:
+        """Nothing is held between jobs."""

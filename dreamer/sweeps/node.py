@@ -1,0 +1,34 @@
+"""What runs on the machine that a cluster chose: `dreamer train` as a process, stopped by a file."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+from dreamer.sweeps.local import LocalJob
+from dreamer.sweeps.state import LOG_FILE
+
+#: In a run's folder: asks it to leave. Folders are shared between machines; signals are not.
+STOP_FILE = "stop"
+
+
+def run_program(words: Sequence[str], folder: Path, settings: Mapping[str, str], poll_seconds: float = 1.0) -> int:
+    """Runs a program to its end; returns its exit code. SIGTERM and the file STOP_FILE are handed on as SIGTERM."""
+    job = LocalJob(words, settings, folder / LOG_FILE)
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        job.stop()
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, hand_on)
+    asked = False
+    while (code := job.poll()) is None:
+        if not asked and (folder / STOP_FILE).exists():
+            asked = True
+            job.stop()
+        time.sleep(poll_seconds)
+    return code

@@ -1,0 +1,72 @@
+"""Runs as tasks of a Ray cluster: an existing one, or one of this machine alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dreamer.schema import ConfigError, suggestion
+from dreamer.sweeps.expand import Planned
+from dreamer.sweeps.local import MEMORY_SHARE, command
+from dreamer.sweeps.node import STOP_FILE, run_program
+
+#: Of `ray:` in a sweep file: where the cluster is (RAY_ADDRESS or a local one otherwise), and what one run takes.
+KEYS = {"address": None, "num_cpus": 1, "num_gpus": 0}
+#: What a task that ended without an exit code gives: its machine was lost, say.
+LOST = 1
+
+
+class RayJob:
+    """A task of the cluster."""
+
+    where = "ray"
+
+    def __init__(self, ray: Any, task: Any, folder: Path) -> None:
+        self._ray, self._task, self._folder = ray, task, folder
+
+    def poll(self) -> int | None:
+        done, _ = self._ray.wait([self._task], timeout=0)
+        if not done:
+            return None
+        try:
+            return int(self._ray.get(self._task))
+        except self._ray.exceptions.RayError:
+            return LOST
+
+    def stop(self) -> None:
+        (self._folder / STOP_FILE).touch()
+
+    def kill(self) -> None:
+        self._ray.cancel(self._task, force=True)
+
+
+class RayBackend:
+    """Sends runs to Ray. Folders must be shared by its machines, and dreamer installed on each."""
+
+    def __init__(self, jobs: int, settings: Mapping[str, Any], program: Sequence[str]) -> None:
+        """settings: `ray:` of the file."""
+        for key in settings:
+            if key not in KEYS:
+                close = suggestion(key, KEYS, f"; known: {', '.join(KEYS)}")
+                raise ConfigError(f"ray: unknown key {key!r}{close}")
+        try:
+            import ray
+        except ImportError as error:
+            raise ConfigError(f"--backend ray needs Ray ({error}); `pip install 'dreamer[ray]'`") from None
+        asked = KEYS | dict(settings)
+        gpus = asked["num_gpus"]
+        # Runs that share a GPU take their shares of its memory.
+        shared = isinstance(gpus, float) and 0 < gpus < 1
+        self._settings = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{MEMORY_SHARE * gpus:.2f}"} if shared else {}
+        ray.init(address=asked["address"], log_to_driver=False, include_dashboard=False, ignore_reinit_error=True)
+        self._ray, self._program, self.slots = ray, program, jobs
+        self._task = ray.remote(num_cpus=asked["num_cpus"], num_gpus=gpus, max_retries=0)(run_program)
+
+    def start(self, run: Planned, slot: int) -> RayJob:
+        words, folder = command(run, self._program), run.folder.absolute()
+        (folder / STOP_FILE).unlink(missing_ok=True)
+        return RayJob(self._ray, self._task.remote(words, folder, self._settings), folder)
+
+    def close(self) -> None:
+        self._ray.shutdown()

@@ -1,0 +1,62 @@
+"""Runs as jobs of a SLURM cluster, by submitit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dreamer.schema import ConfigError
+from dreamer.sweeps.expand import Planned
+from dreamer.sweeps.local import command
+from dreamer.sweeps.node import STOP_FILE, run_program
+
+#: What a job that ended without an exit code gives: it was cancelled, or its machine was lost.
+LOST = 1
+
+
+class SlurmJob:
+    """A job of the queue, or of this machine where `slurm: {cluster: local}` asks for that."""
+
+    def __init__(self, job: Any, folder: Path) -> None:
+        self._job, self._folder = job, folder
+        self.where = f"job {job.job_id}"
+
+    def poll(self) -> int | None:
+        if not self._job.done():
+            return None
+        # Each of these is submitit's, and says that there is no result.
+        error = self._job.exception()
+        return LOST if error is not None else int(self._job.result())
+
+    def stop(self) -> None:
+        (self._folder / STOP_FILE).touch()
+
+    def kill(self) -> None:
+        self._job.cancel()
+
+
+class SlurmBackend:
+    """Submits runs. Folders must be shared by the machines, and dreamer installed on each."""
+
+    def __init__(self, jobs: int, settings: Mapping[str, Any], folder: Path, program: Sequence[str]) -> None:
+        """settings: `slurm:` of the file, submitit's parameters and `cluster`. folder: of submitit's own files."""
+        try:
+            import submitit
+        except ImportError as error:
+            raise ConfigError(f"--backend slurm needs submitit ({error}); `pip install 'dreamer[slurm]'`") from None
+        asked = dict(settings)
+        try:
+            self._executor = submitit.AutoExecutor(folder=folder, cluster=asked.pop("cluster", "slurm"))
+            self._executor.update_parameters(**asked)
+        except (RuntimeError, NameError, TypeError, ValueError) as error:
+            raise ConfigError(f"slurm: {error}") from None
+        self._program, self.slots = program, jobs
+
+    def start(self, run: Planned, slot: int) -> SlurmJob:
+        words, folder = command(run, self._program), run.folder.absolute()
+        (folder / STOP_FILE).unlink(missing_ok=True)
+        return SlurmJob(self._executor.submit(run_program, words, folder, {}), folder)
+
+    def close(self) -> None:
+        """Nothing is held between jobs."""

@@ -1,0 +1,112 @@
+"""How far a run is, from the lines it writes: only what is new is read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+#: Episodes that the shown score is the mean of.
+RECENT = 20
+
+
+class _Lines:
+    """The objects of a file of JSON lines that were not seen yet; from the start where the file was cut back."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._offset, self.cut = path, 0, False
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.cut = False
+        try:
+            size = self._path.stat().st_size
+            self.cut = size < self._offset
+            if self.cut:
+                self._offset = 0
+            if size == self._offset:
+                return
+            with self._path.open("rb") as file:
+                file.seek(self._offset)
+                data = file.read()
+        except OSError:
+            return
+        whole = data.rfind(b"\n") + 1
+        self._offset += whole
+        for line in data[:whole].splitlines():
+            try:
+                found = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(found, dict):
+                yield found
+
+
+class _Part:
+    """One folder with records."""
+
+    def __init__(self, folder: Path) -> None:
+        self._metrics, self._scores = _Lines(folder / "metrics.jsonl"), _Lines(folder / "scores.jsonl")
+        self.last: dict[str, Any] = {}
+        self.frames: list[int] = []
+        self.scores: list[float] = []
+
+    def look(self) -> None:
+        for line in list(self._metrics):
+            if "agent_steps" in line:
+                self.last = line
+        new = list(self._scores)
+        if self._scores.cut:
+            self.frames.clear()
+            self.scores.clear()
+        for line in new:
+            if isinstance(line.get("episode/score"), int | float) and "step" in line:
+                if self.frames and line["step"] < self.frames[-1]:  # cut back and grown again between two looks
+                    keep = int(np.searchsorted(self.frames, line["step"]))
+                    del self.frames[keep:], self.scores[keep:]
+                self.frames.append(int(line["step"]))
+                self.scores.append(float(line["episode/score"]))
+
+
+class Progress:
+    """A run's counters and scores; where it trains several seeds at once, those of the seed that is least far."""
+
+    def __init__(self, folder: Path, seeds: int | None = None) -> None:
+        self._parts = [_Part(folder)] if seeds is None else [_Part(folder / f"seed_{i}") for i in range(seeds)]
+
+    def look(self) -> None:
+        """Reads what is new."""
+        for part in self._parts:
+            part.look()
+
+    @property
+    def agent_steps(self) -> int:
+        return min(int(part.last.get("agent_steps", 0)) for part in self._parts)
+
+    @property
+    def env_frames(self) -> int:
+        return min(int(part.last.get("step", 0)) for part in self._parts)
+
+    @property
+    def episodes(self) -> int:
+        return sum(len(part.scores) for part in self._parts)
+
+    @property
+    def rate(self) -> float | None:
+        """Agent steps per second at the last log line."""
+        return min((part.last.get("fps/policy") or 0.0 for part in self._parts), default=0.0) or None
+
+    def score(self, frames: int | None = None, share: float | None = None) -> float | None:
+        """Mean score of the last episodes that ended until so many frames (None: all). share: of the frames, that
+        the last ones lie in; None: the last 20 episodes."""
+        means = []
+        for part in self._parts:
+            count = len(part.scores) if frames is None else int(np.searchsorted(part.frames, frames, side="right"))
+            first = max(0, count - RECENT)
+            if share is not None and count:
+                first = min(int(np.searchsorted(part.frames[:count], (1 - share) * part.frames[count - 1])), count - 1)
+            if count:
+                means.append(float(np.mean(part.scores[first:count])))
+        return float(np.mean(means)) if means else None

@@ -1,0 +1,62 @@
+"""The report of a sweep: what became of each run, final scores, learning curves."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+from dreamer.diagnostics import plot
+from dreamer.diagnostics.table import markdown, number
+from dreamer.runtime.display import format_duration
+from dreamer.sweeps.schedule import Entry
+from dreamer.sweeps.table import counts
+
+REPORT = "report"
+#: The last tenth of a run is what its final score is the mean of.
+LAST = 0.1
+
+
+def runs_table(entries: Sequence[Entry]) -> str:
+    """Markdown: one row per run."""
+    rows = [
+        "| run | state | agent steps | score, last tenth | time | starts | |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for entry in entries:
+        score, state = entry.progress.score(share=LAST), entry.state
+        cells = [
+            entry.run.name,
+            state.status,
+            f"{entry.progress.agent_steps:,} of {entry.length:,}",
+            "-" if score is None else number(score),
+            format_duration(state.seconds),
+            str(state.starts),
+            state.reason.replace("|", "/"),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def write_report(name: str, folder: Path, entries: list[Entry]) -> tuple[str, list[Path]]:
+    """Writes report.md, and report.png and report.svg where matplotlib is installed; returns the text and the paths.
+
+    Runs without an episode are in the first table only.
+    """
+    text, notes, paths = "", [], [folder / f"{REPORT}.md"]
+    folders = [str(entry.run.folder) for entry in entries if entry.progress.episodes]
+    if folders:
+        request = plot.Request(runs=folders, reference=(plot.AUTO,), out=folder / REPORT)
+        found = plot.make_comparison(request)
+        text = markdown(found, request.axis)
+        if importlib.util.find_spec("matplotlib") is None:
+            notes.append("No picture: it needs matplotlib, `pip install 'dreamer[plot]'`.")
+        else:
+            pictures = plot.write(found, request)
+            paths += [path for path in pictures if path not in paths]
+            notes.append(f"![Learning curves]({REPORT}.png)")
+    else:
+        notes.append("No episode has ended, so there is nothing to compare.")
+    whole = "\n\n".join([f"# {name}", f"{counts(entries)}.", runs_table(entries), *notes, text]).rstrip() + "\n"
+    paths[0].write_text(whole, encoding="utf-8")
+    return whole, paths

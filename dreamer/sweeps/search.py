@@ -1,0 +1,117 @@
+"""Search that learns from the scores of earlier runs, by Optuna. What it knows lies in the sweep's folder."""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dreamer.schema import ConfigError
+from dreamer.sweeps.expand import Planned, check_tasks, draw, drawn_entry, planned
+from dreamer.sweeps.report import LAST
+from dreamer.sweeps.schedule import Entry
+from dreamer.sweeps.spec import Sweep
+from dreamer.sweeps.state import FAILED
+
+JOURNAL = "search.log"
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise ConfigError(f"search needs optuna ({error}); install it with `pip install 'dreamer[optuna]'`") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+class Search:
+    """A source of runs: each trial is one choice of options, run once for each seed; its score is the mean of their
+    final scores, the higher the better."""
+
+    def __init__(self, sweep: Sweep, folder: Path) -> None:
+        assert sweep.search is not None
+        self._optuna = _optuna()
+        self._sweep, self._folder, self._drawn = sweep, folder, sweep.search
+        self._queue: collections.deque[Entry] = collections.deque()
+        self._trials: dict[int, list[Entry]] = {}
+        # One that the sampler may choose shows mistakes in the file before anything starts.
+        check_tasks([self._plan(0, draw(self._drawn, 0), sweep.seeds[0])])
+
+    @functools.cached_property
+    def _study(self) -> Any:
+        optuna = self._optuna
+        self._folder.mkdir(parents=True, exist_ok=True)
+        backend = optuna.storages.journal.JournalFileBackend(str(self._folder / JOURNAL))
+        study = optuna.create_study(
+            study_name=self._sweep.name,
+            storage=optuna.storages.JournalStorage(backend),
+            direction="maximize",
+            load_if_exists=True,
+        )
+        # A sampler that begins again with the same seed would repeat itself.
+        study.sampler = optuna.samplers.TPESampler(seed=self._drawn.seed + len(study.trials))
+        return study
+
+    def _plan(self, number: int, values: Mapping[str, Any], seed: int) -> Planned:
+        return planned(self._sweep, (drawn_entry(self._drawn, f"trial{number:03d}", values),), seed, self._folder)
+
+    def _entries(self, number: int, params: Mapping[str, Any]) -> list[Entry]:
+        draws = self._drawn.draws
+        values = {n: d.values[params[n]] if d.kind == "choice" else params[n] for n, d in draws.items()}
+        entries = [Entry(self._plan(number, values, seed)) for seed in self._sweep.seeds]
+        self._trials[number] = entries
+        return entries
+
+    def begun(self) -> list[Entry]:
+        """The runs of all trials so far."""
+        found: list[Entry] = []
+        for trial in self._study.trials:
+            found += self._entries(trial.number, self._params(trial))
+            self._judge(trial.number)
+        return found
+
+    def _params(self, trial: Any) -> dict[str, Any]:
+        """Of a stored trial."""
+        if set(trial.params) == set(self._drawn.draws):
+            return dict(trial.params)
+        raise ConfigError(
+            f"{self._folder / JOURNAL}: trial {trial.number} has other options ({', '.join(trial.params) or 'none'}) "
+            f"than the file; give the old ones or another --logdir"
+        )
+
+    def next(self) -> Entry | None:
+        """The next run: of a trial that has begun, or of a new one."""
+        if not self._queue:
+            if len(self._study.trials) >= self._drawn.count:
+                return None
+            trial = self._study.ask(self._spaces())
+            self._queue += self._entries(trial.number, trial.params)
+        return self._queue.popleft()
+
+    def told(self, entry: Entry) -> None:
+        """A run is over: once all of its trial are, the search learns their score."""
+        for number, entries in self._trials.items():
+            if entry in entries:
+                self._judge(number)
+
+    def _judge(self, number: int) -> None:
+        entries, states = self._trials[number], self._optuna.trial.TrialState
+        if self._study.trials[number].state.is_finished() or not all(entry.over for entry in entries):
+            return
+        scores = [entry.progress.score(share=LAST) for entry in entries]
+        known = [score for score in scores if score is not None]
+        if len(known) < len(scores) or any(entry.state.status == FAILED for entry in entries):
+            self._study.tell(number, state=states.FAIL)
+        else:  # also where a run was stopped early: its score until then says enough
+            self._study.tell(number, float(np.mean(known)))
+
+    def _spaces(self) -> dict[str, Any]:
+        """All options of a trial at once, so that none is ever stored with some of them."""
+        return {
+            name: d.distribution.space(self._optuna.distributions, d.values) for name, d in self._drawn.draws.items()
+        }

@@ -1,0 +1,55 @@
+"""What is known of each run of a sweep, kept in its folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+#: In a run's folder.
+STATE_FILE, LOG_FILE, CONFIG_FILE = "sweep.json", "sweep.log", "sweep.yaml"
+
+WAITING, RUNNING, FINISHED, FAILED, HOPELESS = "waiting", "running", "finished", "failed", "stopped early"
+
+
+@dataclasses.dataclass
+class RunState:
+    """One run.
+
+    status    waiting, running, finished, failed or stopped early.
+    steps     Agent steps at its last end, whatever ended it; a finished run goes on if it is to be longer.
+    starts    How often it was started.
+    failures  In a row, without getting further; cleared by the next sweep command.
+    seconds   That it has run in all.
+    reason    Of the last failure or early stop.
+    """
+
+    status: str = WAITING
+    steps: int = 0
+    starts: int = 0
+    failures: int = 0
+    seconds: float = 0.0
+    reason: str = ""
+
+
+def load_state(folder: Path) -> RunState:
+    """The state in a run's folder; a new one where there is none that can be read."""
+    try:
+        found: dict[str, Any] = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return RunState()
+    known = {field.name for field in dataclasses.fields(RunState)}
+    return RunState(**{name: value for name, value in found.items() if name in known})
+
+
+def save_state(folder: Path, state: RunState) -> None:
+    """Atomic: a reader, or a crash, sees the old or the new one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{STATE_FILE}.{os.getpid()}.partial"
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(dataclasses.asdict(state), file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(folder / STATE_FILE)
