@@ -15,6 +15,7 @@ from dreamer.runtime import transfer
 from dreamer.runtime.collect import Episode
 from dreamer.runtime.display import evaluation_table
 from dreamer.runtime.evaluate import as_evaluation
+from dreamer.runtime.meters import Packed
 from dreamer.runtime.parts import RunParts
 from dreamer.runtime.report import open_loop_report
 from dreamer.runtime.schedule import Every
@@ -118,7 +119,7 @@ class Run(RunParts):
         """Whether replay holds enough to begin training."""
         return self.replay.starts >= share(self.config.run.batch_size) * self.config.run.batch_length
 
-    def updated(self, count: int, metrics: Mapping[str, Any]) -> None:
+    def updated(self, count: int, metrics: Mapping[str, Any] | Packed) -> None:
         """So many updates are on their way, with these metrics."""
         self.metrics.add(metrics, "train/")
         self.updates += count

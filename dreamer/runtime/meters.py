@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,13 @@ REDUCTIONS: dict[str, Callable[[np.ndarray], Any]] = {
 }
 
 
+class Packed(NamedTuple):
+    """Metrics by name as the rows of one array, (M,) or (M, K), which may still be on the device."""
+
+    names: tuple[str, ...]
+    rows: Any
+
+
 class Aggregator:
     """Collects metrics and gives one number for each.
 
@@ -32,9 +39,12 @@ class Aggregator:
 
     def __init__(self) -> None:
         self._values: dict[str, list[Any]] = {}
-        self._packed: dict[tuple[str, ...], list[jax.Array]] = {}
+        self._packed: dict[tuple[str, ...], list[Any]] = {}
 
-    def add(self, values: Mapping[str, Any], prefix: str = "") -> None:
+    def add(self, values: Mapping[str, Any] | Packed, prefix: str = "") -> None:
+        if isinstance(values, Packed):
+            self._packed.setdefault(tuple(prefix + name for name in values.names), []).append(values.rows)
+            return
         alike: dict[Any, dict[str, jax.Array]] = {}
         for name, value in values.items():
             if isinstance(value, jax.Array):

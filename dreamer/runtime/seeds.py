@@ -26,6 +26,7 @@ from dreamer.runtime import transfer
 from dreamer.runtime.checkpoint import Checkpointer, CheckpointError
 from dreamer.runtime.lock import LogdirLock
 from dreamer.runtime.loop import Run
+from dreamer.runtime.meters import Packed
 from dreamer.runtime.signals import StopRequest
 from dreamer.runtime.startup import Startup
 
@@ -65,6 +66,7 @@ class MappedAgent:
         self._agent = agent
         self.stack = jax.jit(lambda states: jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
         self.state_of = jax.jit(lambda states, index: jax.tree.map(lambda leaf: leaf[index], states))
+        self.pack = jax.jit(lambda metrics: jnp.stack(metrics, 1))
         self.policy = jax.jit(self._policy, donate_argnums=1)
         self.update = jax.jit(self._update, donate_argnums=0, compiler_options=compiler_options())
 
@@ -205,10 +207,11 @@ class SeedRuns:
             batches = [run.learner.take(count) for run in runs]
             with runs[0].watch.section("update"):
                 self._states, latents, metrics, finite = self._mapped.update(self._states, batches)
+            packed = self._mapped.pack(list(metrics.values()))
             for index, run in enumerate(runs):
                 own = {name: _Part(value, index) for name, value in metrics.items()}
                 run.learner.dispatched(latents[index], own, _Part(finite, index), following)
-                run.updated(count, own)
+                run.updated(count, Packed(tuple(metrics), _Part(packed, index)))
 
     def _close_runs(self) -> None:
         for run in self.runs:
