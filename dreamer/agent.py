@@ -19,6 +19,7 @@ from dreamer.actor_critic import ActorCritic, Dream
 from dreamer.coders import one_hot
 from dreamer.config import Config
 from dreamer.distributions import sum_of
+from dreamer.insight import look, norms
 from dreamer.networks import COLUMNS, ROWS, Draws, columns, rows
 from dreamer.optimizer import make_optimizer, root_mean_square, update_slow
 from dreamer.rssm import RSSM, State, feature
@@ -211,6 +212,7 @@ class Agent:
             "key": state["key"],
         }
         metrics["opt/grad_norm"] = optax.tree.norm(grads)
+        metrics |= {f"opt/module_grad_norm/{name}": norm for name, norm in norms(grads).items()}
         metrics["opt/grad_rms"] = root_mean_square(grads)
         metrics["opt/update_rms"] = root_mean_square(updates)
         metrics["opt/param_rms"] = root_mean_square(params)
@@ -361,26 +363,22 @@ class Agent:
 
     # Looking
 
-    def _report(self, params: Any, batch: Batch, key: jax.Array) -> dict[str, dict[str, jax.Array]]:
-        """Open-loop prediction: observe half of each sequence, dream the rest along the real actions.
+    def _report(self, params: Any, batch: Batch, key: jax.Array) -> dict[str, Any]:
+        """What the model makes of a batch (B, T+1, ...): see `insight.look`, and from the filtered states
 
-        Returns {"true", "pred"}: observation key -> (B, T, ...) as the decoder's targets and modes are (images in
-        [0, 1]). The first T // 2 steps of "pred" are reconstructions.
+        - ``value`` (B, T), the critic's
+        - ``dream_reward``, ``dream_cont`` (B, T, H+1): imagined from each, the state itself first
+        - ``param_norm`` () by module
         """
         model = self._merge(params)
-        rssm, objective = model.world_model.rssm, model.world_model.objective
-        context, actions, trained = self.split_batch(rssm, batch)
-        length = actions.shape[1]
-        half = length // 2
-        observe_key, dream_key = jax.random.split(key)
-        tokens = model.world_model.encoder(trained, actions.shape[:2], self.dtype)
-        seen = (actions[:, :half], tokens[:, :half], trained["is_first"][:, :half])
-        observed, _ = rssm.observe(context, *seen, observe_key)
-        start = jax.tree.map(lambda x: x[:, -1], observed)
-        dreamed = rssm.imagine_actions(start, actions[:, half:], dream_key)
-        states = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), observed, dreamed)
-        pred = {key: output.mode() for key, output in objective.predict(states).items()}
-        return {"true": objective.decoder.targets(trained), "pred": pred}
+        look_key, dream_key = jax.random.split(key)
+        context, actions, trained = self.split_batch(model.world_model.rssm, batch)
+        states, views = look(model.world_model, context, actions, trained, look_key)
+        views["value"] = model.actor_critic.value(feature(states)).mode()
+        dream = self.dream(model, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), states), dream_key)
+        for name in ("reward", "cont"):
+            views[f"dream_{name}"] = getattr(dream, name).reshape(*actions.shape[:2], -1)
+        return views | {"param_norm": norms(params)}
 
     # Plumbing
 

@@ -38,7 +38,9 @@ class RunConfig:
     batch_size: int = option(16, "Sequences per update (B)", gt=0)
     batch_length: int = option(64, "Trained steps per sequence (T), the context step not counted", "steps", ge=2)
     log_every: int = option(1000, "Interval between metric writes", "agent steps", resume=True, gt=0)
-    report_every: int | None = option(20_000, "Interval between dream videos; null: none", "agent steps", resume=True)
+    report_every: int | None = option(
+        20_000, "Interval between reports: dream videos, health of the model; null: none", "agent steps", resume=True
+    )
     eval_every: int | None = option(None, "Interval between evaluations; null: none", "agent steps", resume=True)
     eval_episodes: int = option(10, "Episodes per evaluation", "episodes", resume=True, gt=0)
     eval_envs: int = option(4, "Environments stepped together in evaluation", resume=True, gt=0)
@@ -388,9 +390,26 @@ class LogConfig:
 
     jsonl: bool = option(True, "Write metrics.jsonl and scores.jsonl", resume=True)
     tensorboard: bool = option(True, "Write TensorBoard events", resume=True)
-    videos: bool = option(True, "Write episode and dream videos", resume=True)
+    wandb: str | None = option(None, "Project of Weights & Biases to record to; null: none", resume=True)
+    mlflow: str | None = option(None, "Experiment of MLflow to record to; null: none", resume=True)
+    videos: bool = option(True, "Write episode and dream videos, and pages of reports", resume=True)
     video_every: int = option(20_000, "Interval between recorded training episodes", "agent steps", resume=True, gt=0)
     video_fps: int = option(15, "Frames per second of videos", "1/s", resume=True, gt=0)
+    picture_megabytes: float | None = option(
+        200.0,
+        "Most that pictures take up in TensorBoard, in step with the run: what is too early is left out, and only the "
+        "newest of its name is kept as a file; null: any",
+        "10^6 bytes",
+        resume=True,
+        gt=0,
+    )
+    tensorboard_megabytes: float | None = option(
+        100.0,
+        "Most that scalars take up in TensorBoard, the same way; metrics.jsonl has all; null: any",
+        "10^6 bytes",
+        resume=True,
+        gt=0,
+    )
 
 
 @dataclass(frozen=True, config=_STRICT)

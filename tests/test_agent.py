@@ -55,6 +55,9 @@ def expected_metrics(agent: Agent) -> set[str]:
     recon = {k for k in agent.observations if not k.startswith("log/")}
     names = METRICS | {f"loss/{k}" for k in recon | WORLD_TERMS | BEHAVIOUR_TERMS}
     names |= {f"ent/{k}" for k in agent.actions}
+    names |= {
+        f"opt/module_grad_norm/{k}" for k in ("encoder", "rssm", "objective", "reward", "cont", "policy", "value")
+    }
     return names | {f"rand/{k}" for k, s in agent.actions.items() if s.kind == "discrete"}
 
 

@@ -15,7 +15,7 @@ LAYERS = [
     ["coders", "rssm"],
     ["objectives"],
     ["world_model"],
-    ["actor_critic"],
+    ["actor_critic", "insight"],
     ["agent"],
     ["planners", "dream_env"],
     ["schema"],
@@ -32,6 +32,8 @@ VOCABULARY = {"types", "config"}
 SEE_WHOLE_CONFIG = {"agent", "schema", "presets", "runtime", "diagnostics", "sweeps", "commands", "__init__"}
 OPTIONAL = {"dm_control", "mujoco", "crafter", "Box2D", "pygame", "tensorflow", "torch", "moviepy", "minerl", "minari"}
 OPTIONAL |= {
+    "wandb",
+    "mlflow",
     "bsuite",
     "minigrid",
     "memory_maze",

@@ -76,6 +76,7 @@ def commands(path: Path) -> list[list[str]]:
 
 def program(words: list[str]) -> tuple[str, list[str]] | None:
     """(command, arguments) where a line runs `dreamer`, through a script or in a container; else None."""
+    words = [words[0].removeprefix(".venv/bin/"), *words[1:]]
     if words[0] == "./scripts/train":
         return "train", words[1:]
     if words[0] == "sbatch":
@@ -136,7 +137,7 @@ def test_commands_parse(path, tmp_path, monkeypatch):
                     "cd",
                     "dreamer",
                 }
-                assert words[0] in known or (ROOT / words[0]).is_file(), words
+                assert words[0].removeprefix(".venv/bin/") in known or (ROOT / words[0]).is_file(), words
             case other:
                 raise AssertionError(f"{other} is no command of the program")
 
@@ -241,17 +242,25 @@ def test_the_table_of_presets_says_what_they_set():
 
 OBSERVATIONS = {"image": Space("image", (16, 16, 3)), "position": Space("vector", (2,))}
 ACTIONS = {"action": Space("discrete", (), (3,)), "push": Space("vector", (2,))}
-STANDS_FOR = {"<key>": "image|position", "<action>": "action|push", "<name>": "wood"}
+MODULES = ("encoder", "rssm", "objective", "reward", "cont", "policy", "value")
+STANDS_FOR = {
+    "<key>": "image|position", "<action>": "action|push", "<name>": "wood", "<module>": "|".join(MODULES)
+}  # fmt: skip
+#: What `SystemMeter` gives where there are workers and a GPU.
+SYSTEM = (
+    "ram_gigabytes", "ram_free_gigabytes", "workers_ram_gigabytes", "disk_free_gigabytes", "device_gigabytes",
+    "device_peak_gigabytes", "gpu_load", "gpu_gigabytes",
+)  # fmt: skip
 
 
 class Recorder:
-    """A sink that notes the names of videos."""
+    """A sink that notes the names of pictures."""
 
     def __init__(self) -> None:
-        self.videos: set[str] = set()
+        self.pictures: set[str] = set()
 
-    def video(self, steps, name, gif, height, width):
-        self.videos.add(name)
+    def picture(self, steps, name, picture):
+        self.pictures.add(name)
 
     def __getattr__(self, name):
         return lambda *arguments: None
@@ -271,18 +280,29 @@ def written(tmp_path_factory) -> set[str]:
     frames = np.zeros((2, 8, 8, 3), np.uint8)
     episode = Episode(0, 1.0, 2, {"wood/mean": 0.0, "wood/max": 0.0}, [frames[0]])
     images, vectors = np.zeros((2, 8, 16, 16, 3), np.float32), np.zeros((2, 8, 2), np.float32)
-    seen = {"image": images, "position": vectors}
+    seen, numbers = {"image": images, "position": vectors}, np.ones((2, 8), np.float32)
+    views = {"true": seen, "pred": seen, "error": dict.fromkeys(seen, numbers), "guess": dict.fromkeys(seen, 1.0)}
+    views |= dict.fromkeys(("open_reward", "open_cont", "reward", "cont", "value", "kl"), numbers)
+    views |= {"probs": np.full((2, 8, 4, 4), 0.25), "param_norm": dict.fromkeys(MODULES, 1.0)}
+    views |= dict.fromkeys(("dream_reward", "dream_cont"), np.ones((2, 8, 4)))
     run = mock.MagicMock()
-    run.agent.devices.one_copy.side_effect = lambda state: state
     run.config, run.logdir, run.steps = config, logdir, Steps(0, 0, 0)
     run.logger = Logger(logdir, tensorboard=False, sinks=(recorder,))
     run.metrics, run.watch = Aggregator(), Stopwatch()
     run.replay = Replay(fields, 1, 100, 9, seed=0)
+    for _ in range(20):
+        run.replay.add({name: np.zeros((1, *field.shape), field.dtype) for name, field in fields.items()})
+    run.system.result.return_value = dict.fromkeys(SYSTEM, 1.0)
     run.schedule.dispatches.return_value, run.updates = [(1, 1)], 0
-    run.learner.update.return_value = {name: np.float32(1) for name in metrics}
+    metrics = {name: np.float32(1) for name in metrics}
+    run.learner.update.return_value = metrics
     run.learner.state = {"key": np.zeros(2, np.uint32), "updates": 0, "params": None}
-    run.learner.batch = {"reward": np.zeros((2, 9))}
-    run.agent.report.return_value = {"true": seen, "pred": seen}
+    run.learner.batch = {"reward": np.zeros((2, 9))} | dict.fromkeys(
+        ("is_first", "is_last", "is_terminal"), np.zeros((2, 9), bool)
+    )
+    run.learner.metrics = metrics
+    run.agent.report.return_value, run.agent.config = views, config
+    run.agent.devices.one_copy.side_effect = lambda state: state
     run.evaluator.return_value = [episode]
     run.checkpointer.best_score.return_value, run.stop = None, StopRequest()
     for name in ("loop.py", "parts.py", "learner.py"):
@@ -298,7 +318,7 @@ def written(tmp_path_factory) -> set[str]:
     Run.evaluate(run)
     run.logger.close()
     lines = [json.loads(line) for file in logdir.glob("*.jsonl") for line in file.read_text().splitlines()]
-    return recorder.videos.union(*lines)
+    return recorder.pictures.union(*lines)
 
 
 def documented() -> set[str]:
@@ -326,3 +346,4 @@ def test_every_documented_metric_is_written(written):
 def test_the_run_above_is_not_empty(written):
     assert {"train/loss/dyn", "train/rand/action", "episode/score", "eval/score", "fps/policy"} <= written
     assert {"time/eval", "report/dream/image", "episode/video", "replay/ratio", "step"} <= written
+    assert {"report/health", "report/bias/value", "report/return_gap", "train/opt/module_grad_norm/rssm"} <= written

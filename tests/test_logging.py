@@ -51,8 +51,8 @@ def test_metrics_and_scores(tmp_path):
     assert metrics == {**head, **expected}
     assert lines(tmp_path / "scores.jsonl") == [{"step": 80, "episode/score": 0.5, "episode/length": 20}]
     scalars, _ = events(tmp_path)
-    assert scalars["train/loss/dyn"] == [(100, 1.5)] and scalars["replay/size"] == [(100, 3.0)]
-    assert scalars["episode/score"] == [(80, 0.5)] and scalars["episode/length"] == [(80, 20.0)]
+    assert scalars["3_world_model/loss/dyn"] == [(100, 1.5)] and scalars["6_replay/size"] == [(100, 3.0)]
+    assert scalars["1_score/episode/score"] == [(80, 0.5)] and scalars["1_score/episode/length"] == [(80, 20.0)]
 
 
 def test_float_values_survive_exactly(tmp_path):
@@ -70,7 +70,7 @@ def test_what_is_not_finite_stays_valid_json(tmp_path):
     (metrics,) = lines(tmp_path / "metrics.jsonl")
     assert [metrics[k] for k in "abcd"] == [None, None, None, 1.0]
     assert lines(tmp_path / "scores.jsonl")[0]["episode/score"] is None
-    assert math.isnan(events(tmp_path)[0]["a"][0][1])
+    assert math.isnan(events(tmp_path)[0]["9_other/a"][0][1])
 
 
 @pytest.mark.parametrize("bad", [np.ones(2), "text", np.ones(0), None])
@@ -88,12 +88,12 @@ def test_video_is_an_animation_in_tensorboard_and_a_file(tmp_path):
     frames = np.zeros((7, 32, 48, 3), np.uint8)
     frames[np.arange(7), np.arange(7) * 4] = (255, 200, 0)
     with Logger(tmp_path, fps=10) as logger:
-        path = logger.video(at(40), "dream/image", frames)
-        logger.video(at(80), "dream/image", frames[:3])
-    assert path == tmp_path / "videos" / "dream_image.gif"
+        path = logger.video(at(40), "report/dream/image", frames)
+        logger.video(at(80), "report/dream/image", frames[:3])
+    assert path == tmp_path / "videos" / "report_dream_image.gif"
     _, images = events(tmp_path)
-    assert [step for step, _ in images["dream/image"]] == [40, 80]
-    event = images["dream/image"][0][1]
+    assert [step for step, _ in images["2_health/dream/image"]] == [40, 80]
+    event = images["2_health/dream/image"][0][1]
     with Image.open(io.BytesIO(event.encoded_image_string)) as gif:
         assert gif.format == "GIF" and gif.n_frames == 7 and gif.size == (event.width, event.height) == (192, 128)
         gif.seek(3)
@@ -124,7 +124,7 @@ def test_resume_cuts_back_to_the_checkpoint(tmp_path):
     assert [(m["step"], m["x"]) for m in lines(tmp_path / "metrics.jsonl")] == [(10, 10), (20, 20), (28, -1)]
     assert [s["episode/score"] for s in lines(tmp_path / "scores.jsonl")] == [10, 20, -1]
     scalars, _ = events(tmp_path)
-    assert scalars["x"] == scalars["episode/score"] == [(10, 10.0), (20, 20.0), (28, -1.0)]
+    assert scalars["9_other/x"] == scalars["1_score/episode/score"] == [(10, 10.0), (20, 20.0), (28, -1.0)]
 
 
 def test_resume_of_a_file_that_lost_lines(tmp_path):
@@ -164,7 +164,7 @@ def test_full_disk_is_reported_once_and_loses_no_line(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         logger.scalars(at(16), {"x": 16})
     assert [m["x"] for m in lines(tmp_path / "metrics.jsonl")] == [0, 4, 8, 12, 16]
-    assert events(tmp_path)[0]["x"] == [(x, float(x)) for x in (0, 4, 8, 12, 16)]
+    assert events(tmp_path)[0]["9_other/x"] == [(x, float(x)) for x in (0, 4, 8, 12, 16)]
 
 
 def test_further_sinks_get_everything(tmp_path):

@@ -27,7 +27,7 @@ from dreamer.runtime.checkpoint import Checkpointer
 from dreamer.runtime.resume import read_progress
 from dreamer.runtime.setup import make_agent, make_replay, spaces_from_json
 
-TIMES = ("fps/", "time/")
+TIMES = ("fps/", "time/", "system/")
 
 #: Options of a run that takes part, by name: everything happens in it, several times.
 RUNS: dict[str, tuple[str, ...]] = {

@@ -43,7 +43,7 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 def without_clock(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Records without what depends on how fast the machine is."""
-    return [{k: v for k, v in record.items() if not k.startswith(("fps/", "time/"))} for record in records]
+    return [{k: v for k, v in record.items() if not k.startswith(("fps/", "time/", "system/"))} for record in records]
 
 
 @dataclasses.dataclass

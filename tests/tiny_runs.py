@@ -19,7 +19,10 @@ from dreamer.runtime.devices import choose_device
 from dreamer.runtime.snapshot import flatten
 from dreamer.types import Spaces, replay_fields
 
-QUIET: dict[str, Any] = {"run.display": False, "run.platform": "cpu", "log.tensorboard": False, "log.videos": False}
+QUIET: dict[str, Any] = {
+    "run.display": False, "run.platform": "cpu", "run.report_every": None, "log.tensorboard": False,
+    "log.videos": False,
+}  # fmt: skip
 
 _agents: dict[str, Agent] = {}
 

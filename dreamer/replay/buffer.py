@@ -152,6 +152,18 @@ class Replay:
         self._counters["online"] += int(selection.online.sum())
         return selection
 
+    def newest(self, batch: int) -> Selection | None:
+        """The newest `batch` sequences (B), those of an environment one behind the other; None if there are fewer.
+
+        For looking, not for training: nothing is drawn or counted.
+        """
+        order = np.arange(batch)
+        env = order % self.num_envs
+        row = self._ring.head[env] - 1 - (order // self.num_envs + 1) * (self.length - 1)
+        if (row < self._ring.tail[env]).any():
+            return None
+        return Selection(env, row, np.zeros(batch, bool), self.length)
+
     def gather(self, selection: Selection) -> dict[str, np.ndarray]:
         """The steps of a selection: fresh arrays (B, 1 + T, ...) of every field.
 

@@ -15,6 +15,7 @@ from dreamer.envs import EnvError, VectorEnv
 from dreamer.envs.interface import Batch, Fault
 from dreamer.runtime import transfer
 from dreamer.runtime.nonfinite import NonFiniteActionError, not_finite
+from dreamer.runtime.video import reduced
 from dreamer.types import LOG_PREFIX, TRANSITION_FIELDS, UNSCALED_REWARD, visible
 
 #: Most frames of a recorded episode.
@@ -165,7 +166,7 @@ class Collector:
     def _add_frame(self) -> None:
         frame = self.envs.render() if len(self._frames) < VIDEO_FRAMES else None
         if frame is not None:
-            self._frames.append(frame)
+            self._frames.append(reduced(frame))
 
     def _finished(self, index: int) -> Episode:
         frames: list[np.ndarray] = []

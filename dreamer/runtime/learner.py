@@ -90,6 +90,11 @@ class Learner:
         """The batch of the newest update (B, T+1, ...), where it was gathered, for reports."""
         return None if self._newest is None else self._newest.drawn[-1].batch
 
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """Of the newest dispatch, for reports; none after a resume, until the next."""
+        return {} if self._newest is None else self._newest.metrics
+
     def update(self, count: int = 1, following: int = 1) -> Mapping[str, jax.Array]:
         """Dispatch `count` updates in one program; returns their metrics, () or (count,), still on the device.
 

@@ -1,65 +1,39 @@
-"""What a run records: metrics and scores as JSON lines, scalars and videos for TensorBoard.
+"""What a run records: metrics and scores as JSON lines; scalars, videos and pages for TensorBoard and other sinks.
 
     metrics.jsonl    one object a line: step (environment frames), agent_steps, updates, then the metrics
     scores.jsonl     one object per training episode: step, episode/score, episode/length
-    tensorboard/     the same scalars, and videos as animated images
+    tensorboard/     the same scalars, in groups, and pictures
     videos/          the newest video of each name
+    reports/         the newest page of each name
 
 A disk that fills up stops no training: it is reported once, records are kept in memory and written later.
 """
 
 from __future__ import annotations
 
-import collections
-import dataclasses
-import errno
 import functools
 import json
 import math
 import os
-import socket
-import struct
-import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-from tensorboardX.proto import event_pb2, summary_pb2
-from tensorboardX.record_writer import masked_crc32c
 
 from dreamer.runtime import video
+from dreamer.runtime.pictures import Encoder, Pace, Picture, encode_png
+from dreamer.runtime.sink import Appender, Sink, Steps
+from dreamer.runtime.tensorboard import TensorBoardSink
 
-#: Most bytes of records held in memory while the disk refuses them, per file.
-_HELD_BYTES = 64 << 20
-#: TensorBoard events are written at a flush, and when so many bytes have come together.
-_FLUSHED_BYTES = 1 << 20
 _LONGEST_LINE = 1 << 20
+#: In what `Logger.offsets` gives: bytes of pictures that all sinks have got.
+_PICTURES = "pictures"
 
 
 class LogWarning(UserWarning):
     """Records could not be written; the message names the file."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Steps:
-    """Where a run is: policy decisions, environment frames (decisions times action repeat), gradient updates."""
-
-    agent_steps: int
-    env_frames: int
-    updates: int
-
-
-class Sink(Protocol):
-    """One place records go to. An OSError from any method is reported and training goes on."""
-
-    def scalars(self, steps: Steps, values: Mapping[str, float | int]) -> None: ...
-    def episode(self, steps: Steps, score: float, length: int) -> None: ...
-    def video(self, steps: Steps, name: str, gif: bytes, height: int, width: int) -> None: ...
-    def truncate(self, offsets: Mapping[str, int], steps: Steps | None) -> None: ...
-    def flush(self) -> None: ...
-    def close(self) -> None: ...
 
 
 class Logger:
@@ -71,9 +45,12 @@ class Logger:
         jsonl: bool = True,
         tensorboard: bool = True,
         fps: int = 15,
-        sinks: tuple[Sink, ...] = (),
+        sinks: Sequence[Sink] = (),
+        pictures: Pace | None = None,
     ) -> None:
-        """fps: of videos. sinks: further ones. Existing files of an earlier part of the run are continued."""
+        """fps: of videos. sinks: further ones. pictures: what they may take up; None: any space. Existing files of an
+        earlier part of the run are continued.
+        """
         self.logdir = Path(logdir)
         self.logdir.mkdir(parents=True, exist_ok=True)
         self._fps = fps
@@ -81,9 +58,12 @@ class Logger:
         self._sinks += [TensorBoardSink(self.logdir / "tensorboard")] if tensorboard else []
         self._sinks += sinks
         self._failing: set[int] = set()
+        self._pictures = pictures or Pace(None, 1)
+        self._encoder = Encoder(self._deliver)
 
     def scalars(self, steps: Steps, values: Mapping[str, Any]) -> None:
         """Records metrics: Python, numpy or jax numbers, or arrays of one element."""
+        self._encoder.deliver()
         numbers = {name: _number(name, value) for name, value in values.items()}
         self._each(lambda sink: sink.scalars(steps, numbers))
 
@@ -91,34 +71,59 @@ class Logger:
         """Records a finished training episode: sum of rewards, number of actions."""
         self._each(lambda sink: sink.episode(steps, float(score), int(length)))
 
-    def video(self, steps: Steps, name: str, frames: np.ndarray) -> Path:
-        """Records a video, uint8 (T, H, W, 3); returns the file that holds the newest of this name."""
-        gif = video.encode_gif(frames, self._fps)
-        height, width = video.gif_size(gif)
-        path = self.logdir / "videos" / f"{name.replace('/', '_')}.gif"
-        self._each(lambda sink: sink.video(steps, name, gif, height, width))
-        self._try(id(self), lambda: video.write_atomically(path, gif), recovers=True)
+    def video(self, steps: Steps, name: str, frames: np.ndarray | Callable[[], np.ndarray]) -> Path:
+        """Records a video, uint8 (T, H, W, 3) or what draws it; returns the file that will hold the newest.
+
+        It is drawn and encoded in a thread, and there at the next flush at the latest.
+        """
+
+        def make() -> Picture:
+            gif = video.encode_gif(frames() if callable(frames) else frames, self._fps)
+            return Picture("gif", gif, *video.gif_size(gif))
+
+        return self._add(steps, name, self.logdir / "videos" / f"{name.replace('/', '_')}.gif", make)
+
+    def page(self, steps: Steps, name: str, image: Callable[[], np.ndarray]) -> Path:
+        """Records what draws an image uint8 (H, W, 3), as `video` does."""
+        path = self.logdir / "reports" / f"{name.replace('/', '_')}.png"
+        return self._add(steps, name, path, lambda: encode_png(image()))
+
+    def _add(self, steps: Steps, name: str, path: Path, make: Callable[[], Picture]) -> Path:
+        self._encoder.add((steps, name, path), make)
         return path
 
+    def _deliver(self, label: tuple[Steps, str, Path], picture: Picture) -> None:
+        steps, name, path = label
+        self._try(id(self), lambda: video.write_atomically(path, picture.data), recovers=True)
+        if self._pictures.takes(len(picture.data), steps.agent_steps):
+            self._each(lambda sink: sink.picture(steps, name, picture))
+
     def offsets(self) -> dict[str, int]:
-        """Sizes of the JSON lines files, bytes, for a checkpoint; `truncate` cuts them back to these."""
+        """How far all records have got, for a checkpoint; `truncate` goes back there."""
         self.flush()
-        paths = [self.logdir / name for name in JsonSink.FILES]
-        return {path.name: path.stat().st_size if path.exists() else 0 for path in paths}
+        found = {_PICTURES: self._pictures.spent}
+        for sink in self._sinks:
+            found |= sink.offsets()
+        return found
 
     def truncate(self, offsets: Mapping[str, int], steps: Steps | None = None) -> None:
         """Forgets what was recorded after a checkpoint: cuts JSON lines back to its `offsets`.
 
         With `steps`, those of the checkpoint, TensorBoard hides all earlier events of later steps.
         """
+        self._pictures.spent = offsets.get(_PICTURES, 0)
         self._each(lambda sink: sink.truncate(offsets, steps))
 
     def flush(self) -> None:
-        """Hands everything recorded so far to the file system."""
+        """Hands everything recorded so far to the file system; waits for pictures that are being made."""
+        self._encoder.deliver(0)
         self._each(lambda sink: sink.flush(), recovers=True)
 
     def close(self) -> None:
-        self._each(lambda sink: sink.close())
+        try:
+            self._encoder.close()
+        finally:
+            self._each(lambda sink: sink.close())
 
     def __enter__(self) -> Logger:
         return self
@@ -137,9 +142,8 @@ class Logger:
         except OSError as error:
             if who not in self._failing:
                 self._failing.add(who)
-                text = (
-                    f"records cannot be written to {error.filename or self.logdir}: {error.strerror}; training goes on"
-                )
+                where, why = error.filename or self.logdir, error.strerror or error
+                text = f"records cannot be written to {where}: {why}; training goes on"
                 warnings.warn(text, LogWarning, stacklevel=5)
         else:
             if recovers:
@@ -163,8 +167,13 @@ class JsonSink:
     def episode(self, steps: Steps, score: float, length: int) -> None:
         self._scores.write({"step": int(steps.env_frames), "episode/score": score, "episode/length": length})
 
-    def video(self, steps: Steps, name: str, gif: bytes, height: int, width: int) -> None:
-        """Text files hold no videos."""
+    def picture(self, steps: Steps, name: str, picture: Picture) -> None:
+        """Text files hold no pictures."""
+
+    def offsets(self) -> dict[str, int]:
+        """Sizes of the files, bytes."""
+        paths = [lines.path for lines in (self._metrics, self._scores)]
+        return {path.name: path.stat().st_size if path.exists() else 0 for path in paths}
 
     def truncate(self, offsets: Mapping[str, int], steps: Steps | None) -> None:
         for lines in (self._metrics, self._scores):
@@ -179,48 +188,12 @@ class JsonSink:
         self.flush()
 
 
-class _Appender:
-    """Appends records to a file: whole ones only, and later those that came while the disk was full."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._held: collections.deque[bytes] = collections.deque()
-        self.held_bytes = 0
-
-    def append(self, record: bytes) -> None:
-        self._held.append(record)
-        self.held_bytes += len(record)
-        while self.held_bytes > _HELD_BYTES:
-            self.held_bytes -= len(self._held.popleft())
-
-    def flush(self) -> None:
-        """Writes what is held; an OSError leaves the file as it was, and the records for the next call."""
-        if not self._held:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        data = b"".join(self._held)
-        with self.path.open("ab", buffering=0) as file:
-            good = file.seek(0, os.SEEK_END)
-            try:
-                if file.write(data) != len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            except OSError as error:
-                file.truncate(good)
-                raise OSError(error.errno, error.strerror, str(self.path)) from error
-        self.drop()
-
-    def drop(self) -> None:
-        """Forgets what is held."""
-        self._held.clear()
-        self.held_bytes = 0
-
-
 class _JsonLines:
     """Objects, one a line."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = _Appender(path)
+        self._file = Appender(path)
         if path.exists():
             self._drop_partial_line()
 
@@ -249,66 +222,6 @@ class _JsonLines:
             tail = file.read()
             if tail and not tail.endswith(b"\n"):
                 file.truncate(end - len(tail) + tail.rfind(b"\n") + 1)
-
-
-class TensorBoardSink:
-    """Event files, written in the caller's thread: no queue that could block when the disk is full.
-
-    tensorboardX's own video summary silently needs moviepy, so videos are image summaries that hold a GIF.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._file: _Appender | None = None
-        self._purge_step: int | None = None
-
-    def scalars(self, steps: Steps, values: Mapping[str, float | int]) -> None:
-        summaries = [summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._write(steps, summaries)
-
-    def episode(self, steps: Steps, score: float, length: int) -> None:
-        self.scalars(steps, {"episode/score": score, "episode/length": length})
-
-    def video(self, steps: Steps, name: str, gif: bytes, height: int, width: int) -> None:
-        image = summary_pb2.Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=gif)
-        self._write(steps, [summary_pb2.Summary.Value(tag=name, image=image)])
-
-    def truncate(self, offsets: Mapping[str, int], steps: Steps | None) -> None:
-        if steps is not None:
-            self.close()
-            self._purge_step = steps.env_frames + 1
-
-    def flush(self) -> None:
-        if self._file is not None:
-            self._file.flush()
-
-    def close(self) -> None:
-        self.flush()
-        self._file = None
-
-    def _write(self, steps: Steps, values: list[summary_pb2.Summary.Value]) -> None:
-        if self._file is None:
-            self._file = self._open()
-        self._put(self._file, steps.env_frames, summary=summary_pb2.Summary(value=values))
-        if self._file.held_bytes > _FLUSHED_BYTES:
-            self._file.flush()
-
-    def _open(self) -> _Appender:
-        # The viewer reads files in the order of their names, and two may be opened within one second.
-        number = len(list(self._folder.glob("events.out.tfevents.*")))
-        file = _Appender(self._folder / f"events.out.tfevents.{time.time():.0f}.{number:04d}.{socket.gethostname()}")
-        self._put(file, 0, file_version="brain.Event:2")
-        if self._purge_step is not None:
-            self._put(file, self._purge_step, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
-        return file
-
-    @staticmethod
-    def _put(file: _Appender, step: int, **contents: Any) -> None:
-        """One record: length, its checksum, event, its checksum (little endian)."""
-        event = event_pb2.Event(wall_time=time.time(), step=int(step), **contents).SerializeToString()
-        length = struct.pack("<Q", len(event))
-        checks = (struct.pack("<I", masked_crc32c(data)) for data in (length, event))
-        file.append(length + next(checks) + event + next(checks))
 
 
 def _number(name: str, value: Any) -> float | int:

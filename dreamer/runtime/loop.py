@@ -17,7 +17,7 @@ from dreamer.runtime.display import evaluation_table
 from dreamer.runtime.evaluate import as_evaluation
 from dreamer.runtime.meters import Packed
 from dreamer.runtime.parts import RunParts
-from dreamer.runtime.report import open_loop_report
+from dreamer.runtime.report import make_report
 from dreamer.runtime.schedule import Every
 from dreamer.runtime.shares import share
 from dreamer.runtime.signals import StopRequest
@@ -91,7 +91,7 @@ class Run(RunParts):
             if self._due_log(self.agent_steps):
                 self._log_metrics()
             self.display.update(self.steps, "" if self.schedule.started else "filling replay")
-        if self._due_report(self.agent_steps) and self.config.log.videos:
+        if self._due_report(self.agent_steps):
             self.report()
         if self._due_eval(self.agent_steps):
             self.evaluate()
@@ -140,18 +140,24 @@ class Run(RunParts):
         stats = {f"replay/{name}": value for name, value in self.replay.stats().items()}
         times = self.watch.result()
         self.display.times(times)
-        self.logger.scalars(self.steps, {**self.metrics.result(), **stats, **times})
+        system = {f"system/{name}": value for name, value in self.system.result().items()}
+        self.logger.scalars(self.steps, {**self.metrics.result(), **stats, **times, **system})
 
     def report(self) -> None:
-        """Write the open-loop dream video and its errors."""
-        if self.learner.batch is None:
+        """Write how good the world model is: numbers, dream videos, the page of its health."""
+        batch, log = self.learner.batch, self.config.log
+        if batch is None:
             return
         with self.watch.section("report"):
+            recent = self.replay.newest(len(batch["is_first"])) if self.collector is not None else None
+            newest = None if recent is None else self.replay.gather(recent)
             state = self.agent.devices.one_copy(self.learner.state)
-            videos, errors = open_loop_report(self.agent, state, self.learner.batch)
-            self.logger.scalars(self.steps, errors)
-            for name, frames in videos.items():
-                self.dream_video = self.logger.video(self.steps, name, frames)
+            found = make_report(self.agent, state, batch, newest, self.learner.metrics)
+            self.logger.scalars(self.steps, found.scalars)
+            if log.videos:
+                self.logger.page(self.steps, "report/health", found.page)
+                for name, draw in found.videos.items():
+                    self.dream_video = self.logger.video(self.steps, name, draw)
 
     def evaluate(self) -> list[float]:
         """Play evaluation episodes, log them, keep the weights if they are the best so far.
@@ -183,7 +189,8 @@ class Run(RunParts):
         """What a person wants to see at the end, unless the run ended before."""
         if self.stop or self.failed:
             return
-        self.report()
+        if self.config.run.report_every is not None:
+            self.report()
         if self.config.run.final_eval and (scores := self.evaluate()):
             self.console.print(evaluation_table([as_evaluation(self.config, scores)]))
         if self.dream_video is not None:

@@ -27,10 +27,10 @@ from dreamer.runtime.devices import find_devices
 from dreamer.runtime.display import Display, start_summary
 from dreamer.runtime.evaluate import Evaluator
 from dreamer.runtime.learner import Learner
-from dreamer.runtime.logging import Logger, Steps
 from dreamer.runtime.meters import Aggregator, Stopwatch
 from dreamer.runtime.preload import Preload, check_trainable, find_preload
 from dreamer.runtime.provenance import versions
+from dreamer.runtime.records import make_logger
 from dreamer.runtime.resume import (
     ENVIRONMENTS,
     Progress,
@@ -48,7 +48,9 @@ from dreamer.runtime.setup import (
     training_envs,
 )
 from dreamer.runtime.shares import check_processes, from_first, own_key, share
+from dreamer.runtime.sink import Steps
 from dreamer.runtime.startup import Startup
+from dreamer.runtime.system import SystemMeter
 from dreamer.runtime.weights import warm_start
 
 
@@ -97,7 +99,8 @@ class RunParts:
         self.replay = make_replay(config, self.agent, self.preloaded)
         run = config.run
         self.schedule = UpdateSchedule(run.train_ratio, run.batch_size, run.batch_length, run.updates_per_dispatch)
-        self.logger = Logger(self.logdir, config.log.jsonl, config.log.tensorboard, config.log.video_fps)
+        self.logger = make_logger(config)
+        self.system = SystemMeter(self.logdir)
         self.agent_steps = self.updates = 0
         self.failed: str | None = None
         self.dream_video: Path | None = None

@@ -13,6 +13,9 @@ from PIL import Image, ImageDraw, ImageFont
 CONTEXT_COLOR = (40, 130, 220)
 IMAGINED_COLOR = (240, 150, 30)
 
+#: Longest side of recorded frames, pixels.
+MAX_SIDE = 320
+
 _BACKGROUND = (22, 22, 26)
 _TEXT = (225, 225, 225)
 _SAMPLED_PIXELS = 1 << 17
@@ -43,6 +46,16 @@ def save_gif(path: Path | str, frames: np.ndarray, fps: float = 15, min_side: in
     """Encodes frames, see `encode_gif`, and writes the file."""
     write_atomically(Path(path), encode_gif(frames, fps, min_side))
     return Path(path)
+
+
+def reduced(frame: np.ndarray) -> np.ndarray:
+    """A frame uint8 (H, W, C) with no side above MAX_SIDE: means over squares of a whole number of pixels."""
+    factor = -(-max(frame.shape[:2]) // MAX_SIDE)
+    if factor == 1:
+        return frame
+    height, width = (side // factor for side in frame.shape[:2])
+    squares = frame[: height * factor, : width * factor].reshape(height, factor, width, factor, -1)
+    return (squares.mean((1, 3)) + 0.5).astype(np.uint8)
 
 
 def gif_size(gif: bytes) -> tuple[int, int]:

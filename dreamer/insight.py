@@ -1,0 +1,66 @@
+"""What a model makes of replayed sequences, for reports: what it saw, dreamed and expected, without gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dreamer.rssm import State, feature
+from dreamer.world_model import WorldModel
+
+#: Sequences whose observations and predictions are handed out, for videos.
+SHOWN = 8
+
+
+def look(
+    model: WorldModel, context: State, actions: jax.Array, batch: Mapping[str, jax.Array], key: jax.Array
+) -> tuple[State, dict[str, Any]]:
+    """Filter sequences with all observations, and once more without those of the second half::
+
+        step        0  1  ...  T/2-1   T/2  ...  T-1
+        filtered    seen       seen    seen      seen
+        open loop   seen       seen    dreamed along the real actions
+
+    context, actions, batch: as in `WorldModel.loss`. Returns the filtered states (B, T, ...) and
+
+    - of the open loop: ``true``, ``pred`` (SHOWN, T, ...) by observation key, as the decoder's targets and modes are
+      (images in [0, 1]); ``error`` (B, T) by key, the mean magnitude of their difference; ``guess`` () by key, the mean
+      error of always predicting the mean of all steps; ``open_reward``, ``open_cont`` (B, T)
+    - of the filtered states: ``reward``, ``cont`` (B, T); ``kl`` (B, T), from prior to posterior, summed over the
+      variables; ``probs`` (B, T, S, K), the posterior's
+
+    all float32.
+    """
+    rssm, length = model.rssm, actions.shape[1]
+    half = length // 2
+    observe_key, dream_key = jax.random.split(key)
+    tokens = model.encoder(batch, actions.shape[:2], actions.dtype)
+    states, logits = rssm.observe(context, actions, tokens, batch["is_first"], observe_key)
+    posterior, prior = rssm.dist(logits), rssm.dist(rssm.prior(states["deter"]))
+    dreamed = rssm.imagine_actions(jax.tree.map(lambda x: x[:, half - 1], states), actions[:, half:], dream_key)
+    opened = jax.tree.map(lambda a, b: jnp.concatenate([a[:, :half], b], 1), states, dreamed)
+    true = model.objective.decoder.targets(batch)
+    pred = {name: output.mode() for name, output in model.objective.predict(opened).items()}
+    views: dict[str, Any] = {
+        "true": {name: x[:SHOWN] for name, x in true.items()},
+        "pred": {name: x[:SHOWN] for name, x in pred.items()},
+        "error": {name: _magnitude(pred[name] - x) for name, x in true.items()},
+        "guess": {name: _magnitude(x - x.mean((0, 1), keepdims=True)).mean() for name, x in true.items()},
+    }
+    for prefix, x in (("open_", feature(opened)), ("", feature(states))):
+        views[f"{prefix}reward"], views[f"{prefix}cont"] = model.reward(x).mode(), model.cont(x).mode()
+    return states, views | {"kl": posterior.kl(prior).sum(-1), "probs": posterior.probs}
+
+
+def norms(params: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """The norm () of each module's parameters, or of something like them, by name."""
+    return {name: optax.tree.norm(tree) for part in params.values() for name, tree in part.items()}
+
+
+def _magnitude(x: jax.Array) -> jax.Array:
+    """Mean magnitude (B, T) over the axes behind the first two."""
+    return jnp.abs(x).reshape(*x.shape[:2], -1).mean(-1)
