@@ -20,6 +20,8 @@ from tiny_runs import share_agents, tiny_config
 from dreamer.config import Config
 from dreamer.runtime import transfer
 from dreamer.runtime.loop import Run
+from dreamer.runtime.meters import Aggregator, Packed
+from dreamer.runtime.seeds import SeedRuns
 from dreamer.runtime.signals import StopRequest
 
 Door = collections.Counter[str]
@@ -144,6 +146,44 @@ def test_one_read_for_each_step_of_the_environments(
     for one in found:
         assert one.elsewhere == 0
         assert one.reads == 1 + max(0, one.dispatches - 1) + one.logged, one
+
+
+@pytest.mark.slow
+def test_several_seeds_share_the_read(tmp_path: Path) -> None:
+    config = quiet_config(run__train_ratio=8, run__seeds=2, run__agent_steps=120, logdir=str(tmp_path))
+    runs = SeedRuns(config, None, Console(quiet=True))
+    found: list[tuple[int, int, bool]] = []
+    logged: Door = collections.Counter()
+    for run in runs.runs:
+        log = run._log_metrics
+        run._log_metrics = lambda log=log: (logged.update(lines=1), log())  # type: ignore[misc,assignment]
+    first = runs.runs[0]
+    record = first.record
+
+    def recorded(save: bool) -> None:
+        found.append((door["reads"] - logged["lines"], door["elsewhere"], first.schedule.started))
+        door.clear()
+        logged.clear()
+        record(save)
+
+    first.record = recorded  # type: ignore[method-assign]
+    try:
+        with watched_door() as door:
+            runs.loop(StopRequest())
+    finally:
+        runs.close()
+    assert len(found) == 60 and found[-1][2]
+    assert {(reads, elsewhere) for reads, elsewhere, _ in found} == {(1, 0)}
+
+
+def test_packed_metrics_count_as_those_added_one_by_one() -> None:
+    apart, packed = Aggregator(), Aggregator()
+    for values in ((1.0, 2.0), (3.0, 7.0)):
+        apart.add({"a": values[0], "b_last": values[1]}, "train/")
+        packed.add(Packed(("a", "b_last"), jnp.array(values)), "train/")
+    assert packed.result() == apart.result() == {"train/a": 2.0, "train/b_last": 7.0}
+    packed.add(Packed(("a", "b_last"), np.array([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])))
+    assert packed.result() == {"a": 2.0, "b_last": 6.0}
 
 
 @pytest.mark.parametrize("together", [1, pytest.param(3, marks=pytest.mark.slow)])
