@@ -196,7 +196,9 @@ class Agent:
         if slices == 1:
             grads, (scale, latents, metrics) = self._gradients(state, batch, key)
         else:
-            parts = self.devices.slices(jax.tree.map(lambda x: x.reshape(slices, -1, *x.shape[1:]), dict(batch)))
+            # Each slice has sequences of every device, which then has nothing to exchange.
+            part = lambda x: x.reshape(-1, slices, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
+            parts = self.devices.slices(jax.tree.map(part, dict(batch)))
             grads, (scale, latents, metrics) = self._accumulate(state, parts, jax.random.split(key, slices))
         params = state["params"]
         opt = serialization.from_state_dict(self.opt_template, state["opt"])
@@ -259,7 +261,7 @@ class Agent:
             step, jax.tree.map(jnp.zeros_like, state["params"]), (parts, keys)
         )
         grads = jax.tree.map(lambda g: g / count, total)
-        latents = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), latents)
+        latents = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), latents)
         return grads, (jax.tree.map(lambda x: x.mean(0), scale), latents, jax.tree.map(lambda x: x.mean(0), metrics))
 
     def loss(

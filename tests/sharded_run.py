@@ -6,8 +6,8 @@ import sys
 
 from tiny_runs import QUIET
 
-from dreamer.commands.train import run
+from dreamer.cli import main
 
 if __name__ == "__main__":
     quiet = [f"--{name}={str(value).lower()}" for name, value in QUIET.items()]
-    sys.exit(run(["--configs", "debug", *quiet, *sys.argv[1:]]))
+    sys.exit(main(["train", "--configs", "debug", *quiet, *sys.argv[1:]]))

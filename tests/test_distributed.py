@@ -181,8 +181,8 @@ def meta(folder: Path) -> dict:
 def test_two_processes_train_stop_and_resume(tmp_path):
     folders = [tmp_path, tmp_path / "process_1"]
     with pair(tmp_path, "--run.agent_steps=1_000_000") as processes:
-        scores = tmp_path / "metrics.jsonl"
-        while not (scores.exists() and scores.stat().st_size):
+        metrics = tmp_path / "metrics.jsonl"
+        while not (metrics.exists() and "train/opt/loss" in metrics.read_text()):
             assert [process.poll() for process in processes] == [None, None]
             time.sleep(0.1)
         os.kill(processes[1].pid, signal.SIGTERM)  # one is asked, both stop
@@ -200,5 +200,6 @@ def test_two_processes_train_stop_and_resume(tmp_path):
     assert Checkpointer(folders[1], read_only=True).restore()[1] == {}
     assert not (folders[1] / "metrics.jsonl").exists() and not (folders[1] / "scores.jsonl").exists()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["step"] == steps + 60 and np.isfinite(lines[-1]["train/opt/loss"])
+    losses = {line["step"]: line["train/opt/loss"] for line in lines if "train/opt/loss" in line}
+    assert min(losses) <= steps < max(losses) and np.isfinite(list(losses.values())).all()
     assert found[0]["replay"] != found[1]["replay"]

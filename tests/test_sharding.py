@@ -160,3 +160,27 @@ def test_devices_exchange_weights_and_returns_only(runs):
         assert len(others) == 1 and "percentile" in others[0][1], others
         assert facts[name]["permutes"] == 0
     assert len(facts["data"]["gathers"]) == 1
+
+
+# A whole run
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_devices(tmp_path):
+    """Training on 4 x 2 devices with a report and an evaluation, then on one."""
+    command = [sys.executable, HERE / "sharded_run.py", "--logdir", tmp_path, "--run.batch_size=8"]
+    command += ["--run.updates_per_dispatch=2", "--run.train_ratio=64"]
+    eight = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    mesh = ["--run.mesh_model=2", "--log.videos=true", "--run.report_every=100"]
+    subprocess.run([*command, *mesh, "--run.agent_steps=120"], env=eight, cwd=HERE, check=True)
+    subprocess.run([*command, "--run.agent_steps=140"], cwd=HERE, check=True)
+    for wrong, says in (
+        ("--run.mesh_model=2", "at most 1 devices"),
+        ("--replay.storage=device", "with several devices"),
+    ):
+        surroundings = os.environ if "mesh" in wrong else eight
+        refused = [*command, wrong, "--run.agent_steps=160"]
+        said = subprocess.run(refused, env=surroundings, cwd=HERE, capture_output=True, text=True)
+        assert said.returncode == 2 and says in said.stderr, said
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and steps[-1] == 140

@@ -64,5 +64,6 @@ def train(config: Config, make_env: MakeEnv | None = None, begun: float | None =
             return ENVIRONMENTS_FAILED
         if stop:
             again = f"dreamer train --logdir {shlex.quote(str(logdir))}"
-            console.print(f"\nstopped; go on with: {again if make_env is None else 'the same call'}", soft_wrap=True)
+            alone = make_env is None and jax.process_count() == 1
+            console.print(f"\nstopped; go on with: {again if alone else 'the same call'}", soft_wrap=True)
     return 0
