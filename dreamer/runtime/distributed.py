@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
-from dreamer.config import Config, RunConfig
+from dreamer.config import Config, LogConfig, RunConfig
 from dreamer.envs.vector import MakeEnv
 from dreamer.presets import ConfigError
 from dreamer.runtime.checkpoint import Checkpointer, CheckpointError
@@ -85,7 +85,7 @@ def own_part(config: Config) -> Config:
         config,
         logdir=str(Path(config.logdir) / f"process_{process}"),
         run=dataclasses.replace(run, **off),
-        log=dataclasses.replace(config.log, jsonl=False, tensorboard=False, videos=False),
+        log=LogConfig(jsonl=False, tensorboard=False, videos=False),
     )
 
 
