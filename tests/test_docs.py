@@ -79,6 +79,8 @@ def program(words: list[str]) -> tuple[str, list[str]] | None:
     words = [words[0].removeprefix(".venv/bin/"), *words[1:]]
     if words[0] == "./scripts/train":
         return "train", words[1:]
+    if words[0] == "export":
+        return "train", shlex.split(words[1].split("=", 1)[1])
     if words[0] == "sbatch":
         return "train", [*words[3:], "--logdir", words[2]]
     if words[0] == "dreamer" or words[:2] == ["docker", "run"]:
@@ -173,6 +175,18 @@ def test_links_and_files_exist(path):
         places = [folder / name for folder in (ROOT, ROOT / "dreamer", ROOT / "docs") if (folder / name).exists()]
         assert places, f"{path.name}: {span}"
         assert not test or f"def {test}(" in places[0].read_text(), f"{path.name}: {span}"
+
+
+def anchors(path: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S), flags=re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@every_document
+def test_links_into_pages_lead_to_headings(path):
+    for page, anchor in re.findall(r"\]\(([\w./-]*\.md)?#([^)]+)\)", path.read_text()):
+        assert anchor in anchors(path.parent / page if page else path), f"{path.name} links to {page}#{anchor}"
 
 
 def resolves(name: str) -> bool:
