@@ -176,7 +176,8 @@ class Run(RunParts):
         values |= {f"eval/{name}": value for name, value in further.items()}
         self.logger.scalars(self.steps, values | {"eval/length": float(np.mean([e.length for e in episodes]))})
         if np.isfinite(mean) and (best is None or mean >= best):
-            weights, meta = {"params": self.learner.params}, {"agent_steps": self.agent_steps}
+            params = self.agent.devices.one_copy(self.learner.params)
+            weights, meta = {"params": params}, {"agent_steps": self.agent_steps}
             self._try_saving(lambda: self.checkpointer.save_best(mean, weights, meta))
         return scores
 
