@@ -23,4 +23,7 @@ def read(tree: Any) -> Any:
     All transfers begin before the first is waited for: whatever is wanted at the same time belongs into one read. The
     loop has one for each step of the environments (`Run`), and one for each further dispatch that is due in that step.
     """
-    return jax.device_get(tree) if jax.process_count() == 1 else own_share(tree)
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    begin(tree)
+    return own_share(tree)
