@@ -164,7 +164,7 @@ def test_the_loop_is_measured_beside_its_parts(monkeypatch: pytest.MonkeyPatch, 
     np.testing.assert_allclose(row["agent_steps_per_s"], 2e3 / row["pass_ms"], rtol=0.2)
     bound = row["policy_ms"] + row["envs_ms"] + row["updates_per_pass"] * row["update_ms"]
     np.testing.assert_allclose(row["bound_per_s"], 2e3 / bound, rtol=0.2)
-    assert row["share"] > 0.05
+    assert row["share"] > 0.05 and row["cpu_share"] > 0.05
 
 
 @pytest.mark.parametrize(("shared", "bound"), [(True, 2 + 5 + 9), (False, 2 + 9)])
@@ -172,8 +172,11 @@ def test_the_bound_on_an_accelerator_is_the_slower_of_environments_and_updates(
     monkeypatch: pytest.MonkeyPatch, shared: bool, bound: float
 ) -> None:
     monkeypatch.setattr(bench_loop, "cores_are_shared", lambda: shared)
-    cost = bench_loop.Cost(1.0, 4.0, {1: 2.0}).mean(bench_loop.Cost(3.0, 6.0, {1: 4.0, 2: 6.0}))
-    assert cost == (2.0, 5.0, {1: 3.0, 2: 6.0})
-    line = bench_loop.line_of(100.0, 10, {1: 10, 2: 10}, cost)
+    both = lambda ms: np.array([ms, 10 * ms])  # noqa: E731
+    before = bench_loop.Cost(both(1), both(4), {1: both(2)})
+    cost = before.mean(bench_loop.Cost(both(3), both(6), {1: both(4), 2: both(6)}))
+    line = bench_loop.line_of(np.array([100.0, 4000.0]), 10, {1: 10, 2: 10}, cost)
+    # Policy 2, environments 5, updates alone 3, two together 6.
     assert line["bound_ms"] == bound and line["pass_ms"] == 10
+    assert line["bound_cpu_ms"] == 160 and line["pass_cpu_ms"] == 400
     assert line["updates_per_pass"] == 3 and line["update_ms"] == 3

@@ -11,15 +11,13 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import psutil
 
 from dreamer.config import Config, EnvConfig
 from dreamer.diagnostics.alone import EnvsAlone
-from dreamer.diagnostics.measuring import Report, Rows, figure, take_turns
+from dreamer.diagnostics.measuring import Report, Rows, figure, spent, take_turns
 from dreamer.envs import make_vector_env
 
 ALONE = "ale-py alone"
@@ -32,15 +30,15 @@ def bench_env(config: Config, rounds: int, steps: int) -> Report:
     num_envs = config.env.num_envs
     with contextlib.ExitStack() as stack:
         contenders = {name: stack.enter_context(made) for name, made in _contenders(config).items()}
-        rounds_of = {name: functools.partial(_round, one, steps) for name, one in contenders.items()}
+        rounds_of = {name: functools.partial(spent, one, steps) for name, one in contenders.items()}
         take_turns(rounds_of, 1)
         taken = {name: np.array(times) for name, times in take_turns(rounds_of, rounds).items()}
     rows: Rows = {}
     reference = next(iter(taken.values()))
-    for name, seconds in taken.items():
-        rates, ratios = num_envs / seconds, np.median(reference / seconds, 0)  # (rounds, wall and CPU)
+    for name, times in taken.items():
+        rates, ratios = num_envs * 1e3 / times, np.median(reference / times, 0)  # (rounds, wall and CPU)
         rows[name] = {
-            **figure("ms", seconds[:, 0] * 1e3),
+            **figure("ms", times[:, 0]),
             **figure("steps_per_s", rates[:, 0]),
             "steps_per_cpu_s": float(np.median(rates[:, 1])),
             "speed_ratio": float(ratios[0]),
@@ -100,16 +98,3 @@ def _alone(game: str, config: EnvConfig) -> Iterator[Callable[[], object]]:
         yield lambda: env.step(next(turns))
     finally:
         env.close()
-
-
-def _round(step: Callable[[], object], steps: int) -> tuple[float, float]:
-    """Wall and CPU seconds, the workers' included, of one of so many steps."""
-    cpu, start = _cpu_seconds(), time.perf_counter()
-    for _ in range(steps):
-        step()
-    return (time.perf_counter() - start) / steps, (_cpu_seconds() - cpu) / steps
-
-
-def _cpu_seconds() -> float:
-    children = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
-    return time.process_time() + sum(child.user + child.system for child in children)

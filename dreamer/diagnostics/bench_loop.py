@@ -26,7 +26,7 @@ from rich.console import Console
 
 from dreamer.config import Config
 from dreamer.diagnostics.alone import EnvsAlone, PolicyAlone, UpdateAlone
-from dreamer.diagnostics.measuring import Report, Rows, figure, milliseconds
+from dreamer.diagnostics.measuring import Report, Rows, clocks, figure, spent
 from dreamer.envs import EnvError
 from dreamer.runtime.devices import keep_compiled_programs, reuse_freed_memory
 from dreamer.runtime.learner import Learner
@@ -40,7 +40,16 @@ _WARM_UP = 3
 _CALLS = 20
 #: Milliseconds from which a dispatch is timed once a round, not three times.
 _LONG = 500.0
-_COLUMNS = ("agent_steps_per_s", "bound_per_s", "share", "policy_ms", "envs_ms", "update_ms", "updates_per_pass")
+_COLUMNS = (
+    "agent_steps_per_s",
+    "bound_per_s",
+    "share",
+    "cpu_share",
+    "policy_ms",
+    "envs_ms",
+    "update_ms",
+    "updates_per_pass",
+)
 
 Line = dict[str, float]
 
@@ -67,7 +76,10 @@ def bench_loop(configs: Mapping[str, Config], ratios: Sequence[float], seconds: 
         "seconds": seconds,
         "rounds": rounds,
     }
-    note = f"The bound of a pass: {how}. update ms: of one update, alone. share: of the bound, paired round by round."
+    note = (
+        f"The bound of a pass: {how}. update ms: of one update, alone. share: of the bound, paired round by round; cpu "
+        "share: the same in processor time, which other work on the machine hardly lengthens."
+    )
     return Report("loop", request, _COLUMNS, rows, note)
 
 
@@ -95,6 +107,8 @@ def _row(lines: Sequence[Line], num_envs: int) -> dict[str, Any]:
     row = figure("agent_steps_per_s", num_envs * 1e3 / columns["pass_ms"])
     row |= figure("bound_per_s", num_envs * 1e3 / columns["bound_ms"])
     row |= figure("share", columns["bound_ms"] / columns["pass_ms"])
+    if cores_are_shared():
+        row |= figure("cpu_share", columns["bound_cpu_ms"] / columns["pass_cpu_ms"])
     for name in ("pass_ms", "policy_ms", "envs_ms", "update_ms"):
         row |= figure(name, columns[name][~np.isnan(columns[name])])
     return row | {"updates_per_pass": float(columns["updates_per_pass"].mean())}
@@ -117,11 +131,11 @@ def _quiet(config: Config, ratio: float) -> Config:
 
 
 class Cost(NamedTuple):
-    """Milliseconds of the parts, each alone; of dispatches by the number of their updates."""
+    """Milliseconds of the parts, each alone, by both `clocks`, (2,); of dispatches by the number of their updates."""
 
-    policy: float
-    envs: float
-    dispatches: dict[int, float]
+    policy: np.ndarray
+    envs: np.ndarray
+    dispatches: dict[int, np.ndarray]
 
     def mean(self, other: Cost) -> Cost:
         """Of two, before and after. A dispatch of which only `other` knows costs what it says."""
@@ -129,18 +143,20 @@ class Cost(NamedTuple):
         return Cost((self.policy + other.policy) / 2, (self.envs + other.envs) / 2, dispatches)
 
 
-def line_of(spent: float, passes: int, dispatches: Mapping[int, int], cost: Cost) -> Line:
-    """spent: milliseconds of the loop over so many passes; dispatches: how many there were of how many updates."""
-    work = sum(number * cost.dispatches[count] for count, number in dispatches.items())
-    updates = sum(count * number for count, number in dispatches.items())
-    together = cost.envs + work / passes if cores_are_shared() else max(cost.envs, work / passes)
+def line_of(loop: np.ndarray, passes: int, dispatches: Mapping[int, int], cost: Cost) -> Line:
+    """loop: milliseconds over so many passes, by both clocks; dispatches: how many there were of how many updates."""
+    work = sum((number * cost.dispatches[count] for count, number in dispatches.items()), np.zeros(2)) / passes
+    updates = sum(count * number for count, number in dispatches.items()) / passes
+    work_of_all = cost.policy + cost.envs + work
     return {
-        "pass_ms": spent / passes,
-        "bound_ms": cost.policy + together,
-        "policy_ms": cost.policy,
-        "envs_ms": cost.envs,
-        "update_ms": work / updates if updates else float("nan"),
-        "updates_per_pass": updates / passes,
+        "pass_ms": loop[0] / passes,
+        "bound_ms": work_of_all[0] if cores_are_shared() else cost.policy[0] + max(cost.envs[0], work[0]),
+        "pass_cpu_ms": loop[1] / passes,
+        "bound_cpu_ms": work_of_all[1],
+        "policy_ms": cost.policy[0],
+        "envs_ms": cost.envs[0],
+        "update_ms": work[0] / updates if updates else float("nan"),
+        "updates_per_pass": updates,
     }
 
 
@@ -171,11 +187,11 @@ class _Pauses(StopRequest):
             self._dispatches.clear()
         elif time.perf_counter() - self._since >= self._seconds:
             self._wait()
-            spent = time.perf_counter() - self._since
+            loop = (clocks() - self._start) * 1e3
             # The machine changes: a round is compared with its parts before and after it.
             after = self._parts.cost({*self._dispatches, *self._cost.dispatches})
             cost, self._cost = self._cost.mean(after), after
-            self.lines.append(line_of(spent * 1e3, self._passes, self._dispatches, cost))
+            self.lines.append(line_of(loop, self._passes, self._dispatches, cost))
             self._begin()
         return len(self.lines) == self._rounds
 
@@ -185,6 +201,7 @@ class _Pauses(StopRequest):
 
     def _begin(self) -> None:
         self._dispatches.clear()
+        self._start = clocks()
         self._passes, self._since = 0, time.perf_counter()
 
     def close(self) -> None:
@@ -216,24 +233,25 @@ class _Parts:
         self._envs = EnvsAlone(training_envs(run.config, 1, None))
         self._updates: dict[int, UpdateAlone] = {}
         for part in (self._policy, self._envs):
-            milliseconds(part, _CALLS)
+            spent(part, _CALLS)
 
     def cost(self, counts: Iterable[int]) -> Cost:
         """counts: of updates in a dispatch, those to be timed."""
-        policy, envs = milliseconds(self._policy, _CALLS), milliseconds(self._envs, _CALLS)
-        return Cost(policy, envs, {count: self._dispatch(count) for count in counts})
+        return Cost(
+            spent(self._policy, _CALLS), spent(self._envs, _CALLS), {count: self._dispatch(count) for count in counts}
+        )
 
-    def _dispatch(self, count: int) -> float:
-        """Milliseconds of a dispatch of so many updates."""
+    def _dispatch(self, count: int) -> np.ndarray:
+        """Milliseconds of a dispatch of so many updates, by both clocks."""
         if count not in self._updates:
             agent, batch = self._run.agent, self._run.learner.batch
             assert batch is not None
             self._updates[count] = UpdateAlone(agent, agent.devices.place_state(agent.init(0)), [batch] * count)
             self._updates[count]()
-        times = [milliseconds(self._updates[count])]
-        if times[0] < _LONG:
-            times += [milliseconds(self._updates[count]) for _ in range(2)]
-        return float(np.median(times))
+        times = [spent(self._updates[count])]
+        if times[0][0] < _LONG:
+            times += [spent(self._updates[count]) for _ in range(2)]
+        return np.median(times, 0)
 
     def close(self) -> None:
         self._envs.close()

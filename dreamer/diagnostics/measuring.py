@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+import psutil
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -79,6 +80,21 @@ def milliseconds(function: Callable[[], object], calls: int = 1) -> float:
     for _ in range(calls):
         function()
     return (time.perf_counter() - start) * 1e3 / calls
+
+
+def clocks() -> np.ndarray:
+    """Seconds by the wall clock, and of processor time that this process and its workers have had: (2,)."""
+    children = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+    workers = sum(child.user + child.system for child in children)
+    return np.array([time.perf_counter(), time.process_time() + workers])
+
+
+def spent(function: Callable[[], object], calls: int = 1) -> np.ndarray:
+    """Milliseconds of one of so many calls in a row by both `clocks`, (2,)."""
+    start = clocks()
+    for _ in range(calls):
+        function()
+    return (clocks() - start) * 1e3 / calls
 
 
 def figure(name: str, values: Sequence[float] | np.ndarray) -> dict[str, Any]:
