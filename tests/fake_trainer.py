@@ -43,7 +43,11 @@ def main() -> int:
         file.write(json.dumps({"from": step, "at": time.time(), **{k: os.environ.get(k) for k in keys}}) + "\n")
     starts = len((folder / "starts.jsonl").read_text().splitlines())
     while step < total and not stopped:
-        if does["fail_at"] is not None and step >= does["fail_at"] and (does["fails"] is None or starts <= does["fails"]):
+        if (
+            does["fail_at"] is not None
+            and step >= does["fail_at"]
+            and (does["fails"] is None or starts <= does["fails"])
+        ):
             print(does["words"], flush=True)
             return does["code"]
         time.sleep(does["seconds"])

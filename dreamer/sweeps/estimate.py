@@ -72,7 +72,7 @@ def planned_need(config: Config) -> Need:
     disk = replay.get("disk_bytes", 0.0) + figures["checkpoints"].values["disk_bytes"]
     how = "sizes of what is stored; checkpoints counted"
     hours = figures["time to the end"].values["hours"]
-    return Need(hours, "at least: FLOPs at this device's fastest rate", replay.get("host_bytes", 0.0), disk, how)
+    return Need(hours, "at least: FLOPs at this device's fastest rate", replay.get("memory_bytes", 0.0), disk, how)
 
 
 def needs(sweep: Sweep, runs: Sequence[Entry], plan: Callable[[Config], Need] = planned_need) -> list[Kind]:

@@ -38,25 +38,24 @@ def runs_table(entries: Sequence[Entry]) -> str:
     return "\n".join(rows)
 
 
+def comparison(folder: Path, runs: Sequence[str]) -> tuple[str, list[str], list[Path]]:
+    """Final scores and learning curves: (Markdown, notes on the picture, files that were written)."""
+    request = plot.Request(runs=runs, reference=(plot.AUTO,), out=folder / REPORT)
+    found = plot.make_comparison(request)
+    text = markdown(found, request.axis)
+    if importlib.util.find_spec("matplotlib") is None:
+        return text, ["No picture: it needs matplotlib, `pip install 'dreamer[plot]'`."], []
+    return text, [f"![Learning curves]({REPORT}.png)"], plot.write(found, request)
+
+
 def write_report(name: str, folder: Path, entries: list[Entry]) -> tuple[str, list[Path]]:
     """Writes report.md, and report.png and report.svg where matplotlib is installed; returns the text and the paths.
 
     Runs without an episode are in the first table only.
     """
-    text, notes, paths = "", [], [folder / f"{REPORT}.md"]
-    folders = [str(entry.run.folder) for entry in entries if entry.progress.episodes]
-    if folders:
-        request = plot.Request(runs=folders, reference=(plot.AUTO,), out=folder / REPORT)
-        found = plot.make_comparison(request)
-        text = markdown(found, request.axis)
-        if importlib.util.find_spec("matplotlib") is None:
-            notes.append("No picture: it needs matplotlib, `pip install 'dreamer[plot]'`.")
-        else:
-            pictures = plot.write(found, request)
-            paths += [path for path in pictures if path not in paths]
-            notes.append(f"![Learning curves]({REPORT}.png)")
-    else:
-        notes.append("No episode has ended, so there is nothing to compare.")
+    runs = [str(entry.run.folder) for entry in entries if entry.progress.episodes]
+    text, notes, files = comparison(folder, runs) if runs else ("", ["No episode has ended yet."], [])
+    path = folder / f"{REPORT}.md"
     whole = "\n\n".join([f"# {name}", f"{counts(entries)}.", runs_table(entries), *notes, text]).rstrip() + "\n"
-    paths[0].write_text(whole, encoding="utf-8")
-    return whole, paths
+    path.write_text(whole, encoding="utf-8")
+    return whole, list(dict.fromkeys([path, *files]))
