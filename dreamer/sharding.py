@@ -53,7 +53,7 @@ def mesh_shape(run: RunConfig, slices: int, parameters: int, devices: int, proce
     data = run.mesh_data
     if data is None:
         fits = [d for d in range(1, devices // model + 1) if batch % (d * model) == 0]
-        data = devices // model if processes > 1 or not fits else max(fits)
+        data = max(devices // model, 1) if processes > 1 or not fits else max(fits)
     chosen = f"run.mesh_data x run.mesh_model = {data} x {model}"
     if data * model > devices:
         raise ValueError(f"expected at most {devices} devices, which is what there is, got {chosen}; lower one of them")

@@ -55,6 +55,7 @@ def test_shape_of_the_mesh(options, slices, parameters, devices, processes, expe
     [
         ({"mesh_data": 2}, 1, 1, 1, "at most 1 devices, .* run.mesh_data x run.mesh_model = 2 x 1; lower"),
         ({"mesh_data": 4, "mesh_model": 4}, 1, 8, 1, "at most 8 devices, .* 4 x 4"),
+        ({"mesh_model": 2}, 1, 1, 1, "at most 1 devices, .* 1 x 2"),
         ({"mesh_data": 3}, 1, 8, 1, "run.batch_size to be a multiple of .* 3 x 1, got 16"),
         ({"mesh_data": 8}, 4, 8, 1, "run.batch_size / optimizer.accumulate = 16 / 4 .* multiple of .* 8 x 1, got 4"),
         ({"mesh_data": 2}, 1, 8, 2, "a mesh of all 8 devices"),
