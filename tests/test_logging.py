@@ -52,7 +52,7 @@ def test_metrics_and_scores(tmp_path):
     assert lines(tmp_path / "scores.jsonl") == [{"step": 80, "episode/score": 0.5, "episode/length": 20}]
     scalars, _ = events(tmp_path)
     assert scalars["3_world_model/loss/dyn"] == [(100, 1.5)] and scalars["6_replay/size"] == [(100, 3.0)]
-    assert scalars["1_score/episode/score"] == [(80, 0.5)] and scalars["1_score/episode/length"] == [(80, 20.0)]
+    assert scalars["1_score/episode/score"] == [(80, 0.5)] and scalars["4_behaviour/episode/length"] == [(80, 20.0)]
 
 
 def test_float_values_survive_exactly(tmp_path):

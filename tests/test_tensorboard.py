@@ -37,6 +37,13 @@ def reader(folder: Path) -> Any:
     ("name", "expected"),
     [
         ("episode/score", "1_score/episode/score"),
+        ("episode/mean_score", "1_score/episode/mean_score"),
+        ("episode/mean_length", "4_behaviour/episode/mean_length"),
+        ("episode/achievement_wood/max", "4_behaviour/episode/achievement_wood/max"),
+        ("eval/length", "4_behaviour/eval/length"),
+        ("report/bias/value", "2_health/bias/value"),
+        ("report/bias/cont", "3_world_model/bias/cont"),
+        ("report/param_norm/rssm", "5_optimizer/param_norm/rssm"),
         ("eval/score", "1_score/eval/score"),
         ("episode/video", "1_score/episode/video"),
         ("report/health", "2_health/health"),
@@ -108,7 +115,8 @@ def test_hyper_parameters_belong_to_the_one_run(tmp_path: Path, events: Any) -> 
     content = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     found = metadata.parse_session_start_info_plugin_data(content).hparams
     assert found["run.train_ratio"].number_value == 32 and found["task"].string_value == "toy_catch"
-    assert found["replay.online"].bool_value is True and not [name for name in found if name.startswith("log")]
+    assert found["seed"].number_value == 0 and "replay.online" not in found, "what is at its default is left out"
+    assert not [name for name in found if name.startswith("log")]
     experiment = metadata.parse_experiment_plugin_data(
         events.SummaryMetadata("_hparams_/experiment").plugin_data.content
     )

@@ -137,11 +137,12 @@ def test_tensorboard_has_scalars_and_videos(finished: Finished) -> None:
     (events,) = (finished.logdir / "tensorboard").iterdir()
     data = events.read_bytes()
     for name in (
-        b"train/loss/dyn",
-        b"episode/score",
-        b"replay/items",
-        b"report/dream/image",
-        b"episode/video",
+        b"3_world_model/loss/dyn",
+        b"1_score/episode/score",
+        b"6_replay/items",
+        b"2_health/dream/image",
+        b"2_health/health",
+        b"1_score/episode/video",
         b"GIF89a",
     ):
         assert name in data, name

@@ -127,6 +127,7 @@ class Axes:
     def key(self, name: str, color: Color) -> None:
         """The next line of the legend, in the upper left corner."""
         y = self.top + 10 + 15 * self._keys
+        self.page.box((self.left + 4, y - 7), (self.left + 36 + 6.5 * len(name), y + 8), PAPER)
         self.page.line([(self.left + 8, y), (self.left + 24, y)], color, 3)
         self.page.text((self.left + 30, y), name, 11, INK, "lm")
         self._keys += 1

@@ -24,7 +24,7 @@ def make_logger(config: Config) -> Logger:
     sinks: list[Sink] = []
     if log.tensorboard:
         pace = Pace(log.tensorboard_megabytes, steps)
-        sinks.append(TensorBoardSink(folder / "tensorboard", table(config), as_text(config), pace))
+        sinks.append(TensorBoardSink(folder / "tensorboard", changed(config), as_text(config), pace))
     if log.wandb is not None:
         sinks.append(WandbSink(folder, log.wandb, table(config)))
     if log.mlflow is not None:
@@ -39,6 +39,13 @@ def table(config: Config) -> dict[str, float | str]:
         return value if isinstance(value, int | float) else show(value)
 
     return {name: plain(value_of(config, name)) for name in options() if not name.startswith(_BESIDE)}
+
+
+def changed(config: Config) -> dict[str, float | str]:
+    """Those of the table that are not at their defaults, and which run it is."""
+    default = {option.name: option.default for option in options().values()}
+    told = ("task", "seed")
+    return {name: v for name, v in table(config).items() if name in told or value_of(config, name) != default[name]}
 
 
 def as_text(config: Config) -> str:

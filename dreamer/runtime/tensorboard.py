@@ -23,7 +23,10 @@ _FLUSHED_BYTES = 1 << 20
 #: How names become tags: what the first pattern finds at the beginning of a name is replaced by a group. The viewer
 #: sorts groups by name and opens the first two: those that say whether the run learns.
 GROUPS: tuple[tuple[str, str], ...] = (
+    (r"(?=(episode|eval)/(.+/(mean|max)|(mean_)?length)$)", "4_behaviour/"),
     (r"(?=(episode|eval)/)", "1_score/"),
+    (r"report/(?=(seen|calibration)_error/|bias/(reward|cont)$|latent_(entropy|spread)$)", "3_world_model/"),
+    (r"report/(?=param_norm/)", "5_optimizer/"),
     (r"report/", "2_health/"),
     (r"train/(?=loss/(policy|value|repval)$)", "4_behaviour/"),
     (r"train/(?=loss/|(dyn|rep)_ent$)", "3_world_model/"),
@@ -42,7 +45,7 @@ CHARTS: dict[str, list[str]] = {
     "error of imagined observations": ["2_health/imagined_error/"],
     "KL of posterior and prior, nats": ["2_health/kl$", "3_world_model/loss/dyn$"],
     "latents: share of classes that are dead": ["2_health/latent_dead$"],
-    "bias of predictions": ["2_health/bias/"],
+    "bias of predictions": ["(2_health|3_world_model)/bias/"],
     "losses of the world model": ["3_world_model/loss/"],
     "entropy of the policy, nats": ["4_behaviour/ent/"],
     "values: imagined return and critic": ["4_behaviour/(tar|val|slowval)$"],
