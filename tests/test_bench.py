@@ -184,7 +184,7 @@ def test_arguments_reach_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "bench_update", lambda request: seen.append(request))
     line = "bench update --size 12m --obs image --updates-per-dispatch 4 --against plain --protocol"
     assert cli.main(["bench", "update"]) == cli.main(line.split()) == 0
-    assert seen == [bench.Request(), bench.Request("12m", "image", 4, "plain", protocol=True)]
+    assert seen == [bench.Request(), bench.Request("12m", "image", 4, against="plain", protocol=True)]
 
 
 @pytest.mark.slow
