@@ -45,13 +45,8 @@ COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
         "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
         "xla_cpu_prefer_vector_width": 512,
     },
-    # An update is some hundred small kernels in loops: record whole loops, not kernels, to be launched at once, and let
-    # devices add up gradients while they compute. Where the driver cannot record loops, XLA records what is in them.
-    "gpu": {
-        "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,DYNAMIC_SLICE_FUSION,"
-        "CONDITIONAL,WHILE",
-        "xla_gpu_enable_latency_hiding_scheduler": True,
-    },
+    # Devices add up gradients while they compute.
+    "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
 }
 
 

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from dreamer.agent import Agent, compiler_options, stream_key
+from dreamer import agent as agents
+from dreamer.agent import Agent, stream_key
 from dreamer.config import Config
 from dreamer.envs.vector import MakeEnv
 from dreamer.presets import CONFIG_FILE, save_config
@@ -68,7 +69,7 @@ class MappedAgent:
         self.state_of = jax.jit(lambda states, index: jax.tree.map(lambda leaf: leaf[index], states))
         self.pack = jax.jit(lambda metrics: jnp.stack(metrics, 1))
         self.policy = jax.jit(self._policy, donate_argnums=1)
-        self.update = jax.jit(self._update, donate_argnums=0, compiler_options=compiler_options())
+        self.update = jax.jit(self._update, donate_argnums=0, compiler_options=agents.compiler_options())
 
     def _policy(
         self, params: Any, carries: list[Any], seen: Mapping[str, jax.Array], run_keys: jax.Array, counter: jax.Array
