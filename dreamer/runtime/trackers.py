@@ -30,11 +30,10 @@ class WandbSink:
 
     def __init__(self, logdir: Path, project: str, options: Options) -> None:
         self._wandb = _load("wandb")
-        name = _remembered(logdir / "wandb_run") or self._wandb.util.generate_id()
-        with _reported("Weights & Biases"):
+        with _started("Weights & Biases"):
             self._run = self._wandb.init(
                 project=project,
-                id=name,
+                id=_remembered(logdir / "wandb_run"),
                 name=logdir.name,
                 dir=str(logdir),
                 config=dict(options),
@@ -43,7 +42,7 @@ class WandbSink:
             )
         self._run.define_metric("env_frames", hidden=True)
         self._run.define_metric("*", step_metric="env_frames")
-        _remember(logdir / "wandb_run", name)
+        _remember(logdir / "wandb_run", self._run.id)
 
     def scalars(self, steps: Steps, values: Mapping[str, float | int]) -> None:
         counters = {"env_frames": steps.env_frames, "agent_steps": steps.agent_steps, "updates": steps.updates}
@@ -88,7 +87,7 @@ class MlflowSink:
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # files are no longer what MLflow prefers
         mlflow = _load("mlflow")
         self._entities = importlib.import_module("mlflow.entities")
-        with _reported("MLflow"):
+        with _started("MLflow"):
             self._client = mlflow.MlflowClient(tracking_uri=uri)
             found = self._client.get_experiment_by_name(experiment)
             number = found.experiment_id if found else self._client.create_experiment(experiment)
@@ -142,6 +141,15 @@ def _load(package: str) -> Any:
             f"log.{package} needs a package that cannot be imported ({error}); pip install 'dreamer[{package}]', or "
             f"pass --log.{package} null"
         ) from error
+
+
+@contextlib.contextmanager
+def _started(name: str) -> Iterator[None]:
+    """What goes wrong before the first step is the user's to mend: ConfigError."""
+    try:
+        yield
+    except Exception as error:
+        raise ConfigError(f"{name} cannot be started: {type(error).__name__}: {error}") from error
 
 
 @contextlib.contextmanager
