@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -109,11 +110,45 @@ def test_a_file_asks_a_run_on_another_machine_to_leave(tmp_path):
     folder.mkdir()
     (tmp_path / "behaviour.json").write_text(json.dumps({"*": {"seconds": 0.02}}))
     (folder / "sweep.yaml").write_text("run:\n  agent_steps: 100000\n")
-    (folder / STOP_FILE).touch()
-    start = time.monotonic()
     words = [*FAKE, "--configs", str(folder / "sweep.yaml"), "--logdir", str(folder)]
-    run_program(words, folder, {}, poll_seconds=0.5)
-    assert time.monotonic() - start < 20
+
+    def ask() -> None:
+        while steps_of(folder) < 20:
+            time.sleep(0.01)
+        (folder / STOP_FILE).touch()
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert run_program(words, folder, {}, poll_seconds=0.02) == 0
+        thread.join()
+        steps = steps_of(folder)
+        assert 20 <= steps < 100_000
+        assert run_program(words, folder, {}, poll_seconds=0.02) == 0  # asked before it began: it does not begin
+        assert steps_of(folder) == steps
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_program_is_asked_to_leave_where_the_cluster_ends_what_watches_it(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (tmp_path / "behaviour.json").write_text(json.dumps({"*": {"seconds": 0.02}}))
+    (folder / "sweep.yaml").write_text("run:\n  agent_steps: 100000\n")
+    words = [*FAKE, "--configs", str(folder / "sweep.yaml"), "--logdir", str(folder)]
+    script = "import sys; from pathlib import Path; from dreamer.sweeps.node import run_program\n"
+    script += "run_program(sys.argv[2:], Path(sys.argv[1]), {}, 0.02)"
+    with (tmp_path / "output.txt").open("w") as file:
+        watching = subprocess.Popen([sys.executable, "-c", script, str(folder), *words], stdout=file, stderr=file)
+    end = time.monotonic() + 30
+    while steps_of(folder) < 20:
+        assert time.monotonic() < end, (tmp_path / "output.txt").read_text()
+        time.sleep(0.01)
+    pid = holder(folder)
+    watching.send_signal(signal.SIGINT)  # as an exception within
+    watching.wait(30)
+    assert pid is not None and not psutil.pid_exists(pid)
 
 
 # --- Slow ----------------------------------------------------------------------------------------

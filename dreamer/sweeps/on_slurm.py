@@ -31,6 +31,8 @@ class SlurmJob:
 
     def stop(self) -> None:
         (self._folder / STOP_FILE).touch()
+        if self._job.state.upper().startswith("PENDING"):
+            self._job.cancel()
 
     def kill(self) -> None:
         self._job.cancel()
