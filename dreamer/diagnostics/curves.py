@@ -25,7 +25,7 @@ from dreamer.diagnostics.variants import flatten, is_ours
 from dreamer.schema import ConfigError
 
 #: Folders of a logdir that hold many files and no runs.
-_PASSED = {"replay", "checkpoints", "best", "tensorboard", "videos"}
+_PASSED = {"replay", "checkpoints", "best", "tensorboard", "videos", "reports", "wandb", "mlflow"}
 #: Folders as other code names them: TIME-TASK-METHOD-SEED.
 _NAMED = re.compile(r"\d{8}T\d{6}\w*-(?P<task>[^-]+)-(?P<method>[^-]+)-(?P<seed>[^-]+)")
 OURS, THEIRS = "dreamer", "other code"
