@@ -211,21 +211,22 @@ def load_config(configs: Iterable[str | Path] = (), overrides: Mapping[str, Any]
         settings |= _load_file(_find(str(name), f"--configs {name}", Path.cwd()))
     for name, value in (overrides or {}).items():
         _override(settings, name, value)
-    return _build(settings)
+    return build(settings)
 
 
-def with_settings(configs: Iterable[Setting], settings: Settings, beside: Path) -> Config:
-    """The configuration after these presets or files, in order, and then the settings; errors name their sources.
+def settings_of(configs: Iterable[Setting], beside: Path) -> Settings:
+    """What these presets or files set, in order; errors name their sources.
 
     beside: where relative paths of files start.
     """
     whole: Settings = {}
     for name, source in configs:
         whole |= _load_file(_find(name, source, beside))
-    return _build(whole | settings)
+    return whole
 
 
-def _build(settings: Settings) -> Config:
+def build(settings: Settings) -> Config:
+    """The configuration that these settings make of the defaults."""
     tree: dict[str, Any] = {}
     for name, setting in settings.items():
         *groups, last = name.split(".")

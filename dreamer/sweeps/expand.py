@@ -13,7 +13,7 @@ import numpy as np
 
 from dreamer.config import Config
 from dreamer.envs.registry import check_task
-from dreamer.presets import Settings, fitted, with_settings
+from dreamer.presets import Setting, Settings, build, fitted, settings_of
 from dreamer.schema import ConfigError
 from dreamer.sweeps.spec import Drawn, Entry, Sweep
 
@@ -53,18 +53,30 @@ def combinations(sweep: Sweep) -> Iterator[tuple[Entry, ...]]:
     return itertools.product(*axes)
 
 
-def planned(sweep: Sweep, entries: tuple[Entry, ...], seed: int, folder: Path) -> Planned:
-    """One run, its configuration checked; ConfigError with the line of the file, or the run's name."""
+#: What presets set, by the presets: reading YAML takes longer than all else.
+Presets = dict[tuple[Setting, ...], Settings]
+
+
+def planned(
+    sweep: Sweep, entries: tuple[Entry, ...], seed: int, folder: Path, presets: Presets | None = None
+) -> Planned:
+    """One run, its configuration checked; ConfigError with the line of the file, or the run's name.
+
+    presets: those that were read before.
+    """
     labels = [re.sub(r"[^\w.+-]+", "_", entry.label) for entry in entries if entry.label]
     name = "-".join([*labels, f"seed{seed}"])
-    configs = [*sweep.configs, *(config for entry in entries for config in entry.configs)]
-    settings: Settings = dict(sweep.settings)
+    configs = (*sweep.configs, *(config for entry in entries for config in entry.configs))
+    read = {} if presets is None else presets
+    if configs not in read:
+        read[configs] = settings_of(configs, sweep.path.parent)
+    settings = read[configs] | sweep.settings
     for entry in entries:
         settings |= entry.settings
     own = {"seed": seed, "logdir": str(folder / name)}
     settings |= {option: fitted(option, value, f"{sweep.path}") for option, value in own.items()}
     try:
-        config = with_settings(configs, settings, sweep.path.parent)
+        config = build(settings)
         if not config.log.jsonl:
             raise ConfigError("expected log.jsonl true: a sweep reads how far a run is from its metrics.jsonl")
     except ConfigError as error:
@@ -77,7 +89,8 @@ def planned(sweep: Sweep, entries: tuple[Entry, ...], seed: int, folder: Path) -
 def expand(sweep: Sweep, folder: Path) -> list[Planned]:
     """All runs of a sweep without search, the first seed of each before the second of any; each is checked."""
     every = list(combinations(sweep))
-    runs = [planned(sweep, entries, seed, folder) for seed in sweep.seeds for entries in every]
+    presets: Presets = {}
+    runs = [planned(sweep, entries, seed, folder, presets) for seed in sweep.seeds for entries in every]
     names: set[str] = set()
     for run in runs:
         if run.name in names:
