@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import optax
 from flax import nnx, serialization
 
+from dreamer import compiler
 from dreamer.actor_critic import ActorCritic, Dream
 from dreamer.coders import one_hot
 from dreamer.config import Config
@@ -35,35 +35,6 @@ Batch = Mapping[str, jax.Array]
 
 #: Named random streams: every key is fold_in(fold_in(run_key, stream), counter).
 STREAMS = {"init": 0, "policy": 1, "train": 2, "eval": 3, "report": 4, "process": 5}
-
-
-#: How XLA compiles an update, by kind of device, where its defaults are not the best.
-COMPILER_OPTIONS: dict[str, dict[str, Any]] = {
-    # The defaults hand every sum to a library, which keeps the arithmetic around it from being fused, and use half the
-    # width of wide vector units.
-    "cpu": {
-        "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
-        "xla_cpu_prefer_vector_width": 512,
-    },
-    # Devices add up gradients while they compute.
-    "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
-}
-
-
-@functools.cache
-def compiler_options() -> dict[str, Any] | None:
-    """How XLA should compile an update on this machine; None (its defaults) where it does not know these options, or
-    where XLA_FLAGS has some of its own for this kind of device.
-    """
-    kind = jax.default_backend()
-    options = COMPILER_OPTIONS.get(kind)
-    if options is None or f"--xla_{kind}_" in os.environ.get("XLA_FLAGS", ""):
-        return None
-    try:
-        jax.jit(lambda x: x, compiler_options=options).lower(0).compile()
-    except jax.errors.JaxRuntimeError:
-        return None
-    return dict(options)
 
 
 def stream_key(run_key: jax.Array | np.ndarray, stream: str, counter: int | jax.Array) -> jax.Array:
@@ -126,7 +97,7 @@ class Agent:
         self.opt_template = jax.eval_shape(self.optimizer.init, text_keys(self.numbered))
         shapes = functools.partial(jax.eval_shape, self._init, 0)
         self.devices = over = make_devices(devices, config.run, config.optimizer.accumulate, shapes)
-        options = {"donate_argnums": 0, "compiler_options": compiler_options()}
+        options = {"donate_argnums": 0, "compiler_options": compiler.options()}
         self.init = over.jit(self._init, [WHOLE], STATE)
         self.train_step = over.jit(self._train_step, [STATE, BATCH], [STATE, BATCH, WHOLE], **options)
         self.train_steps = over.jit(self._train_steps, [STATE, BATCH], [STATE, BATCHES, WHOLE], **options)

@@ -17,7 +17,7 @@ import learner_data
 import numpy as np
 from learner_data import CHEAP, random_batch, small_config
 
-from dreamer import agent as agent_module
+from dreamer import compiler
 from dreamer.agent import Agent
 from dreamer.runtime import transfer
 from dreamer.runtime.checkpoint import Checkpointer
@@ -44,7 +44,7 @@ def named(prefix: str, tree: Any) -> dict[str, np.ndarray]:
 
 def main(folder: Path) -> None:
     learner_data.B = 8
-    agent_module.compiler_options = lambda: CHEAPER
+    compiler.options = lambda: CHEAPER
     agents = {name: agent_on(shape) for name, shape in MESHES.items()}
     batches = [random_batch(agents["one"], seed) for seed in range(UPDATES)]
     arrays: dict[str, np.ndarray] = {}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from jax import export
 
-from dreamer import agent as agent_module
+from dreamer import compiler
 from dreamer.agent import Agent
 from dreamer.config import Config
 from dreamer.presets import load_config, preset_names
@@ -157,13 +157,13 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As if JAX's default device were a GPU, with nothing said in XLA_FLAGS."""
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    agent_module.compiler_options.cache_clear()
+    compiler.options.cache_clear()
     yield
-    agent_module.compiler_options.cache_clear()
+    compiler.options.cache_clear()
 
 
 def test_compiler_options_of_a_gpu_are_known_to_this_xla(on_gpu):
-    assert agent_module.compiler_options() == agent_module.COMPILER_OPTIONS["gpu"]
+    assert compiler.options() == compiler.OPTIONS["gpu"]
 
 
 @pytest.mark.parametrize(
@@ -173,12 +173,12 @@ def test_compiler_options_of_a_gpu_are_known_to_this_xla(on_gpu):
 )
 def test_the_users_flags_come_first(on_gpu, monkeypatch, flags, ours):
     monkeypatch.setenv("XLA_FLAGS", flags)
-    assert (agent_module.compiler_options() is not None) == ours
+    assert (compiler.options() is not None) == ours
 
 
 def test_an_option_that_xla_does_not_know_is_left_out(on_gpu, monkeypatch):
-    monkeypatch.setitem(agent_module.COMPILER_OPTIONS, "gpu", {"xla_gpu_of_the_future": True})
-    assert agent_module.compiler_options() is None
+    monkeypatch.setitem(compiler.OPTIONS, "gpu", {"xla_gpu_of_the_future": True})
+    assert compiler.options() is None
 
 
 def test_autotuning_is_kept_beside_the_compiled_programs(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dreamer"
 
 # Each row may import from rows at or above it. A folder counts as one module.
 LAYERS = [
-    ["types", "config", "networks", "distributions", "optimizer", "sharding"],
+    ["types", "config", "networks", "distributions", "optimizer", "sharding", "compiler"],
     ["coders", "rssm"],
     ["objectives"],
     ["world_model"],

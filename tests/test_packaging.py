@@ -192,7 +192,9 @@ def test_test_chooses_the_default_or_the_slow_tests(checkout, arguments, marks):
     _, log, script = checkout
     out = script("test", *arguments, "-x", "tests/test_config.py")
     assert out == f"ran -m pytest -m {marks} -x tests/test_config.py"
-    assert installations(log) == ["[box2d,bsuite,crafter,dev,dmc,memorymaze,minari,minigrid,optuna,plot,procgen,slurm,vizdoom]"]
+    assert installations(log) == [
+        "[box2d,bsuite,crafter,dev,dmc,memorymaze,minari,minigrid,optuna,plot,procgen,slurm,vizdoom]"
+    ]
 
 
 def test_continuous_integration_runs_the_test_command():

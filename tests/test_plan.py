@@ -14,8 +14,7 @@ from learner_data import CHEAP
 from rich.console import Console
 from tiny_runs import tiny_config
 
-from dreamer import agent as agent_module
-from dreamer import cli
+from dreamer import cli, compiler
 from dreamer.commands.train import train_config
 from dreamer.diagnostics import plan, update_cost
 from dreamer.diagnostics.update_cost import Memory, Outlook, Pace, Update, why_not
@@ -137,7 +136,7 @@ def test_hours():
 def test_an_update_that_fits_is_compiled_and_tried(monkeypatch, update):
     config = tiny_config(run__agent_steps=100)
     monkeypatch.setattr(update_cost, "product_rate", lambda dtype, device: 1e12)
-    monkeypatch.setattr(agent_module, "compiler_options", lambda: CHEAP)
+    monkeypatch.setattr(compiler, "options", lambda: CHEAP)
     found = figures(config, seconds=0.2)
     memory, speed = found["memory of an update"], found["speed"]
     assert memory.how == "laid out by the compiler for this device"

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dreamer import actor_critic, agent, distributions, networks
+from dreamer import actor_critic, compiler, distributions, networks
 from dreamer.agent import Agent
 from dreamer.config import Config
 from dreamer.diagnostics.cost import flops
@@ -87,7 +87,7 @@ PLAIN: list[tuple[Any, str, Any]] = [
     (actor_critic, "lambda_return", plain_lambda_return),
     (RSSM, "layout", networks.ROWS),
     (Agent, "layout", networks.ROWS),
-    (agent, "compiler_options", lambda: None),
+    (compiler, "options", lambda: None),
 ]
 
 

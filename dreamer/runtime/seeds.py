@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from dreamer import agent as agents
+from dreamer import compiler
 from dreamer.agent import Agent, stream_key
 from dreamer.config import Config
 from dreamer.envs.vector import MakeEnv
@@ -69,7 +69,7 @@ class MappedAgent:
         self.state_of = jax.jit(lambda states, index: jax.tree.map(lambda leaf: leaf[index], states))
         self.pack = jax.jit(lambda metrics: jnp.stack(metrics, 1))
         self.policy = jax.jit(self._policy, donate_argnums=1)
-        self.update = jax.jit(self._update, donate_argnums=0, compiler_options=agents.compiler_options())
+        self.update = jax.jit(self._update, donate_argnums=0, compiler_options=compiler.options())
 
     def _policy(
         self, params: Any, carries: list[Any], seen: Mapping[str, jax.Array], run_keys: jax.Array, counter: jax.Array
