@@ -137,7 +137,9 @@ def test_a_program_is_asked_to_leave_where_the_cluster_ends_what_watches_it(tmp_
     (tmp_path / "behaviour.json").write_text(json.dumps({"*": {"seconds": 0.02}}))
     (folder / "sweep.yaml").write_text("run:\n  agent_steps: 100000\n")
     words = [*FAKE, "--configs", str(folder / "sweep.yaml"), "--logdir", str(folder)]
-    script = "import sys; from pathlib import Path; from dreamer.sweeps.node import run_program\n"
+    script = "import signal, sys; from pathlib import Path; from dreamer.sweeps.node import run_program\n"
+    # Tests that were started in the background inherit that Ctrl-C is ignored.
+    script += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     script += "run_program(sys.argv[2:], Path(sys.argv[1]), {}, 0.02)"
     with (tmp_path / "output.txt").open("w") as file:
         watching = subprocess.Popen([sys.executable, "-c", script, str(folder), *words], stdout=file, stderr=file)
