@@ -1,7 +1,7 @@
 """Watches the memory of a run: resident size of the training process and of its workers, every ten seconds.
 
-    python docs/results/memory/watch.py MINUTES OUT.csv -- dreamer train ...      run it and watch
-    python docs/results/memory/watch.py --fit OUT.csv CAPACITY            growth after the ring has wrapped twice
+python docs/results/memory/watch.py MINUTES OUT.csv -- dreamer train ...      run it and watch
+python docs/results/memory/watch.py --fit OUT.csv CAPACITY            growth after the ring has wrapped twice
 """
 
 from __future__ import annotations
