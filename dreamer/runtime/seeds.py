@@ -65,7 +65,7 @@ class MappedAgent:
 
     def __init__(self, agent: Agent) -> None:
         self._agent = agent
-        self.stack = jax.jit(lambda states: jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
+        self.stack = jax.jit(self._stacked)
         self.state_of = jax.jit(lambda states, index: jax.tree.map(lambda leaf: leaf[index], states))
         self.pack = jax.jit(lambda metrics: jnp.stack(metrics, 1))
         self.policy = jax.jit(self._policy, donate_argnums=1)
