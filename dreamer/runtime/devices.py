@@ -53,14 +53,15 @@ def reuse_freed_memory() -> None:
     """Let the C library keep large freed blocks for the next update instead of handing them back to the kernel.
 
     On a CPU the temporary memory of an update comes from malloc. Past 32 MB, glibc maps it anew for every update, and
-    the kernel clears each page: a quarter of the time of a small update. One arena for all threads, because other
-    arenas hand back what they hold. Before JAX's first computation, which starts the threads. Without glibc, nothing.
+    the kernel clears each page: a quarter of the time of a small update. Few arenas, because each keeps what it once
+    held; not one, whose lock all compiling and computing threads would share. Before JAX's first computation, which
+    starts the threads. Without glibc, nothing.
     """
     if platform.libc_ver()[0] != "glibc":
         return
     trim_threshold, mmap_max, arena_max = -1, -4, -8
     libc = ctypes.CDLL(None)
-    libc.mallopt(arena_max, 1)
+    libc.mallopt(arena_max, max(4, os.cpu_count() or 4))
     libc.mallopt(mmap_max, 0)
     libc.mallopt(trim_threshold, 2**31 - 1)
 
