@@ -63,7 +63,33 @@ def project(kernel: jax.Array, x: jax.Array, axis: int) -> jax.Array:
     if axis == ROWS:
         return x @ kernel
     # One product for each leading index: a single one would move x first, which is larger than the copied kernels.
-    return jnp.broadcast_to(kernel.T, (*x.shape[:-2], *kernel.T.shape)) @ x
+    return transposed_product(jnp.broadcast_to(kernel, (*x.shape[:-2], *kernel.shape)), x)
+
+
+@jax.custom_vjp
+def _product(turned: jax.Array, kernel: jax.Array, x: jax.Array) -> jax.Array:
+    return turned @ x
+
+
+def _product_kept(turned: jax.Array, kernel: jax.Array, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return turned @ x, (kernel, x)
+
+
+def _product_gradients(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[None, jax.Array, jax.Array]:
+    kernel, x = kept
+    return None, x @ dy.swapaxes(-1, -2), kernel @ dy
+
+
+_product.defvjp(_product_kept, _product_gradients)
+
+
+def transposed_product(kernel: jax.Array, x: jax.Array) -> jax.Array:
+    """``kernel.T @ x`` for kernels (..., I, O) and columns (..., I, M): (..., O, M).
+
+    The gradient of x is ``kernel @ dy``, from the kernel as it is stored. Left to itself, differentiation keeps the
+    transposed kernel and turns it back in every product: in a scan, XLA's CPU products are then several times slower.
+    """
+    return _product(jax.lax.stop_gradient(kernel).swapaxes(-1, -2), kernel, x)
 
 
 def columns(x: jax.Array) -> jax.Array:
@@ -122,7 +148,7 @@ class BlockLinear(nnx.Module):
         if axis == ROWS:
             y = jnp.einsum("...gi,gio->...go", own, kernel[:, :cut])
         else:
-            y = kernel[:, :cut].swapaxes(1, 2) @ own
+            y = transposed_product(kernel[:, :cut], own)
         if shared is not None:
             # One dense product instead of G copies of the shared input.
             dense = kernel[:, cut:].swapaxes(0, 1).reshape(width - cut, blocks * outputs)

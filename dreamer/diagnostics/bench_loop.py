@@ -28,7 +28,8 @@ from dreamer.config import Config
 from dreamer.diagnostics.alone import EnvsAlone, PolicyAlone, UpdateAlone
 from dreamer.diagnostics.measuring import Report, Rows, clocks, figure, spent
 from dreamer.envs import EnvError
-from dreamer.runtime.devices import keep_compiled_programs, reuse_freed_memory
+from dreamer.runtime.allocator import reuse_freed_memory
+from dreamer.runtime.devices import keep_compiled_programs
 from dreamer.runtime.learner import Learner
 from dreamer.runtime.loop import Run
 from dreamer.runtime.setup import training_envs

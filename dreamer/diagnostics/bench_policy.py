@@ -12,7 +12,7 @@ import numpy as np
 from dreamer.config import Config
 from dreamer.diagnostics.alone import PolicyAlone, spaces_of
 from dreamer.diagnostics.measuring import Report, Rows, figure, milliseconds, take_turns
-from dreamer.runtime.devices import reuse_freed_memory
+from dreamer.runtime.allocator import reuse_freed_memory
 from dreamer.runtime.setup import make_agent
 
 #: Calls in each round.

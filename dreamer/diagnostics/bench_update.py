@@ -26,7 +26,8 @@ from dreamer.diagnostics.cost import flops
 from dreamer.diagnostics.measuring import Report, Rows, figure, take_turns
 from dreamer.presets import load_config
 from dreamer.rssm import RSSM
-from dreamer.runtime.devices import choose_device, compute_dtype, reuse_freed_memory
+from dreamer.runtime.allocator import reuse_freed_memory
+from dreamer.runtime.devices import choose_device, compute_dtype
 from dreamer.runtime.seeds import MappedAgent
 from dreamer.types import Space, Spaces, replay_fields
 

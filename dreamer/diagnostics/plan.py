@@ -18,7 +18,8 @@ from dreamer.config import Config
 from dreamer.diagnostics.cost import tree_bytes
 from dreamer.diagnostics.update_cost import Outlook, Pace, Say, Update, format_flops, free_bytes, look
 from dreamer.replay import budget, bytes_per_step, choose_storage
-from dreamer.runtime.devices import choose_device, keep_compiled_programs, reuse_freed_memory
+from dreamer.runtime.allocator import reuse_freed_memory
+from dreamer.runtime.devices import choose_device, keep_compiled_programs
 from dreamer.runtime.display import format_bytes, format_count, format_duration
 from dreamer.runtime.preload import find_preload, task_spaces
 from dreamer.runtime.schedule import UpdateSchedule

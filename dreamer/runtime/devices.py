@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import platform
 from pathlib import Path
 from typing import Any
 
@@ -47,23 +45,6 @@ def compute_dtype(config: RunConfig, device: jax.Device) -> Any:
     if name == "auto":
         name = "float32" if device.platform == "cpu" else "bfloat16"
     return jnp.dtype(name)
-
-
-def reuse_freed_memory() -> None:
-    """Let the C library keep large freed blocks for the next update instead of handing them back to the kernel.
-
-    On a CPU the temporary memory of an update comes from malloc. Past 32 MB, glibc maps it anew for every update, and
-    the kernel clears each page: a quarter of the time of a small update. Few arenas, because each keeps what it once
-    held; not one, whose lock all compiling and computing threads would share. Before JAX's first computation, which
-    starts the threads. Without glibc, nothing.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    trim_threshold, mmap_max, arena_max = -1, -4, -8
-    libc = ctypes.CDLL(None)
-    libc.mallopt(arena_max, max(4, os.cpu_count() or 4))
-    libc.mallopt(mmap_max, 0)
-    libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 def keep_compiled_programs() -> None:

@@ -12,7 +12,8 @@ from rich.markup import escape
 from dreamer.config import Config
 from dreamer.envs.vector import MakeEnv
 from dreamer.presets import check_resume, stored_config
-from dreamer.runtime.devices import keep_compiled_programs, reuse_freed_memory
+from dreamer.runtime.allocator import reuse_freed_memory
+from dreamer.runtime.devices import keep_compiled_programs
 from dreamer.runtime.distributed import SharedRun, join, own_part
 from dreamer.runtime.lock import LogdirLock
 from dreamer.runtime.loop import Run
