@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from flax import nnx
 
 from dreamer.config import ActorCriticConfig, ModelConfig
 from dreamer.distributions import Distribution, MaskedOneHot, MultiOneHot, Normal, OneHot, TwoHot, sum_of
-from dreamer.networks import COLUMNS, MLP, ROWS, Linear, at_least_float32, columns
+from dreamer.networks import COLUMNS, MLP, ROWS, Linear, at_least_float32
 from dreamer.types import Space, Spaces
 from dreamer.world_model import TwoHotHead
 
@@ -59,10 +61,14 @@ class Policy(nnx.Module):
     def sample(
         self, x: jax.Array, key: jax.Array | None, allowed: jax.Array | None = None, axis: int = ROWS
     ) -> jax.Array:
-        """Actions (..., A) at least float32, one-hot where discrete; no gradient. The mode where key is None."""
-        dists = self(x, allowed, axis)
-        keys = [None] * len(dists) if key is None else jax.random.split(key, len(dists))
-        return sg(jnp.concatenate([d.sample(k) for d, k in zip(dists.values(), keys, strict=True)], axis))
+        """Actions (..., A), see `sample_actions`."""
+        return sample_actions(self(x, allowed, axis), key, axis)
+
+
+def sample_actions(dists: Mapping[str, Distribution], key: jax.Array | None, axis: int = ROWS) -> jax.Array:
+    """Actions (..., A) at least float32, one-hot where discrete; no gradient. The mode where key is None."""
+    keys = [None] * len(dists) if key is None else jax.random.split(key, len(dists))
+    return sg(jnp.concatenate([d.sample(k) for d, k in zip(dists.values(), keys, strict=True)], axis))
 
 
 def lambda_return(rewards: jax.Array, values: jax.Array, discounts: jax.Array, lambdas: jax.Array | float) -> jax.Array:
@@ -101,16 +107,22 @@ def return_range(scale: ReturnScale, config: ActorCriticConfig) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Dream:
-    """An imagined batch: features (M, H+1, F) of the start and H states after it, actions (M, H, A) between them.
+    """What the heads say of an imagined batch: the start and H states after it, M times.
 
-    reward, cont (M, H+1): predicted at each state; everything without gradient.
-    allowed: bool (M, H+1, A), the actions that the dream offers at each state; None where it offers all.
+    reward, cont, slow_value, value: (M, H+1) predicted at each state; without gradient.
+    critic: the distributions of these values at the first H states, (M, H) or as columns (H, M).
+    log_prob: (M, H) of the actions taken there; entropy: (M, H) of each action by its name.
+    actions: (M, H, A); allowed: bool (M, H, A), what the dream offers in these states; None where it offers all.
     """
 
-    features: jax.Array
-    actions: jax.Array
     reward: jax.Array
     cont: jax.Array
+    slow_value: jax.Array
+    value: jax.Array
+    critic: TwoHot
+    log_prob: jax.Array
+    entropy: dict[str, jax.Array]
+    actions: jax.Array
     allowed: jax.Array | None = None
 
 
@@ -129,8 +141,23 @@ class ActorCritic(nnx.Module):
         self.policy = Policy(feature, actions, model, rngs=rngs)
         self.value = TwoHotHead(feature, model.units, model.value_layers, model.bins, rngs=rngs)
 
+    def judge(
+        self, x: jax.Array, dists: Mapping[str, Distribution], actions: jax.Array, axis: int = ROWS
+    ) -> dict[str, Any]:
+        """What training needs of features x (..., F) where `actions` (..., A) were drawn from the policy's `dists`.
+
+        critic: the value's logits (..., bins); log_prob (...): of the actions; entropy (...) of each, by name.
+        """
+        log_prob, offset = [], 0
+        for dist in dists.values():
+            width = dist.mode().shape[axis]
+            log_prob.append(dist.log_prob(jax.lax.slice_in_dim(actions, offset, offset + width, axis=axis)))
+            offset += width
+        entropy = {key: dist.entropy() for key, dist in dists.items()}
+        return {"critic": self.value(x, axis).logits, "log_prob": sum_of(log_prob), "entropy": entropy}
+
     def imagination_loss(
-        self, dream: Dream, slow_critic: nnx.Module, scale: ReturnScale, axis: int = ROWS
+        self, dream: Dream, scale: ReturnScale
     ) -> tuple[dict[str, jax.Array], jax.Array, ReturnScale, dict[str, jax.Array]]:
         """Losses {policy, value: (M, H)}, returns (M, H), new return scale, metrics.
 
@@ -140,31 +167,18 @@ class ActorCritic(nnx.Module):
              w (CE(v, twohot(R)) + CE(v, twohot(slow v)))
         """
         config = self.config
-        # Heads read as `axis` says (the dream was dreamed so: moved twice, it does not move); numbers are (M, H+1).
-        lay = columns if axis == COLUMNS else lambda x: x
-        turned = jnp.transpose if axis == COLUMNS else lambda x: x
-        features, actions = lay(dream.features), lay(dream.actions)
-        starts = lambda x: x[:-1] if axis == COLUMNS else x[:, :-1]  # noqa: E731
-        allowed = None if dream.allowed is None else starts(lay(dream.allowed))
-        value_dist, policy_dists = self.value(features, axis), self.policy(starts(features), allowed, axis)
-        value, slow_value = turned(value_dist.mode()), turned(slow_critic(features, axis).mode())
+        value, slow_value = dream.value, dream.slow_value
         weight = sg(jnp.cumprod(dream.cont, 1))
         returns = sg(lambda_return(dream.reward, value, dream.cont, config.lambda_))
         scale = update_return_scale(scale, returns, config)
         span = return_range(scale, config)
         advantage = sg((returns - value[:, :-1]) / span)
 
-        log_prob, entropies, offset = jnp.zeros_like(returns), {}, 0
-        for key, dist in policy_dists.items():
-            entropies[key] = turned(dist.entropy())
-            width = dist.mode().shape[axis]
-            taken = jax.lax.slice_in_dim(actions, offset, offset + width, axis=actions.ndim + axis)
-            log_prob = log_prob + turned(dist.log_prob(taken))
-            offset += width
-        entropy = sum_of(list(entropies.values()))
-        losses = {"policy": -weight[:, :-1] * (log_prob * advantage + config.entropy * entropy)}
-        first = TwoHot(starts(value_dist.logits), axis)
-        losses["value"] = weight[:, :-1] * turned(critic_loss(first, turned(returns), turned(slow_value[:, :-1])))
+        entropy = sum_of(list(dream.entropy.values()))
+        losses = {"policy": -weight[:, :-1] * (dream.log_prob * advantage + config.entropy * entropy)}
+        turned = jnp.transpose if dream.critic.axis == COLUMNS else lambda x: x
+        cross_entropy = critic_loss(dream.critic, turned(returns), turned(slow_value[:, :-1]))
+        losses["value"] = weight[:, :-1] * turned(cross_entropy)
 
         normed = (returns - scale["low"]) / span
         metrics = {
@@ -182,7 +196,7 @@ class ActorCritic(nnx.Module):
             "ret_max": normed.max(),
             "ret_rate": (jnp.abs(normed) >= 1).astype(jnp.float32).mean(),
         }
-        metrics.update({f"ent/{key}": entropy.mean() for key, entropy in entropies.items()})
+        metrics.update({f"ent/{key}": entropy.mean() for key, entropy in dream.entropy.items()})
         return losses, returns, scale, metrics
 
     def replay_loss(

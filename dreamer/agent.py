@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
@@ -14,13 +13,13 @@ import numpy as np
 import optax
 from flax import nnx, serialization
 
-from dreamer import compiler
+from dreamer import compiler, imagination
 from dreamer.actor_critic import ActorCritic, Dream
 from dreamer.coders import one_hot
 from dreamer.config import Config
 from dreamer.distributions import sum_of
 from dreamer.insight import look, norms
-from dreamer.networks import COLUMNS, ROWS, Draws, columns, rows
+from dreamer.networks import COLUMNS, Draws
 from dreamer.optimizer import make_optimizer, root_mean_square, update_slow
 from dreamer.rssm import RSSM, State, feature
 from dreamer.sharding import BATCH, BATCHES, STATE, WEIGHTS, WHOLE, make_devices
@@ -84,6 +83,7 @@ class Agent:
     ) -> None:
         self.observations, self.actions, self.config = dict(observations), dict(sorted(actions.items())), config
         self.dtype = jnp.dtype(dtype)
+        self.reads_inside = imagination.reads_inside((devices or jax.devices())[0].platform)
         self.optimizer = make_optimizer(config.optimizer)
         model = nnx.eval_shape(lambda: DreamerModel(self.observations, self.actions, config, rngs=nnx.Rngs(params=0)))
         self.extras: dict[str, Field] = model.world_model.rssm.stored()
@@ -246,10 +246,8 @@ class Agent:
         last = config.actor_critic.imagine_last or length
         recent = jax.tree.map(lambda x: x[:, length - last :], (observed.states, dict(trained)))
         starts = jax.tree.map(lambda x: sg(x).reshape(-1, *x.shape[2:]), recent[0])
-        dream = self.dream(model, starts, dream_key)
-        losses, returns, return_scale, metrics = behaviour.imagination_loss(
-            dream, slow_critic, return_scale, self.layout
-        )
+        dream = self.dream(model, slow_critic, starts, dream_key)
+        losses, returns, return_scale, metrics = behaviour.imagination_loss(dream, return_scale)
         bootstrap = returns[:, 0].reshape(-1, last)
         losses["repval"] = behaviour.replay_loss(feature(recent[0]), slow_critic, recent[1], bootstrap)
         losses.update(observed.losses)
@@ -271,26 +269,11 @@ class Agent:
             written["priority"] = sg(sum_of([scales[name] * term for name, term in observed.losses.items()]))
         return total, (return_scale, written, metrics)
 
-    def dream(self, model: DreamerModel, starts: State, key: jax.Array | None) -> Dream:
-        """Imagine H steps from `starts` (M, ...), all without gradient; reward and continue read at all H+1 states."""
-        world_model, policy, axis = model.world_model, model.actor_critic.policy, self.layout
-        time = 1 if axis == ROWS else 0
-
-        def allowed(state: State) -> jax.Array | None:
-            if not self.dreams_masks:
-                return None
-            if axis == ROWS:
-                return world_model.objective.allowed(state)
-            return columns(world_model.objective.allowed(jax.tree.map(rows, state)))
-
-        act = lambda state, key: policy.sample(feature(state, axis), key, allowed(state), axis).astype(self.dtype)  # noqa: E731
-        starts = starts if axis == ROWS else jax.tree.map(columns, starts)
-        states, actions = world_model.rssm.imagine(starts, act, self.config.actor_critic.horizon, key, axis)
-        path = jax.tree.map(lambda a, b: jnp.concatenate([jnp.expand_dims(a, time), b], time), starts, states)
-        x = sg(feature(path, axis))
-        reward, cont = (sg(head(x, axis).mode()) for head in (world_model.reward, world_model.cont))
-        dream = Dream(x, sg(actions), reward, cont, allowed(path))
-        return dream if axis == ROWS else dataclasses.replace(dream, **jax.tree.map(rows, vars(dream)))
+    def dream(self, model: DreamerModel, slow_critic: nnx.Module, starts: State, key: jax.Array | None) -> Dream:
+        """Imagine from `starts` (M, ...) and read the states; see `imagination`."""
+        how = {"masked": self.dreams_masks, "axis": self.layout, "read_inside": self.reads_inside}
+        dreamer = imagination.Dreamer(model.world_model, model.actor_critic, slow_critic, **how)
+        return dreamer.dream(starts, self.config.actor_critic.horizon, key)
 
     def _dreams_masks(self, model: DreamerModel) -> bool:
         """Whether masks hold in imagination too. ValueError if they should, and the decoder does not predict them."""
@@ -343,7 +326,8 @@ class Agent:
         context, actions, trained = self.split_batch(model.world_model.rssm, batch)
         states, views = look(model.world_model, context, actions, trained, look_key)
         views["value"] = model.actor_critic.value(feature(states)).mode()
-        dream = self.dream(model, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), states), dream_key)
+        starts = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), states)
+        dream = self.dream(model, model.actor_critic.value, starts, dream_key)
         for name in ("reward", "cont"):
             views[f"dream_{name}"] = getattr(dream, name).reshape(*actions.shape[:2], -1)
         return views | {"param_norm": norms(params)}

@@ -66,8 +66,18 @@ def project(kernel: jax.Array, x: jax.Array, axis: int) -> jax.Array:
     return transposed_product(jnp.broadcast_to(kernel, (*x.shape[:-2], *kernel.shape)), x)
 
 
+def transposed_product(kernel: jax.Array, x: jax.Array) -> jax.Array:
+    """``kernel.T @ x``: kernels (..., I, O) and columns (..., I, M) to columns (..., O, M).
+
+    The gradient of x is ``kernel @ dy``, by the kernel as it is stored. Differentiation alone would keep the transposed
+    kernel and turn it back in every product, for which XLA has no fast loop on a CPU.
+    """
+    return _product(jax.lax.stop_gradient(kernel).swapaxes(-1, -2), kernel, x)
+
+
 @jax.custom_vjp
 def _product(turned: jax.Array, kernel: jax.Array, x: jax.Array) -> jax.Array:
+    # The turned kernel is an argument, so that a scan turns it once and not in every step.
     return turned @ x
 
 
@@ -81,15 +91,6 @@ def _product_gradients(kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tupl
 
 
 _product.defvjp(_product_kept, _product_gradients)
-
-
-def transposed_product(kernel: jax.Array, x: jax.Array) -> jax.Array:
-    """``kernel.T @ x`` for kernels (..., I, O) and columns (..., I, M): (..., O, M).
-
-    The gradient of x is ``kernel @ dy``, from the kernel as it is stored. Left to itself, differentiation keeps the
-    transposed kernel and turns it back in every product: in a scan, XLA's CPU products are then several times slower.
-    """
-    return _product(jax.lax.stop_gradient(kernel).swapaxes(-1, -2), kernel, x)
 
 
 def columns(x: jax.Array) -> jax.Array:
@@ -195,7 +196,9 @@ class Dense(nnx.Module):
         self.norm = RMSNorm(units)
 
     def __call__(self, x: jax.Array, axis: int = ROWS) -> jax.Array:
-        return jax.nn.silu(self.norm(self.linear(x, axis), axis))
+        # Recomputed from its input in the backward pass: cheap, and scans keep one array for it instead of five.
+        squash = lambda y: jax.nn.silu(self.norm(y, axis))  # noqa: E731
+        return jax.checkpoint(squash, prevent_cse=False)(self.linear(x, axis))
 
 
 class MLP(nnx.Module):

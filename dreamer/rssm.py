@@ -14,6 +14,7 @@ States are rows, deter (..., D) and stoch (..., S, K), or inside scans columns, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +43,8 @@ sg = jax.lax.stop_gradient
 
 #: A model state: deter (..., D) and stoch (..., S, K), the latter one-hot with straight-through gradients.
 State = dict[str, jax.Array]
-#: (state, key) -> action (..., A); key None: the most likely action.
-Policy = Callable[[State, jax.Array | None], jax.Array]
+#: (state, key) -> action (..., A) and what it notes of the state, if anything; key None: the most likely action.
+Policy = Callable[[State, jax.Array | None], tuple[jax.Array, Any]]
 
 
 def feature(state: State, axis: int = ROWS) -> jax.Array:
@@ -154,18 +155,19 @@ class RSSM(nnx.Module):
 
     def imagine(
         self, state: State, policy: Policy, horizon: int, key: jax.Array | None, axis: int = ROWS
-    ) -> tuple[State, jax.Array]:
-        """Dream `horizon` steps from `state` (M, ...): states (M, H, ...) *after* the start, actions (M, H, A).
+    ) -> tuple[State, jax.Array, Any]:
+        """Dream `horizon` steps from `state` (M, ...): states (M, H, ...) *after* the start, actions (M, H, A), notes.
 
-        ``actions[:, h]`` is taken by ``policy(state, key)`` in the state *before* ``states[:, h]``.
-        Gradients are not stopped here; the caller chooses. With columns, time comes first: (H, ..., M).
+        ``actions[:, h]`` and ``notes[:, h]`` are what ``policy(state, key)`` gives in the state *before*
+        ``states[:, h]``. Gradients are not stopped here; the caller chooses. With columns, time comes first:
+        (H, ..., M).
         """
 
-        def step(state: State, key: jax.Array | None) -> tuple[State, tuple[State, jax.Array]]:
+        def step(state: State, key: jax.Array | None) -> tuple[State, tuple[State, jax.Array, Any]]:
             act_key, state_key = (None, None) if key is None else jax.random.split(key)
-            action = policy(state, act_key)
+            action, notes = policy(state, act_key)
             state = self.imagine_step(state, action, state_key, axis)
-            return state, (state, action)
+            return state, (state, action, notes)
 
         keys = None if key is None else jax.random.split(key, horizon)
         _, outputs = jax.lax.scan(step, state, keys, length=horizon)

@@ -54,13 +54,34 @@ def slow() -> TwoHotHead:
     return critic
 
 
-def dream_of(actor_critic: ActorCritic, seed: int = 0) -> Dream:
+@dataclasses.dataclass(frozen=True)
+class Imagined:
+    """What the world model imagines: features (M, H+1, F), actions (M, H, A), reward and cont (M, H+1)."""
+
+    features: jax.Array
+    actions: jax.Array
+    reward: jax.Array
+    cont: jax.Array
+
+
+def dream_of(actor_critic: ActorCritic, seed: int = 0) -> Imagined:
     rng = np.random.default_rng(seed)
     draw = lambda *shape: jnp.asarray(rng.normal(0, 1, shape), jnp.float32)  # noqa: E731
     features = draw(M, H + 1, F)
     actions = actor_critic.policy.sample(features[:, :-1], jax.random.key(seed))
     cont = jnp.asarray(rng.uniform(0.5, 1, (M, H + 1)), jnp.float32)
-    return Dream(features, actions, draw(M, H + 1), cont)
+    return Imagined(features, actions, draw(M, H + 1), cont)
+
+
+def loss_of(actor_critic: ActorCritic, imagined: Imagined, critic: TwoHotHead, scale: Any) -> tuple:
+    """The imagination loss of what the heads say of an imagined batch."""
+    x = imagined.features[:, :-1]
+    judged = actor_critic.judge(x, actor_critic.policy(x), imagined.actions)
+    numbers = {"slow_value": critic(imagined.features).mode(), "value": actor_critic.value(imagined.features).mode()}
+    numbers = jax.tree.map(jax.lax.stop_gradient, numbers)
+    given = {"reward": imagined.reward, "cont": imagined.cont, "actions": imagined.actions}
+    dream = Dream(**given, **numbers, **judged | {"critic": TwoHot(judged["critic"])})
+    return actor_critic.imagination_loss(dream, scale)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +93,7 @@ def evaluate() -> Any:
     @jax.jit
     def call(dream: dict[str, jax.Array], scale: dict[str, jax.Array]) -> tuple:
         actor_critic, critic = nnx.merge(graph, state), nnx.merge(slow_graph, slow_state)
-        return actor_critic.imagination_loss(Dream(**dream), critic, scale)
+        return loss_of(actor_critic, Imagined(**dream), critic, scale)
 
     return lambda dream, scale=SCALE: call(dataclasses.asdict(dream), scale)
 
@@ -221,7 +242,7 @@ def slopes() -> dict[str, dict[str, np.ndarray]]:
     def total(inputs: dict[str, Any]) -> dict[str, jax.Array]:
         actor_critic, critic = nnx.merge(graph, inputs["state"]), nnx.merge(slow_graph, inputs["slow"])
         changed = dataclasses.replace(dream, **inputs["dream"])
-        losses = actor_critic.imagination_loss(changed, critic, SCALE)[0]
+        losses = loss_of(actor_critic, changed, critic, SCALE)[0]
         return {k: v.sum() for k, v in losses.items()}
 
     parts = {"reward": dream.reward, "cont": dream.cont, "actions": dream.actions}
@@ -266,7 +287,7 @@ def test_log_probs_and_entropies_of_several_actions_add_up() -> None:
     assert actions.shape == (M, H, 11)
     for cut in (slice(0, 3), slice(3, 5), slice(5, 9)):
         np.testing.assert_array_equal(actions[..., cut].sum(-1), 1)
-    losses, returns, _, metrics = jax.jit(lambda: actor_critic.imagination_loss(dream, critic, SCALE))()
+    losses, returns, _, metrics = jax.jit(lambda: loss_of(actor_critic, dream, critic, SCALE))()
     dists = actor_critic.policy(dream.features[:, :-1])
     assert list(dists) == ["act", "many", "walk"]
     parts = {"act": actions[..., :3], "many": actions[..., 3:9], "walk": actions[..., 9:]}

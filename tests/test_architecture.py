@@ -16,6 +16,7 @@ LAYERS = [
     ["objectives"],
     ["world_model"],
     ["actor_critic", "insight"],
+    ["imagination"],
     ["agent"],
     ["planners", "dream_env"],
     ["schema"],

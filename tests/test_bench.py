@@ -15,7 +15,7 @@ from flax import nnx
 from hypothesis import strategies as st
 from learner_data import CHEAP, fixed_class, fixed_normal, perturb, random_batch, small_config, weights
 
-from dreamer import cli, distributions, networks
+from dreamer import cli, distributions, imagination, networks
 from dreamer.actor_critic import lambda_return
 from dreamer.agent import Agent
 from dreamer.diagnostics import bench_update as bench
@@ -67,6 +67,14 @@ def test_convolutions(size: int, height: int, width: int, inputs: int, outputs: 
 
 
 @few
+@hypothesis.given(lead=st.lists(small, max_size=2), inputs=small, outputs=small, batch=small)
+def test_transposed_product(lead: list[int], inputs: int, outputs: int, batch: int) -> None:
+    plain = {(owner, name): form for owner, name, form in bench.PLAIN}[networks, "transposed_product"]
+    with jax.enable_x64(True):
+        same(networks.transposed_product, plain, draw(*lead, inputs, outputs), draw(*lead, inputs, batch))
+
+
+@few
 @hypothesis.given(blocks=small, own=small, outputs=small, shared=small, batch=small)
 def test_block_linear_in_columns(blocks: int, own: int, outputs: int, shared: int, batch: int) -> None:
     with jax.enable_x64(True):
@@ -90,6 +98,41 @@ def test_block_linear_in_columns(blocks: int, own: int, outputs: int, shared: in
 def test_lambda_return(batch: int, length: int) -> None:
     with jax.enable_x64(True):
         same(lambda_return, bench.plain_lambda_return, *(draw(batch, length) for _ in range(4)))
+
+
+@pytest.mark.parametrize("axis", [ROWS, COLUMNS], ids=["rows", "columns"])
+@pytest.mark.parametrize("name", SPACES)
+def test_heads_read_the_same_inside_the_scan_and_after_it(
+    name: str, axis: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every number of a dream, and the gradients of what is trained, in float64; nothing else has a gradient."""
+    monkeypatch.setattr(distributions, "draw_class", fixed_class)
+    monkeypatch.setattr(distributions, "draw_normal", fixed_normal)
+    with jax.enable_x64(True):
+        agent = Agent(*SPACES[name], small_config())
+        double = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float64) + 0.1 * draw(*x.shape), tree)  # noqa: E731
+        params, slow = double(agent.init(0)["params"]), double(agent.init(1)["slow_value"])
+        shapes = agent._merge(params).world_model.rssm.init(3, jnp.float64)
+        starts = jax.tree.map(lambda x: draw(*x.shape), shapes)
+
+        def dream(params: Any, slow: Any, starts: Any, inside: bool) -> tuple[jax.Array, Any]:
+            model, critic = agent._merge(params), agent.slow_critic(slow)
+            how = {"masked": False, "axis": axis, "read_inside": inside}
+            dreamer = imagination.Dreamer(model.world_model, model.actor_critic, critic, **how)
+            seen = vars(dreamer.dream(starts, 3, jax.random.key(0)))
+            seen |= {"critic": seen["critic"].logits}
+            total = sum((jnp.sin(x) * jnp.arange(x.size).reshape(x.shape)).sum() for x in jax.tree.leaves(seen))
+            return total, seen
+
+        slopes = jax.jit(jax.grad(dream, argnums=(0, 1, 2), has_aux=True), static_argnums=3, compiler_options=CHEAP)
+        one, two = (slopes(params, slow, starts, inside) for inside in (True, False))
+    for ours, oracle in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_allclose(ours, oracle, rtol=1e-9, atol=1e-9)
+    (of_params, of_slow, of_starts), seen = one
+    moved = lambda tree: any(np.asarray(x).any() for x in jax.tree.leaves(tree))  # noqa: E731
+    assert not moved(of_slow) and not moved(of_starts) and not moved(of_params["world_model"])
+    assert moved(of_params["actor_critic"]["policy"]) and moved(of_params["actor_critic"]["value"])
+    assert seen["value"].shape == (3, 4) and seen["log_prob"].shape == (3, 3)
 
 
 def test_both_ways_to_draw_classes_follow_the_probabilities() -> None:

@@ -151,8 +151,8 @@ def test_forward_tensors(reference: Reference) -> None:
     ours |= {f"recon/{k}": v for k, v in recon.items()}
     ours |= {f"losses/{k}": v for k, v in observed.losses.items()}
     starts = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), observed.states)
-    dream = agent.dream(model, starts, key)
-    losses, returns, _, _ = model.actor_critic.imagination_loss(dream, slow, state["return_scale"])
+    dream = agent.dream(model, slow, starts, key)
+    losses, returns, _, _ = model.actor_critic.imagination_loss(dream, state["return_scale"])
     bootstrap = returns[:, 0].reshape(actions.shape[:2])
     # The reference keeps the imagined losses averaged over the horizon.
     ours |= {f"losses/{k}": v.mean(1).reshape(actions.shape[:2]) for k, v in losses.items()}

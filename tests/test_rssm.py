@@ -206,14 +206,16 @@ def test_the_tokens_at_t_inform_the_posterior_at_t_and_the_deterministic_state_a
 
 def test_timeline_of_imagination(rssm: RSSM) -> None:
     """start -actions[0]-> states[0] -actions[1]-> states[1] ..., each action the policy's for the state before."""
-    policy = lambda state, key: jnp.tanh(state["deter"][:, :ACTION] + state["stoch"][:, 0, :ACTION])  # noqa: E731
+    chosen = lambda state: jnp.tanh(state["deter"][:, :ACTION] + state["stoch"][:, 0, :ACTION])  # noqa: E731
+    policy = lambda state, key: (chosen(state), {"seen": state["deter"][:, 0]})  # noqa: E731
     start, horizon = random_state(), 5
-    states, actions = jax.jit(lambda s: rssm.imagine(s, policy, horizon, None))(start)
+    states, actions, notes = jax.jit(lambda s: rssm.imagine(s, policy, horizon, None))(start)
     assert states["deter"].shape == (B, horizon, 8) and actions.shape == (B, horizon, ACTION)
     before = start
     step = jax.jit(lambda state, action: rssm.imagine_step(state, action, None))
     for h in range(horizon):
-        np.testing.assert_allclose(actions[:, h], policy(before, None), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(actions[:, h], chosen(before), rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(notes["seen"][:, h], before["deter"][:, 0])
         after = step(before, actions[:, h])
         np.testing.assert_allclose(states["deter"][:, h], after["deter"], rtol=1e-4, atol=1e-5)
         np.testing.assert_array_equal(states["stoch"][:, h], after["stoch"])
@@ -224,7 +226,7 @@ def test_timeline_of_imagination(rssm: RSSM) -> None:
 
 def test_imagination_samples_from_the_prior(rssm: RSSM) -> None:
     start, action = random_state(1), normal(1, ACTION)
-    many = jax.jit(jax.vmap(lambda key: rssm.imagine(start, lambda *_: action, 1, key)[0]))
+    many = jax.jit(jax.vmap(lambda key: rssm.imagine(start, lambda *_: (action, None), 1, key)[0]))
     states = many(jax.random.split(jax.random.key(0), 4000))
     prior = rssm.dist(rssm.prior(rssm.step(start, action))).probs[0]
     np.testing.assert_allclose(states["stoch"][:, 0, 0].mean(0), prior, atol=0.04)
@@ -256,7 +258,8 @@ def test_imagination_does_not_stop_gradients(rssm: RSSM) -> None:
     start = random_state()
 
     def end(start: State, weight: jax.Array) -> jax.Array:
-        states, _ = rssm.imagine(start, lambda state, key: state["deter"][:, :ACTION] * weight, 4, None)
+        policy = lambda state, key: (state["deter"][:, :ACTION] * weight, None)  # noqa: E731
+        states, *_ = rssm.imagine(start, policy, 4, None)
         return states["deter"][:, -1].sum()
 
     by_start, by_policy = jax.jit(jax.grad(end, argnums=(0, 1)))(start, jnp.float32(0.5))
