@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from jax import export
 
-from dreamer import compiler
+from dreamer import compiler, imagination
 from dreamer.agent import Agent
 from dreamer.config import Config
 from dreamer.presets import load_config, preset_names
@@ -62,6 +62,14 @@ TASKS: dict[str, tuple[Spaces, Spaces]] = {
 }
 #: One of each kind; the others take as long again.
 QUICK = {"atari", "crafter", "dmc_proprio", "minecraft"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _agents_are_built_for_an_accelerator() -> Iterator[None]:
+    chosen = imagination.reads_inside
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(imagination, "reads_inside", lambda platform: chosen("gpu"))
+        yield
 
 
 def shapes(agent: Agent, config: Config) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
