@@ -78,7 +78,7 @@ allocator.reuse_freed_memory()
 allocator.reuse_freed_memory()
 jax.monitoring.record_event_duration_secs(allocator._COMPILED, 0.1)
 short = len(calls)
-jax.monitoring.record_event_duration_secs(allocator._COMPILED, 5.0)
+jax.monitoring.record_event_duration_secs(allocator._COMPILED, 9.0)
 long, allocator._LONG = len(calls), 0.0
 jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((3, 3)))
 print(short, long, len(calls) > long)

@@ -12,7 +12,7 @@ import jax
 #: JAX names the seconds of every compilation so.
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 #: A compilation that took this many seconds is worth a clean-up, which takes about 0.3.
-_LONG = 1.0
+_LONG = 5.0
 #: Chunks that a compilation has freed, from the first size to the last in bytes, slow every later search for memory.
 _LARGEST, _SMALLEST = 2**28, 2**10
 
