@@ -20,6 +20,9 @@ from dreamer.types import Space, Spaces, visible
 
 Observations = Mapping[str, jax.Array]
 
+#: Where `in_parts` divides: what a layer's activations may take up, in bytes, and the number of parts it stops at.
+PART_BYTES, MOST_PARTS = 2**24, 8
+
 
 def select_keys(spaces: Spaces, pattern: str, option: str) -> dict[str, Space]:
     """The observation spaces whose names match the regular expression `pattern`, in key order."""
@@ -61,6 +64,19 @@ def rematerialised(stage: Callable[[jax.Array], jax.Array], remat: bool) -> Call
     return jax.checkpoint(stage) if remat else stage
 
 
+def in_parts(function: Callable[[jax.Array], jax.Array], x: jax.Array, each: int) -> jax.Array:
+    """``function(x)`` for x (M, ...), of which every item is computed for itself; on one CPU part by part.
+
+    There the activations between layers, `each` bytes an item at most, stay in the processor's cache, and in blocks
+    that the C library keeps (see `compiler`). The parts lie side by side in the program: XLA's convolutions are slow in
+    loops. Elsewhere, and on several devices, all at once.
+    """
+    parts = min(MOST_PARTS, x.shape[0], -(-x.shape[0] * each // PART_BYTES))
+    if parts < 2 or jax.default_backend() != "cpu" or jax.device_count() > 1:
+        return function(x)
+    return jnp.concatenate([function(part) for part in jnp.array_split(x, parts)])
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageGeometry:
     """How images of (height, width) shrink to a map and grow back.
@@ -89,6 +105,10 @@ class ImageGeometry:
     def padding(self) -> tuple[int, int]:
         """Rows and columns added at the bottom and right before the first stage."""
         return self.map[0] * 2**self.stages - self.height, self.map[1] * 2**self.stages - self.width
+
+    def activations(self, config: ModelConfig) -> int:
+        """Numbers in the largest layer of one image: the first convolution's, before its maximum."""
+        return math.prod(self.map) * 4**self.stages * config.depth * config.depth_multipliers[0]
 
     def depths(self, config: ModelConfig) -> list[int]:
         """Channels after each stage; the last multiplier repeats."""
@@ -123,10 +143,14 @@ class ImageEncoder(nnx.Module):
         self.convs = nnx.List([Conv(i, o, config.kernel, rngs=rngs) for i, o in pairs])
         self.norms = nnx.List([RMSNorm(o) for o in depths])
         self.width = math.prod(self.geometry.map) * depths[-1]
+        self.activations = self.geometry.activations(config)
 
     def __call__(self, observations: Observations, dtype: jnp.dtype) -> jax.Array:
-        image = jnp.concatenate([observations[key] for key in self.keys], -1)
-        x = image.astype(dtype) / 255 - 0.5
+        images = jnp.concatenate([observations[key] for key in self.keys], -1)
+        return in_parts(partial(self._encode, dtype), images, self.activations * jnp.dtype(dtype).itemsize)
+
+    def _encode(self, dtype: jnp.dtype, images: jax.Array) -> jax.Array:
+        x = images.astype(dtype) / 255 - 0.5
         bottom, right = self.geometry.padding
         x = jnp.pad(x, ((0, 0), (0, bottom), (0, right), (0, 0)))
         stage = lambda conv, norm, x: jax.nn.silu(norm(conv.pooled(x)))  # noqa: E731
@@ -174,6 +198,7 @@ class ImageDecoder(nnx.Module):
             )
         self.channels = tuple((key, space.shape[-1]) for key, space in spaces.items())
         self.start, self.remat = (*self.geometry.map, depths[0]), config.remat
+        self.activations = self.geometry.activations(config)
         units = math.prod(self.start)
         latent = config.stoch * config.classes
         self.from_deter = BlockLinear(config.blocks, config.deter, units, rngs=rngs)
@@ -192,15 +217,18 @@ class ImageDecoder(nnx.Module):
         x = x.reshape(-1, blocks, height, width, depth // blocks).transpose(0, 2, 3, 1, 4)
         x = x.reshape(-1, height, width, depth)
         x = x + self.from_stoch_out(self.from_stoch(stoch)).reshape(-1, height, width, depth)
-        x = jax.nn.silu(self.start_norm(x))
-        stage = lambda conv, norm, x: jax.nn.silu(norm(conv.upsampled(x)))  # noqa: E731
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = rematerialised(partial(stage, conv, norm), self.remat)(x)
-        x = rematerialised(lambda x: self.out.upsampled(x), self.remat)(x)
+        x = in_parts(self._grow, jax.nn.silu(self.start_norm(x)), self.activations * x.dtype.itemsize)
         x = x[:, : self.geometry.height, : self.geometry.width]
         cuts = np.cumsum([c for _, c in self.channels])[:-1]
         parts = jnp.split(jax.nn.sigmoid(at_least_float32(x)), cuts, -1)
         return {key: part for (key, _), part in zip(self.channels, parts, strict=True)}
+
+    def _grow(self, x: jax.Array) -> jax.Array:
+        """The start map (M, h, w, depth) -> images before the sigmoid, with their padding."""
+        stage = lambda conv, norm, x: jax.nn.silu(norm(conv.upsampled(x)))  # noqa: E731
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = rematerialised(partial(stage, conv, norm), self.remat)(x)
+        return rematerialised(lambda x: self.out.upsampled(x), self.remat)(x)
 
 
 class Decoder(nnx.Module):

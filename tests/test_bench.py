@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from functools import partial
 from typing import Any
 
 import hypothesis
@@ -15,7 +16,7 @@ from flax import nnx
 from hypothesis import strategies as st
 from learner_data import CHEAP, fixed_class, fixed_normal, perturb, random_batch, small_config, weights
 
-from dreamer import cli, distributions, imagination, networks
+from dreamer import cli, coders, distributions, imagination, networks
 from dreamer.actor_critic import lambda_return
 from dreamer.agent import Agent
 from dreamer.diagnostics import bench_update as bench
@@ -64,6 +65,23 @@ def test_convolutions(size: int, height: int, width: int, inputs: int, outputs: 
         kernel, x = draw(size, size, inputs, outputs), draw(2, height, width, inputs)
         same(networks.upsample_conv, bench.plain_upsample_conv, x, kernel)
         same(networks.conv_pool, bench.plain_conv_pool, draw(2, 2 * height, 2 * width, inputs), kernel)
+
+
+@few
+@hypothesis.given(images=st.integers(3, 12), part=st.integers(100, 400))
+def test_images_in_parts(images: int, part: int) -> None:
+    with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coders, "PART_BYTES", part)
+        kernel, sizes = draw(3, 3, 2, 2), []
+
+        def stage(kernel: jax.Array, x: jax.Array) -> jax.Array:
+            sizes.append(x.shape[0])
+            return jax.nn.silu(networks.conv_pool(x, kernel))
+
+        divided = lambda kernel, x: coders.in_parts(partial(stage, kernel), x, 8 * 4 * 4 * 2)  # noqa: E731
+        plain = lambda kernel, x: jax.nn.silu(networks.conv_pool(x, kernel))  # noqa: E731
+        same(divided, plain, kernel, draw(images, 4, 4, 2))
+    assert sum(sizes) == images and 1 < len(sizes) <= coders.MOST_PARTS
 
 
 @few
@@ -158,6 +176,7 @@ def test_the_whole_update_is_the_same_function(name: str) -> None:
                     patch.setattr(owner, attribute, form)
             patch.setattr(distributions, "draw_class", fixed_class)
             patch.setattr(distributions, "draw_normal", fixed_normal)
+            patch.setattr(coders, "PART_BYTES", 1000)
             agent = Agent(*SPACES[name], small_config())
             state = agent.init(0)
             slopes = jax.jit(jax.grad(agent.loss, has_aux=True), compiler_options=CHEAP)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dreamer import actor_critic, compiler, distributions, imagination, networks
+from dreamer import actor_critic, coders, compiler, distributions, imagination, networks
 from dreamer.agent import Agent
 from dreamer.config import Config
 from dreamer.diagnostics.cost import flops
@@ -85,6 +85,7 @@ PLAIN: list[tuple[Any, str, Any]] = [
     (networks, "upsample_conv", plain_upsample_conv),
     (networks, "transposed_product", lambda kernel, x: kernel.swapaxes(-1, -2) @ x),
     (networks.BlockLinear, "__call__", plain_block_linear),
+    (coders, "in_parts", lambda function, x, each: function(x)),
     (imagination, "reads_inside", lambda platform: False),
     (distributions, "draw_class", plain_draw_class),
     (actor_critic, "lambda_return", plain_lambda_return),
