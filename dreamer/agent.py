@@ -271,8 +271,14 @@ class Agent:
 
     def dream(self, model: DreamerModel, slow_critic: nnx.Module, starts: State, key: jax.Array | None) -> Dream:
         """Imagine from `starts` (M, ...) and read the states; see `imagination`."""
-        how = {"masked": self.dreams_masks, "axis": self.layout, "read_inside": self.reads_inside}
-        dreamer = imagination.Dreamer(model.world_model, model.actor_critic, slow_critic, **how)
+        dreamer = imagination.Dreamer(
+            model.world_model,
+            model.actor_critic,
+            slow_critic,
+            masked=self.dreams_masks,
+            axis=self.layout,
+            read_inside=self.reads_inside,
+        )
         return dreamer.dream(starts, self.config.actor_critic.horizon, key)
 
     def _dreams_masks(self, model: DreamerModel) -> bool:

@@ -32,7 +32,7 @@ def options() -> dict[str, Any] | None:
     found = OPTIONS.get(kind)
     if found is None or f"--xla_{kind}_" in os.environ.get("XLA_FLAGS", ""):
         return None
-    if kind == "cpu" and jax.config.jax_logging_level == "NOTSET" and "TF_CPP_MIN_LOG_LEVEL" not in os.environ:
+    if kind == "cpu" and not {"JAX_LOGGING_LEVEL", "TF_CPP_MIN_LOG_LEVEL"} & set(os.environ):
         # XLA warns of every array that is larger than such a block.
         jax.config.update("jax_logging_level", "ERROR")
     try:

@@ -58,8 +58,7 @@ class Dreamer:
         if not self.read_inside:
             before = jax.tree.map(lambda start, after: self._append(start, after, first=True), starts, states)
             before = jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, horizon, axis=self.time), before)
-            x, allowed, dists = self._decide(before)
-            notes = self._read(x), self.behaviour.judge(x, dists, actions, self.axis), allowed
+            notes = self._notes(*self._decide(before), actions)
         numbers, judged, allowed = notes
         critic = TwoHot(judged.pop("critic"), self.axis)
         x = sg(feature(last, self.axis))
@@ -74,7 +73,7 @@ class Dreamer:
         action = sample_actions(dists, key, self.axis).astype(state["deter"].dtype)
         if not self.read_inside:
             return action, None
-        return action, (self._read(x), self.behaviour.judge(x, dists, action, self.axis), allowed)
+        return action, self._notes(x, allowed, dists, action)
 
     def _decide(self, state: State) -> tuple[jax.Array, jax.Array | None, dict[str, Distribution]]:
         """Features of states (..., M) or (M, ...), the allowed actions, the policy's distributions."""
@@ -84,6 +83,12 @@ class Dreamer:
             plain = self.axis == ROWS
             allowed = objective.allowed(state) if plain else columns(objective.allowed(jax.tree.map(rows, state)))
         return x, allowed, self.behaviour.policy(x, allowed, self.axis)
+
+    def _notes(
+        self, x: jax.Array, allowed: jax.Array | None, dists: dict[str, Distribution], actions: jax.Array
+    ) -> tuple[dict[str, jax.Array], dict[str, Any], jax.Array | None]:
+        """What training needs of features x where `actions` were taken."""
+        return self._read(x), self.behaviour.judge(x, dists, actions, self.axis), allowed
 
     def _read(self, x: jax.Array) -> dict[str, jax.Array]:
         heads = {"reward": self.world_model.reward, "cont": self.world_model.cont, "slow_value": self.slow_critic}

@@ -40,7 +40,7 @@ def reuse_freed_memory() -> None:
     jax.monitoring.register_event_duration_secs_listener(_after_compiling)
 
 
-def _after_compiling(event: str, seconds: float, **_: Any) -> None:
+def _after_compiling(event: str, duration_secs: float, **_: Any) -> None:
     """What compiling an update has freed, 0.5 GB and more, goes back to the kernel: it is not needed again."""
-    if event == _COMPILED and seconds > _LONG:
+    if event == _COMPILED and duration_secs > _LONG:
         ctypes.CDLL(None).malloc_trim(0)
