@@ -32,8 +32,8 @@ def options() -> dict[str, Any] | None:
     found = OPTIONS.get(kind)
     if found is None or f"--xla_{kind}_" in os.environ.get("XLA_FLAGS", ""):
         return None
-    if kind == "cpu" and not {"JAX_LOGGING_LEVEL", "TF_CPP_MIN_LOG_LEVEL"} & set(os.environ):
-        # XLA warns of every array that is larger than such a block.
+    if kind == "cpu" and "JAX_LOGGING_LEVEL" not in os.environ and os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
+        # XLA warns of every array that is larger than such a block. (JAX itself sets the level 1.)
         jax.config.update("jax_logging_level", "ERROR")
     try:
         jax.jit(lambda x: x, compiler_options=found).lower(0).compile()
