@@ -15,7 +15,7 @@ from flax import nnx
 
 from dreamer.config import ModelConfig
 from dreamer.distributions import MultiOneHot, Output, SquaredError, symlog
-from dreamer.networks import MLP, BlockLinear, Conv, Dense, Linear, RMSNorm, at_least_float32
+from dreamer.networks import MLP, BlockLinear, Conv, Dense, Linear, RMSNorm, at_least_float32, for_cpu
 from dreamer.types import Space, Spaces, visible
 
 Observations = Mapping[str, jax.Array]
@@ -68,11 +68,11 @@ def in_parts(function: Callable[[jax.Array], jax.Array], x: jax.Array, each: int
     """``function(x)`` for x (M, ...), of which every item is computed for itself; on one CPU part by part.
 
     There the activations between layers, `each` bytes an item at most, stay in the processor's cache, and in blocks
-    that the C library keeps (see `compiler`). The parts lie side by side in the program: XLA's convolutions are slow in
-    loops. Elsewhere, and on several devices, all at once.
+    that the C library keeps (see `compiler`). Side by side in the program, because a loop would copy what it keeps for
+    the backward pass. Elsewhere, and on several devices, all at once.
     """
     parts = min(MOST_PARTS, x.shape[0], -(-x.shape[0] * each // PART_BYTES))
-    if parts < 2 or jax.default_backend() != "cpu" or jax.device_count() > 1:
+    if parts < 2 or not for_cpu() or jax.device_count() > 1:
         return function(x)
     return jnp.concatenate([function(part) for part in jnp.array_split(x, parts)])
 

@@ -11,6 +11,7 @@ together, sums over features run along the batch, and no block-linear layer move
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -23,6 +24,9 @@ TRUNCATED_NORMAL_GAIN = 1.1368
 RMS_EPSILON = 1e-4
 #: The axis of the features in the two layouts.
 ROWS, COLUMNS = -1, -2
+
+#: What is added (top, bottom), (left, right).
+Padding = tuple[tuple[int, int], ...]
 
 
 class Draws:
@@ -213,9 +217,40 @@ class MLP(nnx.Module):
         return x
 
 
-def conv(x: jax.Array, kernel: jax.Array, padding: str | list[tuple[int, int]] = "SAME") -> jax.Array:
-    """Stride-1 convolution of x (M, H, W, I) with a kernel (h, w, I, O)."""
+def for_cpu() -> bool:
+    """Whether JAX's default device, for which programs are traced, is a CPU."""
+    return jax.default_backend() == "cpu"
+
+
+def conv(x: jax.Array, kernel: jax.Array, padding: Padding | None = None) -> jax.Array:
+    """Stride-1 convolution of x (M, H, W, I) with a kernel (h, w, I, O); without `padding` H and W stay."""
+    padding = padding or tuple(((size - 1) // 2, size // 2) for size in kernel.shape[:2])
+    return (_conv_and_gradients if for_cpu() else plain_conv)(x, kernel, padding)
+
+
+def plain_conv(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
+    """`conv` as JAX has it."""
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _conv_and_gradients(x: jax.Array, kernel: jax.Array, padding: Padding) -> jax.Array:
+    """`plain_conv`, whose gradients are convolutions in the same order of axes.
+
+    XLA's CPU backend hands only these to its fast code, and within loops does not turn others into them.
+    """
+    return plain_conv(x, kernel, padding)
+
+
+def _conv_gradients(padding: Padding, inputs: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = inputs
+    around = tuple((n - 1 - low, n - 1 - high) for n, (low, high) in zip(kernel.shape, padding, strict=False))
+    of_x = plain_conv(g, kernel[::-1, ::-1].swapaxes(2, 3), around)
+    of_kernel = plain_conv(x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3), padding)
+    return of_x, of_kernel.transpose(1, 2, 0, 3)
+
+
+_conv_and_gradients.defvjp(lambda x, kernel, padding: (plain_conv(x, kernel, padding), (x, kernel)), _conv_gradients)
 
 
 def conv_pool(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -236,7 +271,7 @@ def conv_pool(x: jax.Array, kernel: jax.Array) -> jax.Array:
     m, height, width, inputs = x.shape
     x = x.reshape(m, height // 2, 2, width // 2, 2, inputs).transpose(0, 1, 3, 2, 4, 5)
     x = x.reshape(m, height // 2, width // 2, 4 * inputs)
-    y = conv(x, cells.reshape(*cells.shape[:2], 4 * inputs, -1), [(-low, high)] * 2)
+    y = conv(x, cells.reshape(*cells.shape[:2], 4 * inputs, -1), ((-low, high), (-low, high)))
     return y.reshape(*y.shape[:3], 4, -1).max(3)
 
 
@@ -255,7 +290,7 @@ def upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
     merge = jnp.asarray(offset[..., None] == np.arange(low, high + 1), kernel.dtype)
     phases = jnp.einsum("atm,bun,tuio->mniabo", merge, merge, kernel)
     m, height, width, _ = x.shape
-    y = conv(x, phases.reshape(*phases.shape[:3], -1), [(-low, high)] * 2)
+    y = conv(x, phases.reshape(*phases.shape[:3], -1), ((-low, high), (-low, high)))
     y = y.reshape(m, height, width, 2, 2, -1).transpose(0, 1, 3, 2, 4, 5)
     return y.reshape(m, 2 * height, 2 * width, -1)
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from jax import export
 
-from dreamer import coders, compiler, imagination
+from dreamer import coders, compiler, imagination, networks
 from dreamer.agent import Agent
 from dreamer.config import Config
 from dreamer.presets import load_config, preset_names
@@ -69,7 +69,8 @@ def _agents_are_built_for_an_accelerator() -> Iterator[None]:
     chosen = imagination.reads_inside
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(imagination, "reads_inside", lambda platform: chosen("gpu"))
-        patch.setattr(coders, "MOST_PARTS", 1)
+        for module in (networks, coders):
+            patch.setattr(module, "for_cpu", lambda: False)
         yield
 
 

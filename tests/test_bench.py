@@ -63,6 +63,9 @@ def draw(*shape: int) -> jax.Array:
 def test_convolutions(size: int, height: int, width: int, inputs: int, outputs: int) -> None:
     with jax.enable_x64(True):
         kernel, x = draw(size, size, inputs, outputs), draw(2, height, width, inputs)
+        padding = ((1, size), (0, size - 1))
+        by_hand, plain = (partial(f, padding=padding) for f in (networks._conv_and_gradients, networks.plain_conv))
+        same(by_hand, plain, draw(2, height, width, inputs), kernel)
         same(networks.upsample_conv, bench.plain_upsample_conv, x, kernel)
         same(networks.conv_pool, bench.plain_conv_pool, draw(2, 2 * height, 2 * width, inputs), kernel)
 

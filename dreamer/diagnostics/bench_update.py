@@ -81,6 +81,7 @@ def plain_lambda_return(
 
 #: Owner, name, plain form: each rewrite, behind its plain name.
 PLAIN: list[tuple[Any, str, Any]] = [
+    (networks, "_conv_and_gradients", networks.plain_conv),
     (networks, "conv_pool", plain_conv_pool),
     (networks, "upsample_conv", plain_upsample_conv),
     (networks, "transposed_product", lambda kernel, x: kernel.swapaxes(-1, -2) @ x),
