@@ -67,9 +67,9 @@ def rematerialised(stage: Callable[[jax.Array], jax.Array], remat: bool) -> Call
 def in_parts(function: Callable[[jax.Array], jax.Array], x: jax.Array, each: int) -> jax.Array:
     """``function(x)`` for x (M, ...), of which every item is computed for itself; on one CPU part by part.
 
-    There the activations between layers, `each` bytes an item at most, stay in the processor's cache, and in blocks
-    that the C library keeps (see `compiler`). Side by side in the program, because a loop would copy what it keeps for
-    the backward pass. Elsewhere, and on several devices, all at once.
+    There the activations between layers, `each` bytes an item at most, stay in the processor's cache. Side by side in
+    the program, because a loop would copy what it keeps for the backward pass. Elsewhere, and on several devices, all
+    at once.
     """
     parts = min(MOST_PARTS, x.shape[0], -(-x.shape[0] * each // PART_BYTES))
     if parts < 2 or not for_cpu() or jax.device_count() > 1:

@@ -1,4 +1,4 @@
-"""Memory of updates and what compiling leaves behind. Each check in a process of its own: the heap is one for all."""
+"""Memory that compiling leaves behind. Each check in a process of its own, because the heap is one for all of it."""
 
 import platform
 import subprocess
@@ -8,77 +8,79 @@ import pytest
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 
-#: Pages from the kernel for each call of a program with more than 100 MB of temporary memory in arrays of 16 MB.
-CALLS = """
-import resource, sys
-import jax, jax.numpy as jnp
-from dreamer import compiler
-from dreamer.runtime import allocator
-
-if sys.argv[1] == "ours":
-    allocator.reuse_freed_memory()
-options = compiler.options() if sys.argv[1] == "ours" else None
-
-def function(x, y):
-    kept = [x * i @ y for i in range(1, 11)]
-    total = 0.0
-    for product in reversed(kept):
-        total = jnp.maximum(product, 1 - total)
-    return total.sum()
-
-faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-x, y = jnp.ones((4096, 16)), jnp.ones((16, 1024))
-program = jax.jit(function, compiler_options=options).lower(x, y).compile()
-seen = []
-for _ in range(40):
-    before = faults()
-    program(x, y).block_until_ready()
-    seen.append(faults() - before)
-print(program.memory_analysis().temp_size_in_bytes, *seen)
-"""
-CLEANED_UP = """
-import ctypes
-import jax, jax.numpy as jnp
+HEAP = """
+import ctypes, random
 from dreamer.runtime import allocator
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+libc.mallinfo2.restype = allocator._Usage
 resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
-told = lambda seconds: jax.monitoring.record_event_duration_secs(allocator._COMPILED, seconds)
+"""
+FRAGMENTS = """
+random.seed(0)
+chunks = [libc.malloc(random.randrange(2_000, 200_000)) for _ in range(4000)]
+for chunk in chunks:
+    ctypes.memset(chunk, 1, 2_000)
+for chunk in chunks[::2]:
+    libc.free(chunk)
+before = libc.mallinfo2().fordblks
+"""
+
+
+def run(program: str) -> str:
+    return subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+
+
+def test_freed_chunks_are_retired_and_the_rest_stays():
+    """Of 200 MB freed in pieces nothing is handed out again, and what is in use keeps what it holds."""
+    program = f"""{HEAP}
 allocator.reuse_freed_memory()
+{FRAGMENTS}
+retired = allocator.retire_fragments()
+left = libc.mallinfo2()
+again = libc.malloc(50_000)
+kept = all(ctypes.string_at(chunk, 2_000) == bytes([1]) * 2_000 for chunk in chunks[1::2])
+print(before, retired, left.fordblks - left.keepcost, again > max(chunks), kept)
+"""
+    before, retired, left, fresh, kept = run(program).split()
+    assert int(before) > 150e6 and int(retired) > 0.95 * int(before) and int(left) < 0.05 * int(before)
+    assert (fresh, kept) == ("True", "True")
+
+
+def test_retired_chunks_cost_no_memory():
+    program = f"""{HEAP}
 allocator.reuse_freed_memory()
+random.seed(0)
+chunks = [libc.malloc(random.randrange(2_000, 200_000)) for _ in range(4000)]
+for chunk in chunks:
+    ctypes.memset(chunk, 1, 2_000)
 blocks = [libc.malloc(1_000_000) for _ in range(200)]
 for block in blocks:
     ctypes.memset(block, 1, 1_000_000)
 for block in blocks[::2]:
     libc.free(block)
-full = resident()
-told(0.1)
-short = resident()
-told(9.0)
-print(full - short, short - resident(), all(ctypes.string_at(b, 1_000_000) == b"\\1" * 1_000_000 for b in blocks[1::2]))
-compilations = []
-jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: compilations.append(event))
-jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((3, 3)))
-print(allocator._COMPILED in compilations)
+before = resident()
+allocator.retire_fragments()
+print(before - resident())
 """
+    assert int(run(program)) > 80e6
 
 
-def run(program: str, *arguments: str) -> list[str]:
-    command = [sys.executable, "-c", program, *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+def test_a_long_compilation_is_cleaned_up_after_and_a_short_one_is_not():
+    program = """
+import jax, jax.numpy as jnp
+from dreamer.runtime import allocator
 
-
-def test_updates_find_the_memory_of_the_last_one() -> None:
-    """Arenas keep what served a call, whichever thread takes the next; by default each call has its pages cleared."""
-    temporary, *ours = map(int, run(CALLS, "ours"))
-    _, *default = map(int, run(CALLS, "default"))
-    assert temporary > 100e6 and sorted(default)[20] > 100e6 / 4096
-    assert sum(ours[20:]) < 0.3 * sum(default[20:])
-
-
-def test_a_long_compilation_is_cleaned_up_after_and_a_short_one_is_not() -> None:
-    """100 MB of freed memory are given back, what is in use keeps what it holds, and JAX names compilations so."""
-    kept, given, untouched, known = run(CLEANED_UP)
-    assert int(kept) < 10e6 and int(given) > 80e6
-    assert (untouched, known) == ("True", "True")
+calls = []
+allocator.retire_fragments = lambda: calls.append(1)
+allocator.reuse_freed_memory()
+allocator.reuse_freed_memory()
+jax.monitoring.record_event_duration_secs(allocator._COMPILED, 0.1)
+short = len(calls)
+jax.monitoring.record_event_duration_secs(allocator._COMPILED, 9.0)
+long, allocator._LONG = len(calls), 0.0
+jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((3, 3)))
+print(short, long, len(calls) > long)
+"""
+    assert run(program).split() == ["0", "1", "True"]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -59,3 +62,33 @@ def test_a_run_says_so_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert float(found.pop("environments")) >= 5
     assert set(found) <= {"networks", "initial weights", "first action", "filling replay", "first update"}
     assert abs(float(total) - 5 - sum(map(float, found.values()))) < 1.0
+
+
+CACHED = """
+import jax, jax.numpy as jnp
+from dreamer import compiler
+
+events = []
+jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
+
+def function(x, y):
+    kept = [x * i @ y for i in range(1, 11)]
+    total = 0.0
+    for product in reversed(kept):
+        total = jnp.maximum(product, 1 - total)
+    return total.sum()
+
+arguments = jnp.ones((4096, 16)), jnp.ones((16, 1024))
+program = jax.jit(function, compiler_options=compiler.options()).lower(*arguments).compile()
+print(program.memory_analysis().temp_size_in_bytes, "/jax/compilation_cache/cache_hits" in events)
+"""
+
+
+def test_programs_with_much_temporary_memory_come_from_the_compilation_cache(tmp_path: Path) -> None:
+    """As training compiles them: XLA has options with which a program cannot be written."""
+    settings = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    command = [sys.executable, "-W", "error:Error:UserWarning", "-c", CACHED]
+    for expected in ("False", "True"):
+        done = subprocess.run(command, env=os.environ | settings, check=True, capture_output=True, text=True)
+        temporary, hit = done.stdout.split()
+        assert int(temporary) > 100e6 and hit == expected

@@ -112,7 +112,7 @@ def plain_forms() -> Iterator[None]:
 # --- One update, compiled ----------------------------------------------------------------------
 
 
-#: Calls before the first that counts: each of the threads that may take one touches its memory for the first time.
+#: Calls before the first that counts: they touch the memory of updates for the first time.
 WARM_UP = 3
 
 
