@@ -250,6 +250,9 @@ def settled():
     open("/proc/self/clear_refs", "w").write("5")
     return resident("VmRSS")
 
+# Blocks of 1 MB and more come from the kernel and go back to it; otherwise the C library may keep up to 64 MB.
+mmap_threshold = -3
+ctypes.CDLL(None).mallopt(mmap_threshold, 2**20)
 config = load_config(sys.argv[1:], {"run.platform": "cpu"})
 device = choose_device("cpu")
 agent = make_agent(config, *task_spaces(config))
