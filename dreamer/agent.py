@@ -23,7 +23,7 @@ from dreamer.networks import COLUMNS, Draws
 from dreamer.optimizer import make_optimizer, root_mean_square, update_slow
 from dreamer.rssm import RSSM, State, feature
 from dreamer.sharding import BATCH, BATCHES, STATE, WEIGHTS, WHOLE, make_devices
-from dreamer.types import ACTION_MASK, Field, Spaces, masks_actions
+from dreamer.types import ACTION_MASK, Field, Spaces, masks_actions, replay_fields
 from dreamer.world_model import WorldModel
 
 sg = jax.lax.stop_gradient
@@ -87,6 +87,7 @@ class Agent:
         self.optimizer = make_optimizer(config.optimizer)
         model = nnx.eval_shape(lambda: DreamerModel(self.observations, self.actions, config, rngs=nnx.Rngs(params=0)))
         self.extras: dict[str, Field] = model.world_model.rssm.stored()
+        replay_fields(self.observations, self.actions, self.extras)  # names that are taken
         self._initial_state = model.world_model.rssm.init
         self.graph, state = nnx.split(model)
         self.critic_graph = nnx.graphdef(model.actor_critic.value)

@@ -36,6 +36,15 @@ LOG_PREFIX = "log/"
 #: The reward as the environment gave it, where the learner sees a scaled one: what scores sum.
 UNSCALED_REWARD = f"{LOG_PREFIX}unscaled_reward"
 
+#: Names that no observation and no action may have, and what has them. Beside these, an observation that the decoder
+#: predicts must not be named like a loss term (`Agent` says which there are).
+TAKEN: Mapping[str, str] = {
+    **dict.fromkeys(TRANSITION_FIELDS, "a field of every transition"),
+    **dict.fromkeys(("deter", "stoch"), "a latent, stored with every step"),
+    "cont": "the continue head, in reports",
+    UNSCALED_REWARD: "what scores sum",
+}
+
 #: The observation that says which actions are allowed now; see `mask_space`.
 ACTION_MASK = "action_mask"
 

@@ -24,7 +24,7 @@ from learner_data import (
 
 from dreamer import distributions
 from dreamer.agent import Agent
-from dreamer.types import Space
+from dreamer.types import TAKEN, TRANSITION_FIELDS, Space
 
 OBSERVATIONS = {
     "image": Space("image", (8, 8, 1)),
@@ -169,6 +169,13 @@ def test_observations_named_like_a_loss_term_are_refused() -> None:
     with pytest.raises(ValueError, match=r"named unlike the loss terms .*got \['policy', 'rew'\].*model.decoder_keys"):
         Agent({k: Space("vector", (1,)) for k in ("policy", "rew", "x")}, DISCRETE, small_config())
     Agent({k: Space("vector", (1,)) for k in ("policy", "x")}, DISCRETE, small_config(dict(decoder_keys="x")))
+
+
+def test_everything_that_a_step_stores_is_a_name_that_is_taken(mixed: Agent) -> None:
+    assert {*mixed.extras, *TRANSITION_FIELDS} <= set(TAKEN)
+    for name in mixed.extras:
+        with pytest.raises(ValueError, match=rf"extra names \['{name}'\] are taken"):
+            Agent({name: Space("vector", (1,))}, DISCRETE, small_config())
 
 
 # Acting

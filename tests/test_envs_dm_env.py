@@ -12,6 +12,7 @@ from dm_env import specs
 from dreamer.config import EnvConfig
 from dreamer.envs import EnvError, TaskError, make_env, make_vector_env
 from dreamer.envs.dm_env import DmEnv
+from dreamer.envs.vector import adopt
 from dreamer.types import Space
 
 F, T = False, True
@@ -171,13 +172,13 @@ def test_nested_specs_of_every_kind() -> None:
         ({"observation": specs.StringArray(())}, "numbers or booleans"),
         ({"action": specs.Array((2,), np.float32)}, "finite bounds"),
         ({"action": specs.BoundedArray((2,), np.float32, -np.inf, 1.0)}, "finite bounds"),
-        ({"observation": {"reward": specs.Array((2,), np.float32)}}, "keys that are not reward"),
+        ({"observation": {"reward": specs.Array((2,), np.float32)}}, r"names other than reward.*got \['reward'\]"),
     ],
 )
 def test_what_cannot_be_played_says_why(change: dict[str, Any], message: str) -> None:
     kind = type("Changed", (Played,), change)
     with pytest.raises(TaskError, match=message):
-        DmEnv(kind([(1.0, 1.0)]))
+        adopt(lambda index, seed: kind([(1.0, 1.0)]), EnvConfig(), 0, 0)
 
 
 def test_several_rewards_are_refused() -> None:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from fake_envs import Nested, Spaced
 
-from dreamer.config import GymConfig
+from dreamer.config import EnvConfig, GymConfig
 from dreamer.envs import EnvError, TaskError
 from dreamer.envs.gym import GymEnv
+from dreamer.envs.options import wrap
 from dreamer.envs.spaces import action_leaves, flatten, observation_leaves, unflatten
 from dreamer.types import Space
 
@@ -142,6 +143,6 @@ def test_nested_environment_has_all_keys() -> None:
 )
 def test_spaces_that_cannot_work_say_why(observation: gs.Space, action: gs.Space, words: list[str]) -> None:
     with pytest.raises(TaskError) as error:
-        GymEnv(Spaced(observation, action), GymConfig(), 0)
+        wrap(GymEnv(Spaced(observation, action), GymConfig(), 0), EnvConfig(), 0, 1)
     for word in words:
         assert word in str(error.value)

@@ -122,7 +122,7 @@ class WrongShape(Scripted):
 @pytest.mark.parametrize("workers", WORKERS)
 def test_observations_must_fit_their_space(workers: str) -> None:
     env = own(lambda index, seed: WrongShape(SCRIPT), workers)
-    with pytest.raises(EnvError, match=r"expected observation 'vector' of shape \(3,\).*got \(3, 1\)"):
+    with pytest.raises(TaskError, match=r"expected observation 'vector' of shape \(3,\).*got \(3, 1\)"):
         env.reset()
     env.close()
 

@@ -19,7 +19,16 @@ from fake_envs import Scripted
 from faulty_env import GARBAGE, HARMLESS, Faulty, action, faulty
 
 from dreamer.config import EnvConfig
-from dreamer.envs import Batch, EnvError, InlineVectorEnv, ProcessVectorEnv, VectorEnv, env_seed, make_vector_env
+from dreamer.envs import (
+    Batch,
+    EnvError,
+    InlineVectorEnv,
+    ProcessVectorEnv,
+    TaskError,
+    VectorEnv,
+    env_seed,
+    make_vector_env,
+)
 from dreamer.envs.faults import LONGEST_WAIT, TRIES, FaultBudget
 from dreamer.envs.interface import Env, Fault
 
@@ -190,6 +199,7 @@ def test_a_reset_that_fails_later(workers: str) -> None:
 def test_several_at_once(workers: str) -> None:
     env = vector_env(workers)
     env.reset()
+    play(env, actions(1))  # one that returns garbage in its first step is told at once
     env.step_async({"action": np.array([action("raise"), 0, action("nan reward")], np.int32)})
     batch = env.step_wait()
     assert batch["is_first"].tolist() == [True, False, True]
@@ -258,8 +268,11 @@ def test_a_configuration_that_never_worked_is_not_tried_again(workers: str, trou
             return {**result, "vector": np.zeros(2, np.float32)} if trouble == "shape" else 1 / 0
 
     env = vector_env(workers, lambda index, seed: Never(seed))
-    with pytest.raises(EnvError, match="own, environment 0 failed: "):
+    with pytest.raises(EnvError if trouble == "raise" else TaskError) as error:
         env.reset()
+    assert ("own, environment 0 failed: " if trouble == "raise" else "expected 'vector' of shape (4,)") in str(
+        error.value
+    )
     assert waits == []
     env.close()
 

@@ -32,8 +32,8 @@ import gymnasium
 
 from dreamer.config import EnvConfig
 from dreamer.envs.dm_env import adopted
-from dreamer.envs.gym import GymEnv
-from dreamer.envs.interface import Env, TaskError, check_spaces
+from dreamer.envs.gym import GymEnv, old_gym, render_modes
+from dreamer.envs.interface import Env, TaskError
 
 GROUP = "dreamer.envs"
 #: Arguments offered to a class or function of another package.
@@ -98,7 +98,7 @@ class _Recipe:
         kwargs = dict(self.kwargs)
         if isinstance(target, type) and issubclass(target, gymnasium.Env):
             accepted = inspect.signature(target).parameters
-            if "render_mode" in accepted and "rgb_array" in target.metadata.get("render_modes", ()):
+            if "render_mode" in accepted and "rgb_array" in render_modes(target):
                 kwargs.setdefault("render_mode", "rgb_array")
         else:
             accepted = inspect.signature(target).parameters
@@ -131,11 +131,10 @@ def build(recipe: _Recipe, config: EnvConfig, seed: int) -> Env:
     if not isinstance(made, Env):
         raise TaskError(
             f"expected a gymnasium.Env or a dm_env.Environment for {task}, or an object with observation_spaces, "
-            f"action_spaces, reset, step, render and close, got {type(made).__name__}"
+            f"action_spaces, reset, step, render and close, got {type(made).__name__}{old_gym(made)}"
         )
     if config.gym.repeat > 1:
         raise TaskError(f"expected env.gym.repeat only for a gymnasium.Env, got {config.gym.repeat} for {task}")
-    check_spaces(made.observation_spaces, made.action_spaces)
     return made
 
 

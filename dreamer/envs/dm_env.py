@@ -7,20 +7,23 @@ action ``action``. The environment's randomness is seeded by whoever makes it. I
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dreamer.envs.interface import EnvError, TaskError, Transition, as_rgb, check_spaces, transition
-from dreamer.envs.spaces import LARGE, rescale
+from dreamer.envs.interface import TaskError, Transition, TransitionError, as_rgb, transition
+from dreamer.envs.spaces import LARGE, Path, as_picture, check_distinct, converted, joined, part_of, rescale
+from dreamer.envs.values import as_classes, as_reward, as_vector, check_no_picture
 from dreamer.types import Space
 
 if TYPE_CHECKING:
     import dm_env
 
-Path = tuple[str | int, ...]
+#: What declares the observation, in messages.
+SPEC = "observation_spec"
 #: Path inside the spec, our space, and the conversion of a value: theirs to ours (observations), or back (actions).
 Leaf = tuple[Path, Space, Callable[[Any], Any]]
 
@@ -36,19 +39,16 @@ class DmEnv:
 
     def __init__(self, env: dm_env.Environment) -> None:
         self._env = env
-        if env.reward_spec().shape != ():
+        if math.prod(env.reward_spec().shape) != 1:
             raise TaskError(f"expected a single number as reward, got {env.reward_spec()}; sum it in the environment")
-        self._see = {
-            "/".join(map(str, leaf[0])) or leaf[1].kind: leaf
-            for leaf in (_observed(path, spec) for path, spec in _walk(env.observation_spec(), ()))
-        }
-        self._act = {
-            "/".join(("action", *map(str, leaf[0]))): leaf
-            for leaf in (_acted(path, spec) for path, spec in _walk(env.action_spec(), ()))
-        }
+        seen = [(joined(path), _observed(path, spec)) for path, spec in _walk(env.observation_spec(), ())]
+        acted = [(joined(("action", *path)), _acted(path, spec)) for path, spec in _walk(env.action_spec(), ())]
+        for what, leaves in (("observation", seen), ("action", acted)):
+            check_distinct(what, [(name, leaf[0]) for name, leaf in leaves])
+        self._see = {name or leaf[1].kind: leaf for name, leaf in seen}
+        self._act = dict(acted)
         self.observation_spaces = {key: space for key, (_, space, _) in self._see.items()}
         self.action_spaces = {key: space for key, (_, space, _) in self._act.items()}
-        check_spaces(self.observation_spaces, self.action_spaces)
         self._picture: np.ndarray | None = None
 
     def reset(self) -> Transition:
@@ -58,9 +58,12 @@ class DmEnv:
         values = {path: convert(action[key]) for key, (path, _, convert) in self._act.items()}
         step = self._env.step(_built(self._env.action_spec(), (), values))
         if step.first():
-            raise EnvError("expected a step of the episode, got the first of another; do not reset within a step")
+            raise TransitionError(
+                "expected a step of the episode, got the first of another; do not reset within a step"
+            )
         terminal = step.last() and step.discount == 0
-        return transition(self._observe(step.observation), float(step.reward), False, step.last(), bool(terminal))
+        reward = as_reward(step.reward)
+        return transition(self._observe(step.observation), reward, False, step.last(), bool(terminal))
 
     def render(self) -> np.ndarray | None:
         """The first image of the observation, or None."""
@@ -70,17 +73,10 @@ class DmEnv:
         self._env.close()
 
     def _observe(self, observation: Any) -> dict[str, np.ndarray]:
-        flat = {}
-        for key, (path, space, convert) in self._see.items():
-            part = observation
-            for name in path:
-                part = part[name]
-            flat[key] = convert(part)
-            if flat[key].shape != space.shape:
-                raise EnvError(
-                    f"expected observation {key!r} of shape {space.shape}, as its spec says, got {flat[key].shape}; "
-                    "correct the environment's observation_spec"
-                )
+        flat = {
+            key: converted(key, convert, part_of(observation, path, key, SPEC), SPEC)
+            for key, (path, _, convert) in self._see.items()
+        }
         images = [key for key, space in self.observation_spaces.items() if space.kind == "image"]
         self._picture = as_rgb(flat[images[0]]) if images else None
         return flat
@@ -109,19 +105,21 @@ def _built(spec: Any, path: Path, values: Mapping[Path, Any]) -> Any:
 def _observed(path: Path, spec: Any) -> Leaf:
     from dm_env import specs
 
-    kind = np.dtype(spec.dtype)
+    shape, kind, what = tuple(spec.shape), np.dtype(spec.dtype), f"observation {joined(path) or 'vector'!r}"
     if isinstance(spec, specs.DiscreteArray):
-        return path, Space("discrete", (), (int(spec.num_values),)), lambda value: np.array(value, np.int32)
+        count = int(spec.num_values)
+        return path, Space("discrete", (), (count,)), lambda value: as_classes(value, (), 0, count)
     if kind == np.bool_:
-        return path, Space("discrete", spec.shape, (2,) * _size(spec)), lambda value: np.array(value, np.int32)
-    if kind == np.uint8 and len(spec.shape) in (2, 3):
-        shape = spec.shape if len(spec.shape) == 3 else (*spec.shape, 1)
-        return path, Space("image", shape), lambda value: np.array(value, np.uint8).reshape(shape)
+        return path, Space("discrete", shape, (2,) * math.prod(shape)), lambda value: as_classes(value, shape, 0, 2)
+    if kind == np.uint8 and len(shape) in (2, 3):
+        return path, *as_picture(shape, what)
     if not np.issubdtype(kind, np.number) or np.issubdtype(kind, np.complexfloating):
         raise TaskError(
             f"expected numbers or booleans in the observation, got {spec}; leave it out or encode it in the environment"
         )
-    return path, Space("vector", spec.shape), lambda value: np.array(value, np.float32)
+    bounds = (float(np.min(getattr(spec, "minimum", -np.inf))), float(np.max(getattr(spec, "maximum", np.inf))))
+    check_no_picture(shape, kind, bounds, what)
+    return path, Space("vector", shape), lambda value: as_vector(value, shape)
 
 
 def _acted(path: Path, spec: Any) -> Leaf:
@@ -131,7 +129,7 @@ def _acted(path: Path, spec: Any) -> Leaf:
     if isinstance(spec, specs.DiscreteArray):
         return path, Space("discrete", (), (int(spec.num_values),)), lambda action: dtype.type(action)
     if dtype == np.bool_:
-        return path, Space("discrete", spec.shape, (2,) * _size(spec)), lambda action: np.array(action, bool)
+        return path, Space("discrete", spec.shape, (2,) * math.prod(spec.shape)), lambda action: np.array(action, bool)
     low, high = (np.broadcast_to(getattr(spec, name, np.inf), spec.shape) for name in ("minimum", "maximum"))
     if not (np.abs(low) < LARGE).all() or not (np.abs(high) < LARGE).all():
         raise TaskError(
@@ -146,8 +144,3 @@ def _acted(path: Path, spec: Any) -> Leaf:
         return np.clip((np.rint(value) if whole else value).astype(dtype), spec.minimum, spec.maximum)
 
     return path, Space("vector", spec.shape), convert
-
-
-def _size(spec: Any) -> int:
-    """Entries of an array of this spec."""
-    return int(np.prod(spec.shape, dtype=int))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,19 +14,12 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 from dreamer.config import EnvConfig, GymConfig
-from dreamer.envs.gym_state import WAYS
-from dreamer.envs.interface import (
-    EnvError,
-    TaskError,
-    Transition,
-    TransitionError,
-    as_rgb,
-    check_spaces,
-    transition,
-)
+from dreamer.envs.gym_state import WAYS, layers
+from dreamer.envs.interface import EnvError, TaskError, Transition, TransitionError, as_rgb, transition
 from dreamer.envs.options import resize
 from dreamer.envs.proof import disproof
-from dreamer.envs.spaces import action_leaves, as_pixels, flatten, observation_leaves, unflatten
+from dreamer.envs.spaces import Leaf, action_leaves, flatten, observation_leaves, surplus, unflatten
+from dreamer.envs.values import RESET, STEP, as_flag, as_pixels, as_reward, parts_of
 from dreamer.types import ACTION_MASK, Space, Spaces, mask_space
 
 
@@ -49,34 +43,39 @@ class GymEnv:
         self._seed: int | None = seed % 2**31
         self._first_observation = True
         self._images: dict[str, np.ndarray] = {}
-        self._act = action_leaves(env.action_space)
-        self._see = [] if config.render else observation_leaves(env.observation_space)
+        _check_reset(env)
+        self._action_space = _declared(env, "action_space")
+        self._act = action_leaves(self._action_space)
+        self._observation_space: Any = None
+        self._see: list[Leaf] = []
+        if not config.render:
+            self._observation_space = _declared(env, "observation_space")
+            self._see = observation_leaves(self._observation_space)
         self.action_spaces = {leaf.key: leaf.space for leaf in self._act}
         self.observation_spaces = {leaf.key: self._resized(leaf.space) for leaf in self._see}
         if config.render:
             self._need_rendering()
             env.reset(seed=self._seed)  # most renderers need a state
-            height, width = config.size or self._rendered().shape[:2]
+            height, width = config.size or _declared_picture(self._rendered)
             self.observation_spaces = {"image": Space("image", (height, width, 3))}
         if config.info_mask:
             self.observation_spaces[ACTION_MASK] = _info_mask_space(self.action_spaces)
-        check_spaces(self.observation_spaces, self.action_spaces)
 
     def reset(self) -> Transition:
-        observation, info = self._env.reset(seed=self._seed)
+        observation, info = parts_of("reset", RESET, self._env.reset(seed=self._seed))
         self._seed = None  # later episodes go on with the environment's own random stream
         return transition(self._observe(observation, info), is_first=True)
 
     def step(self, action: Mapping[str, np.ndarray]) -> Transition:
-        choice = unflatten(self._env.action_space, self._act, action)
+        choice = unflatten(self._action_space, self._act, action)
         total = 0.0
         for _ in range(self._config.repeat):
-            observation, reward, terminated, truncated, info = self._env.step(choice)
-            total += float(reward)
-            if terminated or truncated:
+            observation, reward, *ends, info = parts_of("step", STEP, self._env.step(choice))
+            total += as_reward(reward)
+            terminal, cut = (as_flag(value, name) for value, name in zip(ends, STEP[2:4], strict=True))
+            if terminal or cut:
                 break
-        over = bool(terminated or truncated)
-        return transition(self._observe(observation, info), total, is_last=over, is_terminal=bool(terminated))
+        return transition(self._observe(observation, info), total, is_last=terminal or cut, is_terminal=terminal)
 
     @property
     def restorable(self) -> bool:
@@ -148,11 +147,14 @@ class GymEnv:
             reasons.append(f"by its {way}: {reason}")
         return None, "; ".join(reasons)
 
-    def _observe(self, observation: Any, info: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    def _observe(self, observation: Any, info: Mapping[str, Any] | None) -> dict[str, np.ndarray]:
         flat = {"image": self._rendered()} if self._config.render else flatten(self._see, observation)
-        if self._first_observation:
-            self._check(flat)
-            self._first_observation = False
+        if self._first_observation and (unknown := surplus(self._observation_space, observation)):
+            raise TransitionError(
+                f"expected what the observation space says, got {unknown} too; declare them there, or leave them out "
+                "of what reset and step return"
+            )
+        self._first_observation = False
         for key, space in self.observation_spaces.items():
             if space.kind == "image":
                 flat[key] = self._images[key] = resize(flat[key], (space.shape[0], space.shape[1]))
@@ -160,28 +162,61 @@ class GymEnv:
             flat[ACTION_MASK] = _info_mask(info, self.observation_spaces[ACTION_MASK])
         return flat
 
-    def _check(self, flat: Mapping[str, np.ndarray]) -> None:
-        for leaf in self._see:
-            if flat[leaf.key].shape != leaf.space.shape:
-                raise EnvError(
-                    f"expected observation {leaf.key!r} of shape {leaf.space.shape}, as the observation space says, "
-                    f"got {flat[leaf.key].shape}; correct the environment's observation_space"
-                )
-
     def _resized(self, space: Space) -> Space:
         if space.kind != "image" or self._config.size is None:
             return space
         return Space("image", (*self._config.size, space.shape[-1]))
 
     def _rendered(self) -> np.ndarray:
-        """uint8 (H, W, 3), as the environment draws it."""
-        return as_pixels(self._env.render(), "the rendered image")[..., :3]
+        """uint8 (H, W, 3), as the environment draws it. TransitionError if that is no picture."""
+        image = as_pixels(self._env.render(), "the rendered image")
+        if image.ndim == 2:
+            image = image[..., None]
+        if image.ndim != 3 or 0 in image.shape:
+            raise TransitionError(
+                f"expected a rendered image of shape (height, width, 3), got {image.shape}; correct the environment"
+            )
+        return as_rgb(image[..., :3])
 
     def _need_rendering(self) -> None:
         if self._env.render_mode != "rgb_array":
             raise TaskError(
                 f"expected an environment with render_mode='rgb_array' for --env.gym.render true, "
                 f"got {self._env.render_mode!r}; observe its own observation: --env.gym.render false"
+            )
+
+
+def _declared(env: gymnasium.Env, name: str) -> Any:
+    """One of the environment's two spaces. TaskError if it has none."""
+    try:
+        return getattr(env, name)
+    except AttributeError as error:
+        raise TaskError(
+            f"expected a gymnasium.Env with an {name}, got none ({error}); set it in the class or its constructor"
+        ) from error
+
+
+def _declared_picture(draw: Callable[[], np.ndarray]) -> tuple[int, int]:
+    """Height and width of the images that an environment draws. TaskError if it draws none."""
+    try:
+        height, width, _ = draw().shape
+    except TransitionError as error:
+        raise TaskError(str(error)) from error
+    return height, width
+
+
+def _check_reset(env: gymnasium.Env) -> None:
+    """TaskError if the environment, or a wrapper around it, does not take the seed that `reset` is given."""
+    for layer in layers(env):
+        try:
+            taken = inspect.signature(layer.reset).parameters
+        except (TypeError, ValueError):  # a function of C's tells nothing
+            continue
+        if "seed" not in taken and all(one.kind is not inspect.Parameter.VAR_KEYWORD for one in taken.values()):
+            raise TaskError(
+                f"expected reset(self, *, seed=None, options=None) in {type(layer).__name__}, as Gymnasium's interface "
+                f"has it, got reset({', '.join(map(str, taken.values()))}); let it take the seed, and return "
+                "(observation, info)"
             )
 
 
@@ -192,9 +227,9 @@ def _info_mask_space(actions: Spaces) -> Space:
         raise TaskError(f"{error}; or pass --env.gym.info_mask false") from error
 
 
-def _info_mask(info: Mapping[str, Any], space: Space) -> np.ndarray:
+def _info_mask(info: Mapping[str, Any] | None, space: Space) -> np.ndarray:
     """int32 (actions,), 1 where info["action_mask"] is not 0. TransitionError if it is missing or of another length."""
-    mask = np.asarray(info.get(ACTION_MASK, ()))
+    mask = np.asarray((info or {}).get(ACTION_MASK, ()))
     if mask.shape != space.shape:
         raise TransitionError(
             f"expected info[{ACTION_MASK!r}] with one entry per action, shape {space.shape}, for "
@@ -241,7 +276,20 @@ def make(name: str, config: EnvConfig, seed: int) -> GymEnv:
 def _render_modes(name: str) -> Sequence[str]:
     entry = check(name).entry_point
     creator = load_env_creator(entry) if isinstance(entry, str) else entry
-    return getattr(creator, "metadata", {}).get("render_modes", ())
+    return render_modes(creator)
+
+
+def old_gym(made: Any) -> str:
+    """The end of an error message about something that is no environment: what to do if it is one of the old gym's."""
+    if all(base.__module__.partition(".")[0] != "gym" for base in type(made).__mro__):
+        return ""
+    return ", an environment of the old package gym; derive it from gymnasium.Env, or wrap it with the package shimmy"
+
+
+def render_modes(creator: Any) -> Sequence[str]:
+    """How environments of this class can draw; nothing if it does not say, or a function makes them."""
+    metadata = getattr(creator, "metadata", None)
+    return (metadata.get("render_modes") or ()) if isinstance(metadata, Mapping) else ()
 
 
 def check(name: str) -> EnvSpec:

@@ -124,8 +124,11 @@ class InlineVectorEnv:
             result = advance(runner, index)
         except Exception as error:
             fault = fault_of(self.task, index, error)
+            # One that is not what it declares would fail alike if it were made anew.
+            if isinstance(error, TaskError) and not self._recovery.attempts[index]:
+                raise
             if not self._begun:
-                raise error if isinstance(error, TaskError) else EnvError(fault.message) from error
+                raise EnvError(fault.message) from error
             self._recovery.note(fault)
             with contextlib.suppress(Exception):
                 self._runners[index].env.close()

@@ -25,7 +25,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
-from dreamer.types import TRANSITION_FIELDS, Space, Spaces
+from dreamer.types import TRANSITION_FIELDS, Spaces
 
 #: One environment's transition: observation keys plus reward, is_first, is_last, is_terminal; no batch axis.
 Transition = dict[str, np.ndarray | np.generic]
@@ -196,18 +196,10 @@ def batch_fields(spaces: Spaces) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     return {**fields, **{key: ((), np.dtype(dtype)) for key, dtype in TRANSITION_FIELDS.items()}}
 
 
-def check_spaces(observations: Spaces, actions: Spaces) -> None:
-    """TaskError if a key is taken by a transition field or used for an observation and an action."""
-    for kind, spaces in (("observation", observations), ("action", actions)):
-        wrong = [key for key, space in spaces.items() if not isinstance(space, Space)]
-        if wrong:
-            raise TaskError(f"expected dreamer.types.Space for every {kind} key, got something else for {wrong}")
-    taken = sorted((set(observations) & set(actions)) | ((set(observations) | set(actions)) & set(TRANSITION_FIELDS)))
-    if taken:
-        raise TaskError(
-            f"expected keys that are not {', '.join(TRANSITION_FIELDS)} and not both observation and action, "
-            f"got {taken}; rename them in the environment"
-        )
+def shown(value: Any, most: int = 80) -> str:
+    """A value in a message: on one line, cut to so many characters."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def nearest(name: str, valid: Iterable[str], prefix: str = "") -> str:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from dreamer.config import EnvConfig
 from dreamer.envs.atari import GRAY
+from dreamer.envs.checks import check_spaces
 from dreamer.envs.interface import Env, Restorable, TaskError, Transition, TransitionError, restorable
 from dreamer.envs.wrappers import TimeLimit
 from dreamer.types import ACTION_MASK, UNSCALED_REWARD, Space, masks_actions
@@ -201,8 +202,10 @@ def wrap(env: Env, config: EnvConfig, seed: int, own_repeat: int) -> Env:
     seed        The environment's own; the noise's stream is derived from it.
     own_repeat  The action repeat it has already, by an option of its suite.
 
-    TaskError for an option that does not fit the environment.
+    Every environment comes by here: TaskError for spaces that no agent can be trained in, or for an option that does
+    not fit the environment.
     """
+    check_spaces(env.observation_spaces, env.action_spaces)
     if config.repeat > 1 and own_repeat > 1:
         raise TaskError(
             f"expected an action repeat in one place, got env.repeat {config.repeat} beside the {own_repeat} of the "

@@ -171,7 +171,8 @@ class ProcessVectorEnv:
         try:
             return self._workers[index].receive()
         except FailedError as failed:
-            if not self._begun:
+            # One that is not what it declares would fail alike if it were made anew.
+            if not self._begun or (isinstance(failed.error, TaskError) and not self._recovery.attempts[index]):
                 self.close()
                 raise failed.error from None
             self._drop(index, failed.fault)

@@ -2,23 +2,28 @@
 
 Nested Dict and Tuple spaces become flat keys joined by ``/`` (a tuple's parts are numbered). Observations of a single
 space have the key ``image``, ``vector`` or ``discrete``; actions have the key ``action``, or ``action/...`` if nested.
+How a single value becomes ours is in `values.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import gymnasium.spaces as gs
 import numpy as np
 
-from dreamer.envs.interface import TaskError, TransitionError
+from dreamer.envs.interface import TaskError, TransitionError, shown
+from dreamer.envs.values import MisfitError, as_classes, as_mask, as_pixels, as_vector, check_no_picture, misshapen
 from dreamer.types import ACTION_MASK, Space
 
 #: Bounds this large mean "unbounded": rescaling [-1, 1] to them would be senseless.
 LARGE = 1e9
 SUPPORTED = "Box, Discrete, MultiDiscrete, MultiBinary, and Dict or Tuple of these"
+
+#: Dict keys and tuple positions that lead to a part of a nested space.
+Path = tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Leaf:
     """
 
     key: str
-    path: tuple[str | int, ...]
+    path: Path
     space: Space
     convert: Callable[[Any], Any]
 
@@ -39,10 +44,11 @@ def observation_leaves(space: gs.Space) -> list[Leaf]:
     """The flat observation. TaskError for spaces that the agent cannot see."""
     leaves = []
     for path, part in _walk(space, ()):
-        name = "/".join(map(str, path))
+        name = joined(path)
         kind = _lookup(OBSERVATIONS, part, f"observation {name!r}" if name else "the observation")
         ours, convert = (_observe_mask if name == ACTION_MASK else kind)(part, name)
         leaves.append(Leaf(name or ours.kind, path, ours, convert))
+    check_distinct("observation", [(leaf.key, leaf.path) for leaf in leaves])
     return leaves
 
 
@@ -50,24 +56,72 @@ def action_leaves(space: gs.Space) -> list[Leaf]:
     """The flat action. TaskError for spaces that the agent cannot act in."""
     leaves = []
     for path, part in _walk(space, ()):
-        key = "/".join(("action", *map(str, path)))
+        key = joined(("action", *path))
         ours, convert = _lookup(ACTIONS, part, f"{key!r}")(part, key)
         leaves.append(Leaf(key, path, ours, convert))
+    check_distinct("action", [(leaf.key, leaf.path) for leaf in leaves])
     return leaves
 
 
-def flatten(leaves: list[Leaf], value: Any) -> dict[str, np.ndarray]:
-    """Gymnasium's observation as ours."""
-    flat = {}
-    for leaf in leaves:
-        part = value
-        for step in leaf.path:
-            part = part[step]
-        flat[leaf.key] = leaf.convert(part)
-    return flat
+def joined(path: Path) -> str:
+    """The name of a part of a nested space. TaskError if a part of it is empty."""
+    if "" in path:
+        raise TaskError(f"expected names of at least one character in a Dict space, got an empty one in {path}; rename")
+    return "/".join(map(str, path))
 
 
-def unflatten(space: gs.Space, leaves: list[Leaf], action: Mapping[str, np.ndarray]) -> Any:
+def check_distinct(what: str, parts: Iterable[tuple[str, Path]]) -> None:
+    """TaskError if two parts of a nested space, as (name, path), have the same name."""
+    found: dict[str, Path] = {}
+    for name, path in parts:
+        if name in found:
+            raise TaskError(
+                f"expected parts of the {what} with names that differ when joined by slashes, got {name!r} twice: from "
+                f"{found[name]} and from {path}; rename one of them"
+            )
+        found[name] = path
+
+
+def flatten(leaves: Sequence[Leaf], value: Any) -> dict[str, np.ndarray]:
+    """Gymnasium's observation as ours, in arrays of its own. TransitionError, naming the key, for one that is not what
+    its space says."""
+    return {leaf.key: converted(leaf.key, leaf.convert, part_of(value, leaf.path, leaf.key)) for leaf in leaves}
+
+
+def part_of(value: Any, path: Path, key: str, declared: str = "observation_space") -> Any:
+    """The part of a nested observation. TransitionError, naming what has `declared` it, if there is none."""
+    for step in path:
+        try:
+            value = value[step]
+        except (LookupError, TypeError, ValueError) as error:  # ValueError: a name, asked of a numpy array
+            got = f"the keys {sorted(map(str, value))}" if isinstance(value, Mapping) else shown(value)
+            raise TransitionError(
+                f"expected an observation with {key!r}, as the {declared} promises, got {got}; correct the "
+                f"environment's {declared} or what it returns"
+            ) from error
+    return value
+
+
+def converted(key: str, convert: Callable[[Any], Any], value: Any, declared: str = "observation_space") -> Any:
+    """The value as ours. TransitionError, naming the key, for one that is not what has been `declared`."""
+    try:
+        return convert(value)
+    except MisfitError as error:
+        raise TransitionError(
+            f"expected observation {key!r} {error}; correct the environment's {declared} or what it returns"
+        ) from error
+
+
+def surplus(space: gs.Space, value: Any, path: Path = ()) -> list[str]:
+    """Names in a nested observation that are not in its space."""
+    if not isinstance(space, gs.Dict) or not isinstance(value, Mapping):
+        parts = enumerate(space.spaces) if isinstance(space, gs.Tuple) else ()
+        return [name for place, part in parts for name in surplus(part, value[place], (*path, place))]
+    found = ["/".join(map(str, (*path, key))) for key in value if key not in space.spaces]
+    return found + [n for key, part in space.spaces.items() for n in surplus(part, value[key], (*path, key))]
+
+
+def unflatten(space: gs.Space, leaves: Sequence[Leaf], action: Mapping[str, np.ndarray]) -> Any:
     """Our action as Gymnasium's."""
     values = {leaf.path: leaf.convert(action[leaf.key]) for leaf in leaves}
     return _build(space, (), values)
@@ -79,7 +133,7 @@ def rescale(action: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray
     return np.clip(low + share * (high - low), low, high)
 
 
-def _walk(space: gs.Space, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[str | int, ...], gs.Space]]:
+def _walk(space: gs.Space, path: Path) -> Iterator[tuple[Path, gs.Space]]:
     if isinstance(space, gs.Dict):
         for key, part in space.spaces.items():
             yield from _walk(part, (*path, key))
@@ -90,7 +144,7 @@ def _walk(space: gs.Space, path: tuple[str | int, ...]) -> Iterator[tuple[tuple[
         yield path, space
 
 
-def _build(space: gs.Space, path: tuple[str | int, ...], values: Mapping[tuple[str | int, ...], Any]) -> Any:
+def _build(space: gs.Space, path: Path, values: Mapping[Path, Any]) -> Any:
     if isinstance(space, gs.Dict):
         return {key: _build(part, (*path, key), values) for key, part in space.spaces.items()}
     if isinstance(space, gs.Tuple):
@@ -98,74 +152,78 @@ def _build(space: gs.Space, path: tuple[str | int, ...], values: Mapping[tuple[s
     return values[path]
 
 
-def _lookup(table: Mapping[type, Callable], space: gs.Space, what: str) -> Callable:
+def _lookup(table: Mapping[type, Callable], space: Any, what: str) -> Callable:
     for kind, function in table.items():
         if isinstance(space, kind):
             return function
-    raise TaskError(f"expected a space of {SUPPORTED} for {what}, got {space}; wrap the environment to convert it")
+    remedy = "wrap the environment to convert it"
+    if not isinstance(space, gs.Space):
+        old = type(space).__module__.partition(".")[0] == "gym"
+        remedy = "make it with gymnasium.spaces" + (", not with the old package gym" if old else "")
+    raise TaskError(f"expected a space of {SUPPORTED} for {what}, got {shown(space)}; {remedy}")
 
 
 Observed = tuple[Space, Callable[[Any], np.ndarray]]
 
 
 def _observe_box(space: gs.Box, name: str) -> Observed:
-    pixels = space.dtype == np.uint8 and len(space.shape) in (2, 3) and space.low.min() == 0 and space.high.max() == 255
-    if not pixels:
-        return Space("vector", space.shape), lambda value: np.array(value, np.float32)
-    shape = space.shape if len(space.shape) == 3 else (*space.shape, 1)
-    if shape[0] <= 4 < shape[2]:
-        raise TaskError(
-            f"expected images as (height, width, channels), got {shape} for observation {name or 'image'!r}; "
-            "move the channels to the end with gymnasium.wrappers.TransformObservation"
-        )
-    return Space("image", shape), lambda value: as_pixels(value, f"observation {name or 'image'!r}").reshape(shape)
+    shape = space.shape
+    bounds = (float(space.low.min()), float(space.high.max())) if space.low.size else (0.0, 0.0)
+    if space.dtype == np.uint8 and len(shape) in (2, 3) and bounds == (0, 255):
+        return as_picture(shape, f"observation {name or 'image'!r}")
+    check_no_picture(shape, space.dtype, bounds, f"observation {name or 'vector'!r}")
+    return Space("vector", shape), lambda value: as_vector(value, shape)
 
 
-def as_pixels(value: Any, what: str) -> np.ndarray:
-    """A uint8 copy of an image of any dtype. TransitionError for a value that uint8 would wrap around."""
-    image = np.asarray(value)
-    if image.dtype != np.uint8 and image.size and not (image.min() >= 0 and image.max() <= 255):  # NaN neither
-        raise TransitionError(
-            f"expected pixels from 0 to 255 in {what}, got {image.dtype} from {image.min():g} to {image.max():g}; "
-            "correct the environment, or scale its images to 0 ... 255"
-        )
-    return image.astype(np.uint8)
+def as_picture(shape: tuple[int, ...], what: str) -> tuple[Space, Callable[[Any], np.ndarray]]:
+    """The space of images declared as uint8 (H, W, C) or (H, W), and the conversion of one."""
+    ours = shape if len(shape) == 3 else (*shape, 1)
+    shapes = {shape, ours, ours[:2] if ours[2] == 1 else ours}
+
+    def convert(value: Any) -> np.ndarray:
+        image = as_pixels(value, what)
+        if image.shape not in shapes:
+            raise misshapen(shape, image.shape)
+        return image.reshape(ours)
+
+    return Space("image", ours), convert
 
 
 def _observe_discrete(space: gs.Discrete, name: str) -> Observed:
-    start = int(space.start)
-    return Space("discrete", (), (int(space.n),)), lambda value: np.array(int(value) - start, np.int32)
+    start, count = int(space.start), int(space.n)
+    return Space("discrete", (), (count,)), lambda value: as_classes(value, (), start, count)
 
 
 def _observe_multi_discrete(space: gs.MultiDiscrete, name: str) -> Observed:
     ours = Space("discrete", space.shape, tuple(int(n) for n in space.nvec.flatten()))
-    return ours, lambda value: (np.asarray(value) - space.start).astype(np.int32)
+    return ours, lambda value: as_classes(value, space.shape, space.start, space.nvec)
 
 
 def _observe_multi_binary(space: gs.MultiBinary, name: str) -> Observed:
     ours = Space("discrete", space.shape, (2,) * int(np.prod(space.shape)))
-    return ours, lambda value: np.array(value, np.int32)
+    return ours, lambda value: as_classes(value, space.shape, 0, 2)
 
 
 def _observe_mask(space: gs.Space, name: str) -> Observed:
     """Which actions are allowed, (actions,): whatever is not 0 is."""
-    count = int(np.prod(space.shape or (), dtype=int))
-    return Space("discrete", (count,), (2,) * count), lambda value: (np.asarray(value) != 0).astype(np.int32).flatten()
+    shape = space.shape or ()
+    count = int(np.prod(shape, dtype=int))
+    return Space("discrete", (count,), (2,) * count), lambda value: as_mask(value, shape)
 
 
 def _act_box(space: gs.Box, key: str) -> tuple[Space, Callable]:
     low, high = space.low.astype(np.float64), space.high.astype(np.float64)
-    if not (np.abs(low) < LARGE).all() or not (np.abs(high) < LARGE).all():
+    if not (np.abs(low) < LARGE).all() or not (np.abs(high) < LARGE).all() or not (low <= high).all():
         raise TaskError(
-            f"expected finite action bounds, got the unbounded {space} for {key!r}; "
+            f"expected finite action bounds, the lower below the upper, got the unbounded {shown(space)} for {key!r}; "
             "bound it with gymnasium.wrappers.RescaleAction or in the environment"
         )
-    integer = np.issubdtype(space.dtype, np.integer)
+    whole = space.dtype.kind in "iub"
 
     def convert(action: np.ndarray) -> np.ndarray:
         value = rescale(action, low, high)
         # The cast to a narrower float may round past a bound, which clipping against the space's own bounds undoes.
-        return np.clip((np.rint(value) if integer else value).astype(space.dtype), space.low, space.high)
+        return np.clip((np.rint(value) if whole else value).astype(space.dtype), space.low, space.high)
 
     return Space("vector", space.shape), convert
 

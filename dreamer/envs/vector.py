@@ -11,9 +11,9 @@ import numpy as np
 
 from dreamer.config import EnvConfig
 from dreamer.envs.dm_env import adopted
-from dreamer.envs.gym import GymEnv
+from dreamer.envs.gym import GymEnv, old_gym
 from dreamer.envs.inline import InlineVectorEnv, Maker
-from dreamer.envs.interface import Env, TaskError, VectorEnv, check_spaces
+from dreamer.envs.interface import Env, TaskError, VectorEnv
 from dreamer.envs.options import wrap
 from dreamer.envs.processes import ProcessVectorEnv
 from dreamer.envs.registry import check_task, make_env, split_task
@@ -80,12 +80,11 @@ def adopt(make: MakeEnv, config: EnvConfig, index: int, seed: int) -> Env:
     if not isinstance(env, Env):
         raise TaskError(
             "expected make_env(index, seed) to return a gymnasium.Env, a dm_env.Environment, or an object with "
-            f"observation_spaces, action_spaces, reset, step, render and close, got {type(env).__name__}"
+            f"observation_spaces, action_spaces, reset, step, render and close, got {type(env).__name__}{old_gym(env)}"
         )
     if config.gym.repeat > 1 and not gymnasium_made:
         raise TaskError(
             f"expected env.gym.repeat only for a gymnasium.Env, got {config.gym.repeat} for a {type(env).__name__}; "
             "set env.repeat instead"
         )
-    check_spaces(env.observation_spaces, env.action_spaces)
     return wrap(env, config, seed, config.gym.repeat if gymnasium_made else 1)

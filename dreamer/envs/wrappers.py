@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import cloudpickle
 import numpy as np
 
 from dreamer.envs.checks import TransitionCheck
-from dreamer.envs.interface import Env, EnvError, Restorable, Transition, restorable
+from dreamer.envs.interface import Env, EnvError, Restorable, TaskError, Transition, TransitionError, restorable
 
 
 class TimeLimit:
@@ -53,18 +53,23 @@ class TimeLimit:
 
 
 class AutoReset:
-    """Resets by itself on the step after the last one, and checks every transition: TransitionError for garbage."""
+    """Resets by itself on the step after the last one, and checks every transition: TransitionError for garbage.
+
+    Until an environment has taken a step as it should, this is a TaskError: it is not what it declares, and would fail
+    alike if it were made anew.
+    """
 
     def __init__(self, env: Env) -> None:
         self.env = env
         self.over = True
+        self._known = False
         self._check = TransitionCheck(env.observation_spaces)
 
     def reset(self) -> Transition:
-        return self._checked(self.env.reset(), first=True)
+        return self._checked(self.env.reset, first=True)
 
     def step(self, action: Mapping[str, np.ndarray]) -> Transition:
-        return self.reset() if self.over else self._checked(self.env.step(action), first=False)
+        return self.reset() if self.over else self._checked(lambda: self.env.step(action), first=False)
 
     @property
     def restorable(self) -> bool:
@@ -87,9 +92,17 @@ class AutoReset:
         """Go back to what `get_state` gave; returns its `attempt`."""
         attempt, self.over, state = pickle.loads(pickled)
         cast(Restorable, self.env).set_state(state)
+        self._known = True
         return attempt
 
-    def _checked(self, result: Transition, first: bool) -> Transition:
-        self._check(result, first)
+    def _checked(self, advance: Callable[[], Transition], first: bool) -> Transition:
+        try:
+            result = advance()
+            self._check(result, first)
+        except TransitionError as error:
+            if self._known:
+                raise
+            raise TaskError(str(error)) from error
+        self._known = self._known or not first
         self.over = bool(result["is_last"])
         return result
