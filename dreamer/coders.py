@@ -94,7 +94,12 @@ class ImageGeometry:
         sides = lambda n: (math.ceil(height / 2**n), math.ceil(width / 2**n))  # noqa: E731
         fits = [n for n in range(1, 12) if min(sides(n)) >= 3 and max(sides(n)) <= 7]
         if not fits:
-            fits = [next(n for n in range(1, 12) if max(sides(n)) <= 7)]
+            fits = [n for n in range(1, 12) if max(sides(n)) <= 7][:1]
+        if not fits:
+            raise ValueError(
+                f"expected images of at most {7 * 2**11} pixels a side, got {height} x {width}; make them smaller: "
+                "--env.resize HEIGHT,WIDTH"
+            )
         return cls(height, width, min(fits, key=lambda n: abs(n - usual)))
 
     @property

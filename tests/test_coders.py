@@ -173,6 +173,9 @@ def test_constant_padding_is_gray_and_only_at_the_bottom_and_right() -> None:
     """20x20 is padded to 24x24: as if mid-gray (127.5 of 255) pixels had been appended."""
     c = config(depth=1, blocks=1)
     small, large = Space("image", (20, 20, 1)), Space("image", (24, 24, 1))
+    assert ImageGeometry.of(1, 1, 4).map == (1, 1) and ImageGeometry.of(2, 200, 4).map == (1, 7)
+    with pytest.raises(ValueError, match="at most 14336 pixels a side, got 2 x 14337"):
+        ImageGeometry.of(2, 14337, 4)
     assert ImageGeometry.of(20, 20, 4).padding == (4, 4) and ImageGeometry.of(24, 24, 4).padding == (0, 0)
     first, second = Encoder({"image": small}, c, rngs=weights()), Encoder({"image": large}, c, rngs=weights())
     image = RNG.integers(0, 256, (2, 20, 20, 1)).astype(np.float32)

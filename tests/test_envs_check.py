@@ -260,6 +260,70 @@ def test_gymnasium_s_own_rules(name: str) -> None:
     assert any(words in line for line in report.violations), report.violations
 
 
+class Refuses(Raw):
+    """Fails wherever it is told to."""
+
+    where = "nowhere"
+    error: type[BaseException] = RuntimeError
+
+    def fail(self, place: str) -> None:
+        if place == self.where:
+            raise self.error("as told")
+
+    def __init__(self) -> None:
+        self.fail("construct")
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        self.fail("reset")
+        return super().reset(seed=seed)
+
+    def step(self, action: Any) -> Any:
+        self.fail("step")
+        return super().step(action)
+
+    def close(self) -> None:
+        self.fail("close")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit, AttributeError, StopIteration])
+@pytest.mark.parametrize("where", ["reset", "step", "close"])
+def test_whatever_it_raises_and_wherever_is_told(where: str, error: type[BaseException]) -> None:
+    cls: Any = type("Fails", (Refuses,), {"where": where, "error": error})
+    report = audit(lambda seed: GymEnv(cls(), GymConfig(), seed, cls), 5)
+    words = f"it raised {error.__name__}: as told (test_envs_check.py, line "
+    assert any(words in line for line in report.violations), report.violations
+    assert report.steps == (5 if where == "close" else 0) and list(map(str, rows(report)))
+
+
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+def test_what_cannot_be_made_is_one_line(error: type[BaseException]) -> None:
+    cls: Any = type("Fails", (Refuses,), {"where": "construct", "error": error})
+    with pytest.raises(
+        TaskError, match=rf"^expected an environment that can be made, it raised {error.__name__}: as told"
+    ):
+        audit(lambda seed: GymEnv(cls(), GymConfig(), seed, cls), 5)
+
+
+def test_what_no_agent_can_be_made_for_is_told(capsys: Any) -> None:
+    """What training refuses for its networks' sake, the check knows."""
+    code, out, _ = run(capsys, "py_test_envs_check:TwoCameras", "--steps", "3", "--configs", "debug")
+    assert code == 1 and "no agent can be made for it: expected images of one size" in out
+    asked: list[Any] = []
+    assert audit(Fine, 3, lambda *spaces: asked.append(spaces)).violations == ()
+    assert asked == [(Fine().observation_spaces, Fine().action_spaces)]
+
+
+class TwoCameras(Raw):
+    observation_space = gs.Dict({"a": gs.Box(0, 255, (8, 8, 3), np.uint8), "b": gs.Box(0, 255, (16, 16, 3), np.uint8)})
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        gymnasium.Env.reset(self, seed=seed)
+        return self.observed(), {}
+
+    def observed(self) -> Any:
+        return {key: self.np_random.integers(0, 256, (side, side, 3), np.uint8) for key, side in (("a", 8), ("b", 16))}
+
+
 def test_edges_are_the_bounds_and_every_choice() -> None:
     spaces = {"action": Space("discrete", (), (4,))}
     assert [int(action["action"]) for _, action in edge_actions(spaces)] == [0, 3, 1, 2]

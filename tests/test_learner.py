@@ -226,6 +226,13 @@ def test_nan_in_the_data_names_terms_update_and_culprit(key: str, term: str, tmp
     assert (tmp_path / f"nonfinite-update-{error.update}.npz").exists()
 
 
+def test_what_is_dumped_may_have_any_name(tmp_path: Path) -> None:
+    """Also those of arguments of numpy's own functions."""
+    arrays = {name: np.arange(3.0) for name in ("file", "allow_pickle", "args", "a/b", "é [x]", "some.npy")}
+    with np.load(NonFiniteUpdateError(1, {}, arrays).dump(tmp_path)) as found:
+        assert {name: found[name].tolist() for name in arrays} == {name: [0, 1, 2] for name in arrays}
+
+
 def test_the_first_broken_update_of_a_dispatch_is_named(learner: Learner) -> None:
     learner.update(1, 3)
     broken = learner._waiting[1]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib.util
+import os
 from collections.abc import Sequence
 
 from dreamer.commands.arguments import USAGE_ERROR, Parser, split_arguments
@@ -33,11 +36,15 @@ def check(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--steps: expected a whole number above 0, got {steps!r}")
     config = load_config(configs, {**overrides, "task": task})
 
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # networks are only drawn up: leave accelerators to whoever trains
     from dreamer.envs.audit import audit
     from dreamer.envs.audit_table import show
     from dreamer.envs.registry import make_env
+    from dreamer.runtime.setup import make_agent
 
-    report = audit(lambda seed: make_env(config.task, config.env, seed), int(steps))
+    anywhere = dataclasses.replace(config, run=dataclasses.replace(config.run, platform="auto"))
+    fits = functools.partial(make_agent, anywhere)
+    report = audit(lambda seed: make_env(config.task, config.env, seed), int(steps), fits)
     show(config.task, report)
     return 1 if report.violations else 0
 

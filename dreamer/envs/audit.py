@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dreamer.envs.audit_rules import Findings, Rules, Watch
+from dreamer.envs.audit_rules import Findings, Rules, Watch, told
 from dreamer.envs.gym import GymEnv
 from dreamer.envs.interface import Env, Restorable, TaskError, Transition, restorable
 from dreamer.envs.proof import choose, copied, difference, disproof, move
@@ -53,10 +53,16 @@ class Report:
     violations: tuple[str, ...]
 
 
-def audit(make: Callable[[int], Env], steps: int) -> Report:
-    """Plays `steps` agent steps. `make`: seed -> a fresh environment; its TaskErrors pass through."""
+def audit(
+    make: Callable[[int], Env], steps: int, fits: Callable[[Spaces, Spaces], object] = lambda seen, done: None
+) -> Report:
+    """Plays `steps` agent steps.
+
+    make   seed -> a fresh environment. TaskError if it cannot be made.
+    fits   ValueError if no agent can be made for (observations, actions).
+    """
     findings = Findings()
-    env = make(0)
+    env = _made(make, 0)
     try:
         _watch(env, findings)
         rules = Rules(env.observation_spaces, findings)
@@ -68,6 +74,10 @@ def audit(make: Callable[[int], Env], steps: int) -> Report:
         spaces = env.observation_spaces, env.action_spaces
     finally:
         _guarded(findings, env.close)
+    try:
+        fits(*spaces)
+    except ValueError as error:
+        findings.add("fits", f"no agent can be made for it: {error}")
     repeats = _repeats(make, min(steps, COMPARED)) if played.steps else "it was not played"
     if repeats:
         findings.add("repeats", f"equal seeds and actions give different episodes: {repeats}")
@@ -97,11 +107,23 @@ class _Played:
 
 
 def _guarded(findings: Findings, run: Callable[[], object]) -> None:
-    """An exception is a finding."""
+    """Whatever an environment raises is a finding."""
     try:
         run()
-    except Exception as error:  # whatever an environment raises
-        findings.add(f"raised {type(error).__name__}", f"it raised {type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit too
+        findings.add(f"raised {type(error).__name__}", f"it raised {told(error)}")
+
+
+def _made(make: Callable[[int], Env], seed: int) -> Env:
+    """A fresh environment. TaskError if there is none."""
+    try:
+        return make(seed)
+    except (TaskError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise TaskError(f"expected an environment that can be made, it raised {told(error)}; correct it") from error
 
 
 def _play(env: Env, steps: int, rules: Rules, findings: Findings, played: _Played) -> None:
@@ -152,10 +174,10 @@ def _edges(env: Env, findings: Findings) -> None:
             continue
         try:
             env.step(action)
-        except Exception as error:  # whatever an environment raises
-            findings.add(
-                "edges", f"it rejects {words}, an action of its own space, with {type(error).__name__}: {error}"
-            )
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            findings.add("edges", f"it rejects {words}, an action of its own space, with {told(error)}")
 
 
 def edges(spaces: Spaces) -> Iterator[tuple[str, Mapping[str, np.ndarray]]]:
@@ -181,14 +203,11 @@ def edges(spaces: Spaces) -> Iterator[tuple[str, Mapping[str, np.ndarray]]]:
 def _repeats(make: Callable[[int], Env], steps: int) -> str:
     """ "" if two environments with one seed, played one after the other, agree; else where they differ."""
     both: list[list[Transition]] = []
+    failed = Findings()  # what it raises was found before; here it only says why there is nothing to compare
     for _ in range(2):
-        env = make(7)
-        try:
-            both.append(_rollout(env, steps))
-        except Exception as error:  # whatever an environment raises
-            return f"{type(error).__name__}: {error}"
-        finally:
-            env.close()
+        _guarded(failed, lambda: both.append(_rollout(make, steps)))
+    if len(both) < 2:
+        return "; ".join(words for words, *_ in failed.found.values())
     for step, (one, two) in enumerate(zip(*both, strict=False)):
         wrong = difference(one, two)
         if wrong is not None:
@@ -196,15 +215,26 @@ def _repeats(make: Callable[[int], Env], steps: int) -> str:
     return ""
 
 
-def _rollout(env: Env, steps: int) -> list[Transition]:
-    rng = np.random.default_rng(1)
-    results = [copied(env.reset())]
-    for _ in range(steps):
-        results.append(copied(move(env, choose(env, rng, results[-1]))))
+def _rollout(make: Callable[[int], Env], steps: int) -> list[Transition]:
+    rng, env = np.random.default_rng(1), make(7)
+    try:
+        results = [copied(env.reset())]
+        for _ in range(steps):
+            results.append(copied(move(env, choose(env, rng, results[-1]))))
+    finally:
+        _guarded(Findings(), env.close)
     return results
 
 
 def _state(make: Callable[[int], Env]) -> str:
+    """ "" if the state can be saved and restored exactly, else why not."""
+    said: list[str] = []
+    failed = Findings()
+    _guarded(failed, lambda: said.append(_why_no_state(make)))
+    return said[0] if said else "; ".join(words for words, *_ in failed.found.values())
+
+
+def _why_no_state(make: Callable[[int], Env]) -> str:
     env = make(0)
     try:
         inner = _innermost(env)
@@ -215,7 +245,7 @@ def _state(make: Callable[[int], Env]) -> str:
         if not restorable(env):
             return "it says itself that it cannot"
     finally:
-        env.close()
+        _guarded(Findings(), env.close)
     return disproof(make, bounded=False) or ""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,7 +11,7 @@ import gymnasium
 import gymnasium.spaces as gs
 import numpy as np
 
-from dreamer.envs.interface import Transition, batch_fields
+from dreamer.envs.interface import EnvError, Transition, batch_fields
 from dreamer.envs.spaces import observation_leaves
 from dreamer.types import Spaces
 
@@ -31,6 +33,15 @@ class Findings:
             f"{words} (step {step}{f', {count} times' if count > 1 else ''})"
             for words, step, count in self.found.values()
         ]
+
+
+def told(error: BaseException) -> str:
+    """An exception in one line, with the place that raised it, unless it is our own words about what was returned."""
+    words = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, EnvError) or not frames:
+        return words
+    return f"{words} ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno}, in {frames[-1].name})"
 
 
 class Rules:

@@ -80,10 +80,7 @@ class EpisodeWriter:
         path = self.folder / f"{len(self.scores):09d}_{length - 1}_{score:g}{SUFFIX}"
         partial = path.with_name(f".{path.name}.partial")
         try:
-            with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=_COMPRESSION) as archive:
-                for key, value in episode.items():
-                    with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, np.asanyarray(value), allow_pickle=False)
+            write_arrays(partial, episode)
             os.replace(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)
@@ -129,6 +126,14 @@ class EpisodeCutter:
         episode = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         episode["is_last"][-1] = True
         return [episode]
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """A compressed .npz file of arrays by name, which may be any: `numpy.savez` has some of its own."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=_COMPRESSION) as archive:
+        for key, value in arrays.items():
+            with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asanyarray(value), allow_pickle=False)
 
 
 def read_episode(path: Path, observations: Spaces, actions: Spaces) -> dict[str, np.ndarray]:

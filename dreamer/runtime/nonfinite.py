@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from dreamer.replay.episodes import write_arrays
+
 
 class NonFiniteError(RuntimeError):
     """Something was not finite. `arrays`: what gave it, for a closer look; `dump` writes them."""
@@ -22,7 +24,7 @@ class NonFiniteError(RuntimeError):
             k: v.astype(np.float32) if v.dtype.name == "bfloat16" else v for k, v in self.arrays.items()
         }
         path = folder / f"nonfinite-{self._name}.npz"
-        np.savez_compressed(path, **plain)
+        write_arrays(path, plain)
         return path
 
 
