@@ -324,3 +324,24 @@ def stored_config(logdir: Path | str) -> Config | None:
     """The configuration that a run's folder holds, or None when no run was started there."""
     path = Path(logdir) / CONFIG_FILE
     return load_config([path.resolve()]) if path.is_file() else None
+
+
+def run_config(logdir: Path | str) -> Config:
+    """The configuration of a run that must be there, to play with its agent: on the fastest device, with this folder
+    as its logdir. ConfigError, which says where runs are, for another folder."""
+    folder = Path(logdir).expanduser()
+    path = folder / CONFIG_FILE
+    if path.is_file():
+        return load_config([path.resolve()], {"logdir": str(folder), "run.platform": "auto"})
+    above = next((parent for parent in folder.absolute().parents if (parent / CONFIG_FILE).is_file()), None)
+    if inside := runs_inside(folder):
+        where = f"; runs lie in it: {', '.join(inside)}"
+    else:
+        where = f"; it lies in the run {above}" if above else "" if folder.exists() else "; there is no such folder"
+    raise ConfigError(f"expected the folder of a run, with a {CONFIG_FILE} in it, got {str(logdir)!r}{where}")
+
+
+def runs_inside(folder: Path, most: int = 5) -> list[str]:
+    """Names of the first folders in a folder that are runs."""
+    found = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))
+    return found[:most] + (["..."] if len(found) > most else [])

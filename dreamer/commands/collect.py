@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from dreamer.commands.arguments import Parser, count, hide_accelerators, split_arguments
 from dreamer.config import Config
-from dreamer.presets import load_config, stored_config
+from dreamer.presets import load_config, run_config
 from dreamer.schema import ConfigError
 
 
@@ -34,8 +34,7 @@ def collect_config(given: argparse.Namespace, options: Sequence[str]) -> tuple[C
     if (policy == "random") != (given.source is None):
         raise ConfigError(f"expected --policy random without --from, sample or mode with --from, got --policy {policy}")
     if given.source is not None:
-        if stored_config(given.source) is None:
-            raise ConfigError(f"--from: expected the folder of a run, with a config.yaml in it, got {given.source!r}")
+        run_config(given.source)
         configs = [os.path.join(os.path.abspath(given.source), "config.yaml"), *configs]
         overrides["logdir"] = given.source
     return load_config(configs, overrides | {"task": given.task}), policy

@@ -6,8 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from dreamer.commands.arguments import Parser, count, hide_accelerators
-from dreamer.presets import stored_config
-from dreamer.schema import ConfigError
+from dreamer.presets import run_config
 
 
 def parser() -> argparse.ArgumentParser:
@@ -28,9 +27,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(arguments: Sequence[str]) -> int:
     given = parser().parse_args(arguments)
-    stored = stored_config(given.logdir)
-    if stored is None:
-        raise ConfigError(f"expected the folder of a run, with a config.yaml in it, got {given.logdir!r}")
+    run_config(given.logdir)  # a mistake is told before anything slow is loaded
     if given.platform == "cpu":
         hide_accelerators()
 

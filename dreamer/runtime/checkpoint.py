@@ -227,9 +227,10 @@ class Checkpointer:
             if not (self._read_only and any(not e.folder.exists() for e, _ in damaged)):
                 reasons = "\n  ".join(str(reason) for _, reason in damaged)
                 raise CheckpointError(f"every checkpoint in {folder} is damaged:\n  {reasons}\nUse another --logdir.")
-        known = ", ".join(str(s) for s in sorted({e.step for e in _entries(folder)})) or "none"
+        known = ", ".join(str(s) for s in sorted({e.step for e in _entries(folder)}))
         wanted = "a checkpoint" if step is None else f"a checkpoint of step {step}"
-        raise CheckpointError(f"expected {wanted} in {folder}, found {known}")
+        found = known or "none; a run saves every run.checkpoint_every, and when it is asked to stop"
+        raise CheckpointError(f"expected {wanted} in {folder}, found {found}")
 
     def _skip(self, entry: _Entry, reason: Exception) -> None:
         aside = "" if self._read_only else f"; set aside as {_set_aside(entry.folder, 'damaged')}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from dreamer.config import Config
 from dreamer.envs import TaskError, VectorEnv, best_score, human_normalized, summary
 from dreamer.envs.interface import Fault
 from dreamer.envs.vector import MakeEnv
-from dreamer.presets import CONFIG_FILE, load_config
+from dreamer.presets import run_config
 from dreamer.runtime.acting import load_agent
 from dreamer.runtime.collect import Collector, Episode, run_episodes
 from dreamer.runtime.display import Evaluation, evaluation_table
@@ -94,7 +93,7 @@ def evaluate_command(
 ) -> int:
     """`dreamer eval`: load weights, play, print a table, write a video if asked. Returns the exit code."""
     console = console or Console(highlight=False)
-    config = load_config([str(Path(logdir).resolve() / CONFIG_FILE)], {"logdir": logdir, "run.platform": "auto"})
+    config = run_config(logdir)
     if make_env is None and not is_listed(config.task):
         raise TaskError(
             f"the run in {logdir} was trained with an environment function of its own (task {config.task!r}); play it "
