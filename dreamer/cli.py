@@ -49,6 +49,7 @@ def run_command(arguments: Sequence[str]) -> int:
 USER_ERRORS = (
     ("dreamer.schema", "ConfigError"),
     ("dreamer.envs.interface", "TaskError"),
+    ("dreamer.envs.interface", "EnvError"),
     ("dreamer.runtime.devices", "DeviceError"),
     ("dreamer.runtime.lock", "LogdirInUseError"),
     ("dreamer.runtime.snapshot", "CheckpointError"),

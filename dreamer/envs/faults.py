@@ -2,35 +2,49 @@
 
 from __future__ import annotations
 
+import re
+import sysconfig
 import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from dreamer.config import EnvConfig
+from dreamer.envs.fence import EscapeError, fenced
 from dreamer.envs.interface import EnvError, Fault, TransitionError
 
 #: Attempts at making an environment anew, within one step, before the step itself fails.
 TRIES = 10
 #: The longest wait before an attempt, in seconds.
 LONGEST_WAIT = 60.0
+#: Characters of an exception's text in a message; its traceback has all.
+LONGEST_TEXT = 1000
+#: Where code lies that is not the environment's: this package and Python.
+_NOT_THEIRS = (str(Path(__file__).parent.parent), sysconfig.get_path("stdlib"), "<frozen")
 
 
 class FaultBudget:
-    """The failures that a run puts up with: `failure_limit` within `failure_minutes`. `clock` gives seconds."""
+    """The failures that a run puts up with: `failure_limit` within `failure_minutes`, and never all of its episodes.
+
+    clock  Gives seconds.
+    """
 
     def __init__(self, config: EnvConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit = config.failure_limit
         self._minutes = config.failure_minutes
         self._clock = clock
         self._times: deque[float] = deque()
+        self._all = 0
+        self._last: Fault | None = None
 
     def add(self, fault: Fault) -> None:
         """Count a failure. EnvError, naming it, if they are now too many."""
         now = self._clock()
+        self._all, self._last = self._all + 1, fault
         self._times.append(now)
         while self._times[0] < now - 60 * self._minutes:
             self._times.popleft()
@@ -39,6 +53,14 @@ class FaultBudget:
                 f"expected at most {self._limit} failures of environments within {self._minutes:g} minutes, got "
                 f"{len(self._times)}; repair the environment, or raise env.failure_limit (null: no limit). "
                 f"The last one: {describe(fault)}"
+            )
+
+    def check_end(self, episodes: int) -> None:
+        """At the end of a run in which so many episodes ended by themselves. EnvError if all that did end failed."""
+        if self._last is not None and not episodes:
+            raise EnvError(
+                f"expected episodes that end by themselves, got none, and {self._all} that ended because an "
+                f"environment failed; repair it. The last failure: {describe(self._last)}"
             )
 
 
@@ -80,8 +102,42 @@ class Recovery:
 def fault_of(task: str, env: int, error: BaseException) -> Fault:
     """The failure that an exception of an environment means; call it where the exception is handled."""
     kind: Literal["garbage", "raised"] = "garbage" if isinstance(error, TransitionError) else "raised"
-    message = f"{task}, environment {env} failed: {type(error).__name__}: {error}"
-    return Fault(env, kind, message, "".join(traceback.format_exception(error)))
+    return Fault(env, kind, f"{task}, environment {env} failed: {in_words(error)}", trace(error))
+
+
+def in_words(error: BaseException) -> str:
+    """Type and text of an exception, in one line."""
+    error = original(error)
+    try:
+        text = " ".join(fenced(str, error).split())
+    except Exception:  # a class of the environment's own may fail at that too
+        text = "it cannot say more"
+    return f"{type(error).__name__}: {text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + ' ...'}"
+
+
+def trace(error: BaseException) -> str:
+    """The traceback of an exception, for people."""
+    return "".join(traceback.format_exception(original(error)))
+
+
+def original(error: BaseException) -> BaseException:
+    """What the environment itself has raised."""
+    return error.__cause__ if isinstance(error, EscapeError) and error.__cause__ is not None else error
+
+
+def place(found: BaseException | str) -> str:
+    """Where, in code that is not ours, an exception was raised, from itself or its traceback."""
+    frames = re.findall(r'File "(.+?)", line (\d+), in (\S+)', found if isinstance(found, str) else trace(found))
+    own = [frame for frame in frames if not frame[0].startswith(_NOT_THEIRS) and "site-packages" not in frame[0]]
+    return "{}, line {}, in {}".format(*(own or frames)[-1]) if frames else "no place is known"
+
+
+def never_began(fault: Fault) -> EnvError:
+    """In one line, what to tell of an environment that failed before its first transition."""
+    return EnvError(
+        f"expected an environment that can be made and reset, got {fault.message} ({place(fault.traceback)}); correct "
+        "the environment"
+    )
 
 
 def describe(fault: Fault) -> str:

@@ -14,12 +14,14 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 
 from dreamer.config import EnvConfig, GymConfig
+from dreamer.envs.fence import fenced
 from dreamer.envs.gym_state import WAYS, layers
 from dreamer.envs.interface import EnvError, TaskError, Transition, TransitionError, as_rgb, transition
 from dreamer.envs.options import resize
 from dreamer.envs.proof import disproof
 from dreamer.envs.spaces import Leaf, action_leaves, flatten, observation_leaves, surplus, unflatten
 from dreamer.envs.values import RESET, STEP, as_flag, as_pixels, as_reward, parts_of
+from dreamer.envs.wrappers import share
 from dreamer.types import ACTION_MASK, Space, Spaces, mask_space
 
 
@@ -111,7 +113,7 @@ class GymEnv:
         if self._env.render_mode != "rgb_array" or kind in _dark:
             return None
         try:
-            return self._rendered()
+            return fenced(self._rendered)
         except Exception:  # whatever a graphics driver raises; the observation does not need it
             _dark.add(kind)
             return None
@@ -134,10 +136,19 @@ class GymEnv:
 
     def _find_way(self, again: Callable[[], gymnasium.Env]) -> tuple[str | None, str]:
         reasons = []
+        made = [self._env]
+
+        def new() -> gymnasium.Env:
+            env = again()
+            if any(share(env, one) for one in made):
+                raise EnvError("a second one to try it on cannot be made: what makes it gives the same object again")
+            made.append(env)
+            return env
+
         for way in [name for name, row in WAYS.items() if row.fits(self._env)]:
 
             def other(seed: int, way: str = way) -> GymEnv:
-                env = GymEnv(again(), self._config, seed)
+                env = GymEnv(new(), self._config, seed)
                 env.way = way
                 return env
 

@@ -16,6 +16,8 @@ import cloudpickle
 import gymnasium
 from gymnasium.utils import EzPickle
 
+from dreamer.envs.fence import fenced
+
 #: The attribute of a wrapper that holds the layer below.
 BELOW = "env"
 #: Values that many share: finding one in two places says nothing.
@@ -71,7 +73,7 @@ def _attributes(layer: gymnasium.Env, chain: list[gymnasium.Env]) -> tuple[dict[
     stay = set()
     for name, value in found.items():
         try:
-            _dumps(value, chain)
+            fenced(_dumps, value, chain)
         except Exception:  # whatever an object raises that does not want to be pickled
             stay.add(name)
     return {name: value for name, value in found.items() if name not in stay}, stay

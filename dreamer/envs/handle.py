@@ -15,6 +15,7 @@ from multiprocessing.reduction import send_handle
 from typing import Any, Literal
 
 from dreamer.envs import guard, worker
+from dreamer.envs.faults import never_began
 from dreamer.envs.interface import EnvError, Fault, TaskError
 from dreamer.types import Spaces
 
@@ -37,6 +38,11 @@ class FailedError(Exception):
         super().__init__(fault.message)
         self.fault = fault
         self.error = error
+
+    @property
+    def before_the_first(self) -> EnvError | TaskError:
+        """What to raise if it has not begun yet."""
+        return self.error if isinstance(self.error, TaskError) else never_began(self.fault)
 
 
 class RefusedError(Exception):

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import contextlib
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from dreamer.envs.faults import TRIES, Recovery, describe, fault_of, give_up
+from dreamer.envs.faults import TRIES, Recovery, describe, fault_of, give_up, never_began
+from dreamer.envs.fence import Fence, close, jax_options_kept
 from dreamer.envs.interface import Batch, Env, EnvError, Fault, TaskError, Transition, VectorEnv, batch_fields
-from dreamer.envs.wrappers import AutoReset
+from dreamer.envs.wrappers import AutoReset, share
 from dreamer.types import Spaces
 
 #: attempt -> environment, with a seed of its own for every attempt; 0 is the first.
 Maker = Callable[[int], Env]
+#: All of this process, to find one environment in two places.
+_open: weakref.WeakSet[InlineVectorEnv] = weakref.WeakSet()
 
 
 class InlineVectorEnv:
     """All environments in this process: best when a step costs less than a message to a worker (about 50 us).
 
-    An environment that raises or returns garbage is made anew. One that hangs cannot be interrupted here, and one that
-    ends its process ends this one.
+    An environment that raises, exits or returns garbage is made anew. All of its code is called through a `Fence`. One
+    that hangs cannot be interrupted here, and one that crashes takes this process along.
     """
 
     def __init__(self, makers: Sequence[Maker], task: str, restart_seconds: float) -> None:
@@ -28,24 +31,32 @@ class InlineVectorEnv:
         self.num_envs = len(makers)
         self._makers = makers
         self._recovery = Recovery(self.num_envs, restart_seconds)
+        self._fences = [Fence() for _ in makers]
         self._runners: list[AutoReset] = []
         self._actions: Mapping[str, np.ndarray] | None = None
         self._begun = False
+        _open.add(self)
         try:
             for index in range(self.num_envs):
                 self._runners.append(self._make(index))
         except BaseException:
             self.close()
             raise
-        first = self._runners[0].env
-        self.observation_spaces: Spaces = dict(first.observation_spaces)
-        self.action_spaces: Spaces = dict(first.action_spaces)
+        self.observation_spaces: Spaces = self._runners[0].observation_spaces
+        self.action_spaces: Spaces = self._runners[0].action_spaces
         for index, runner in enumerate(self._runners):
-            check_same(self, runner.env.observation_spaces, runner.env.action_spaces, index)
+            check_same(self, runner.observation_spaces, runner.action_spaces, index)
 
     @property
     def restorable(self) -> bool:
-        return bool(self._runners) and all(runner.restorable for runner in self._runners)
+        try:
+            return bool(self._runners) and all(map(self._restorable, range(self.num_envs)))
+        except Exception:  # one that fails when it is asked is none that can be put back
+            return False
+
+    def _restorable(self, index: int) -> bool:
+        runner = self._runners[index]
+        return self._fences[index](lambda: runner.restorable)
 
     def reset(self) -> Batch:
         self._actions = None
@@ -65,7 +76,7 @@ class InlineVectorEnv:
 
     def render(self) -> np.ndarray | None:
         try:
-            return self._runners[0].env.render()
+            return self._fences[0](self._runners[0].render)
         except Exception:  # a picture for people is not worth a run
             return None
 
@@ -73,7 +84,7 @@ class InlineVectorEnv:
         states = []
         for index, runner in enumerate(self._runners):
             try:
-                states.append(runner.get_state(self._recovery.attempts[index]))
+                states.append(self._fences[index](runner.get_state, self._recovery.attempts[index]))
             except Exception as error:
                 raise EnvError(describe(fault_of(self.task, index, error))) from error
         return states
@@ -83,7 +94,7 @@ class InlineVectorEnv:
         self._actions = None
         for index, (runner, state) in enumerate(zip(self._runners, states, strict=True)):
             try:
-                self._recovery.attempts[index] = runner.set_state(state)
+                self._recovery.attempts[index] = self._fences[index](runner.set_state, state)
             except Exception as error:
                 raise EnvError(describe(fault_of(self.task, index, error))) from error
         self._begun = True
@@ -94,16 +105,28 @@ class InlineVectorEnv:
     def close(self) -> None:
         while self._runners:
             runner = self._runners.pop()
-            with contextlib.suppress(Exception):
-                runner.env.close()
+            close(self._fences[len(self._runners)], runner.env.close)
 
     def _make(self, index: int) -> AutoReset:
         try:
-            return AutoReset(self._makers[index](self._recovery.attempts[index]))
+            return self._fences[index](self._made, index)
         except TaskError:
             raise  # speaks for itself
         except Exception as error:
-            raise EnvError(fault_of(self.task, index, error).message) from error
+            raise never_began(fault_of(self.task, index, error)) from error
+
+    def _made(self, index: int) -> AutoReset:
+        with jax_options_kept():
+            made = AutoReset(self._makers[index](self._recovery.attempts[index]))
+        for envs in _open:
+            for other, runner in enumerate(envs._runners):
+                if (envs, other) != (self, index) and share(made.env, runner.env):
+                    raise TaskError(
+                        f"expected an environment of its own for each index, training and evaluation, got one object "
+                        f"twice (environment {index} of {self.task}); make a new one in every call, or run each in a "
+                        "process: --env.workers process"
+                    )
+        return made
 
     def _collect(self, advance: Callable[[AutoReset, int], Transition]) -> Batch:
         """Fresh arrays (N, ...) of what every environment returns; those that fail begin anew."""
@@ -119,32 +142,39 @@ class InlineVectorEnv:
 
     def _try(self, index: int, advance: Callable[[AutoReset, int], Transition], batch: Batch) -> bool:
         """Put the environment's next transition into the batch; False if it failed, and is closed now."""
-        runner = self._runners[index]
-        try:
+        runner, fence = self._runners[index], self._fences[index]
+
+        def play() -> None:
             result = advance(runner, index)
+            for key, array in batch.items():
+                array[index] = result[key]
+
+        try:
+            # The step after the last one is a reset.
+            (fence if runner.over else fence.step)(play)
         except Exception as error:
             fault = fault_of(self.task, index, error)
             # One that is not what it declares would fail alike if it were made anew.
             if isinstance(error, TaskError) and not self._recovery.attempts[index]:
                 raise
             if not self._begun:
-                raise EnvError(fault.message) from error
+                raise never_began(fault) from error
             self._recovery.note(fault)
-            with contextlib.suppress(Exception):
-                self._runners[index].env.close()
+            close(fence, self._runners[index].env.close)
+            runner.over = True
             return False
-        for key, array in batch.items():
-            array[index] = result[key]
         return True
 
     def _begin_anew(self, failed: list[int], batch: Batch) -> None:
         def renewed(runner: AutoReset, index: int) -> Transition:
-            self._runners[index] = AutoReset(self._makers[index](self._recovery.attempts[index]))
-            check_same(self, self._runners[index].env.observation_spaces, self.action_spaces, index)
-            return self._runners[index].reset()
+            new = self._runners[index] = self._made(index)
+            check_same(self, new.observation_spaces, new.action_spaces, index)
+            return new.reset()
 
         for _ in range(TRIES):
             self._recovery.pause(failed)
+            for index in failed:
+                self._fences[index] = Fence()
             failed = [index for index in failed if not self._try(index, renewed, batch)]
             if not failed:
                 return

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -96,7 +97,11 @@ class Restorable(Protocol):
 
 def restorable(env: Env) -> bool:
     """Whether the environment, through its wrappers, can really be put back."""
-    return isinstance(env, Restorable) and bool(getattr(env, "restorable", True))
+    if not isinstance(env, Restorable):
+        return False
+    # No default for the attribute: it would stand in for an AttributeError of a property as well.
+    says = inspect.getattr_static(env, "restorable", None) is not None
+    return bool(env.restorable) if says else True  # type: ignore[attr-defined]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +193,20 @@ def as_rgb(image: np.ndarray) -> np.ndarray:
     """(H, W, C) as (H, W, 3): fewer than three channels are repeated, of more the last three are shown."""
     channels = image.shape[-1]
     return image[..., -3:] if channels >= 3 else image[..., [0, channels - 1, 0]]
+
+
+def picture(drawn: Any) -> np.ndarray | None:
+    """What `Env.render` gave, as uint8 (H, W, 3): gray gets three channels, transparency is left out.
+
+    EnvError for everything else that is no picture.
+    """
+    if drawn is None:
+        return None
+    image = np.array(drawn)
+    image = image[..., None] if image.ndim == 2 else image
+    if image.ndim != 3 or image.dtype != np.uint8 or 0 in image.shape or image.shape[-1] not in (1, 3, 4):
+        raise EnvError(f"expected a picture uint8 (H, W, 3) from render, got {image.dtype} {image.shape}; correct it")
+    return as_rgb(image[..., :3])
 
 
 def batch_fields(spaces: Spaces) -> dict[str, tuple[tuple[int, ...], np.dtype]]:

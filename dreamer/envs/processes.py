@@ -16,6 +16,7 @@ import numpy as np
 
 from dreamer.envs import worker
 from dreamer.envs.faults import TRIES, Recovery, fault_of, give_up
+from dreamer.envs.fence import fenced
 from dreamer.envs.handle import CLOSING, FailedError, Guard, RefusedError, Worker, end_all
 from dreamer.envs.inline import Maker, check_actions, check_same, check_states
 from dreamer.envs.interface import Batch, EnvError, Fault, TaskError
@@ -48,7 +49,7 @@ class ProcessVectorEnv:
             self._start()
         except FailedError as failed:
             self.close()
-            raise failed.error from None
+            raise failed.before_the_first from failed.error
         except BaseException:
             self.close()
             raise
@@ -174,7 +175,7 @@ class ProcessVectorEnv:
             # One that is not what it declares would fail alike if it were made anew.
             if not self._begun or (isinstance(failed.error, TaskError) and not self._recovery.attempts[index]):
                 self.close()
-                raise failed.error from None
+                raise failed.before_the_first from failed.error
             self._drop(index, failed.fault)
             return None
 
@@ -251,7 +252,7 @@ class ProcessVectorEnv:
 
 def _pickled(maker: Maker, task: str) -> bytes:
     try:
-        return cloudpickle.dumps(maker)
+        return fenced(cloudpickle.dumps, maker)
     except Exception as error:  # pickling runs the user's own code
         raise TaskError(
             f"could not send the environment function of {task} to a worker process ({error}); let it capture only "

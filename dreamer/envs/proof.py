@@ -19,6 +19,8 @@ from typing import Any, cast
 
 import numpy as np
 
+from dreamer.envs.faults import in_words
+from dreamer.envs.fence import Fence, close, fenced
 from dreamer.envs.interface import Env, Restorable, Transition
 from dreamer.types import ACTION_MASK
 
@@ -53,15 +55,15 @@ def disproof(make: Callable[[int], Env], bounded: bool = True) -> str | None:
     made: list[Env] = []
     try:
         for seed in (1, 2):
-            made.append(make(seed))
-        return _try(made[0], made[1], bounded)
+            made.append(fenced(make, seed))
+        return fenced(_try, made[0], made[1], bounded)
     except _SlowError:
         return f"it is too slow to find out: the proof takes longer than {CPU_SECONDS:g} s"
     except Exception as error:  # whatever an environment raises when it is saved or restored
-        return f"{type(error).__name__}: {error}"
+        return in_words(error)
     finally:
         for env in made:
-            env.close()
+            close(Fence(), env.close)
         random.setstate(kept[0])
         np.random.set_state(kept[1])
 

@@ -24,6 +24,8 @@ from dreamer.envs import (
     toy,
     vizdoom,
 )
+from dreamer.envs.faults import in_words, place
+from dreamer.envs.fence import fenced
 from dreamer.envs.interface import Env, TaskError, VectorEnv, nearest
 from dreamer.envs.options import wrap
 
@@ -180,7 +182,19 @@ def check_task(task: str) -> None:
             f"install it with `{suite.installation}`"
         )
     if suite.check is not None:
-        suite.check(name)
+        _import_theirs(task, suite.check, name)
+
+
+def _import_theirs(task: str, check: Callable[[str], object], name: str) -> None:
+    """A suite's check, which may import other people's code. TaskError if that fails or wants to end the program."""
+    try:
+        fenced(check, name)
+    except TaskError:
+        raise
+    except Exception as error:
+        raise TaskError(
+            f"expected code for {task!r} that can be imported, got {in_words(error)} ({place(error)}); correct it"
+        ) from error
 
 
 def list_tasks() -> dict[str, list[str]]:

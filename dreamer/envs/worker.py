@@ -19,7 +19,6 @@ import mmap
 import os
 import pickle
 import signal
-import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle
@@ -28,7 +27,9 @@ from typing import Any, Literal, NamedTuple
 import cloudpickle
 import numpy as np
 
-from dreamer.envs.interface import Env, TaskError, TransitionError, batch_fields
+from dreamer.envs.faults import in_words, trace
+from dreamer.envs.fence import Fence, close
+from dreamer.envs.interface import TaskError, TransitionError, batch_fields
 from dreamer.envs.wrappers import AutoReset
 from dreamer.types import Spaces
 
@@ -99,19 +100,18 @@ def run(
     os.set_blocking(trace.fileno(), False)  # a long traceback that nobody reads must not stop anything
     faulthandler.enable(trace.fileno())
     faulthandler.register(WHERE_SIGNAL, trace.fileno())
-    env = None
+    fence, runner = Fence(), None
     try:
-        env = cloudpickle.loads(maker)(attempt)
-        _serve(conn, env, attempt, index, num_envs)
+        runner = fence(lambda: AutoReset(cloudpickle.loads(maker)(attempt)))
+        _serve(conn, fence, runner, attempt, index, num_envs)
     except _ParentGoneError:
         pass
-    except BaseException as error:  # SystemExit as well: an environment does not end its worker unnoticed
+    except Exception as error:
         with contextlib.suppress(_ParentGoneError):
             _say(conn, FAILED, _excuse(error))
     finally:
-        if env is not None:
-            with contextlib.suppress(Exception):
-                env.close()
+        if runner is not None:
+            close(fence, runner.env.close)
         conn.close()
 
 
@@ -125,14 +125,13 @@ def own_group() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _serve(conn: Connection, env: Env, attempt: int, index: int, num_envs: int) -> None:
-    runner = AutoReset(env)
-    _say(conn, HERE, (dict(env.observation_spaces), dict(env.action_spaces)))
+def _serve(conn: Connection, fence: Fence, runner: AutoReset, attempt: int, index: int, num_envs: int) -> None:
+    _say(conn, HERE, (runner.observation_spaces, runner.action_spaces))
     if _hear(conn) == CLOSE:
         return
     # It was BLOCK: every environment was made.
     block = mmap.mmap(recv_handle(conn), 0)
-    transitions, actions = block_fields(env.observation_spaces, env.action_spaces)
+    transitions, actions = block_fields(runner.observation_spaces, runner.action_spaces)
     views = block_views(block, {**transitions, **actions}, num_envs)
     results = [(key, views[key][index : index + 1]) for key in transitions]
     inputs = [(key, views[key][index : index + 1]) for key in actions]
@@ -147,32 +146,35 @@ def _serve(conn: Connection, env: Env, attempt: int, index: int, num_envs: int) 
     asked: Mapping[bytes, Callable[[], Any]] = {
         STEP: step,
         RESET: lambda: publish(runner.reset()),
-        CAN_RESTORE: lambda: _attempt(lambda: runner.restorable),
-        RENDER: lambda: _attempt(env.render),
-        SAVE: lambda: _attempt(lambda: runner.get_state(attempt)),
-        RESTORE: lambda: _attempt(lambda: runner.set_state(conn.recv_bytes())),
+        CAN_RESTORE: lambda: runner.restorable,
+        RENDER: runner.render,
+        SAVE: lambda: runner.get_state(attempt),
+        RESTORE: lambda: runner.set_state(conn.recv_bytes()),
     }
     while (message := _hear(conn)) != CLOSE:
-        answer = asked[message]()
+        answer = _answer(fence, message, asked[message])
         if answer is None:
             _say(conn, DONE)
         else:
             _say(conn, REFUSED if isinstance(answer, Excuse) else HERE, answer)
 
 
-def _attempt(function: Callable[[], Any]) -> Any:
-    """What the function returns, or the excuse for its exception."""
+def _answer(fence: Fence, message: bytes, asked: Callable[[], Any]) -> Any:
+    """What the environment answers; of whatever is neither a step nor a reset, the excuse if it could not."""
+    if message == STEP:
+        return fence.step(asked)
+    if message == RESET:
+        return fence(asked)
     try:
-        return function()
+        return fence(asked)
     except Exception as error:
         return _excuse(error)
 
 
-def _excuse(error: BaseException) -> Excuse:
+def _excuse(error: Exception) -> Excuse:
     kinds: Mapping[type, ExcuseKind] = {TaskError: "task", TransitionError: "garbage"}
     kind: ExcuseKind = next((kind for base, kind in kinds.items() if isinstance(error, base)), "raised")
-    message = str(error) if kind == "task" else f"{type(error).__name__}: {error}"
-    return Excuse(kind, message, "".join(traceback.format_exception(error)))
+    return Excuse(kind, str(error) if kind == "task" else in_words(error), trace(error))
 
 
 def _hear(conn: Connection) -> bytes:
@@ -188,9 +190,10 @@ def _hear(conn: Connection) -> bytes:
 
 def _say(conn: Connection, status: bytes, payload: Any = None) -> None:
     """One byte, and for all but DONE the payload."""
+    pickled = pickle.dumps(payload)
     try:
         os.write(conn.fileno(), status)
         if status != DONE:
-            conn.send_bytes(pickle.dumps(payload))
+            conn.send_bytes(pickled)
     except OSError as error:
         raise _ParentGoneError from error

@@ -10,7 +10,16 @@ import cloudpickle
 import numpy as np
 
 from dreamer.envs.checks import TransitionCheck
-from dreamer.envs.interface import Env, EnvError, Restorable, TaskError, Transition, TransitionError, restorable
+from dreamer.envs.interface import (
+    Env,
+    EnvError,
+    Restorable,
+    TaskError,
+    Transition,
+    TransitionError,
+    picture,
+    restorable,
+)
 
 
 class TimeLimit:
@@ -61,15 +70,20 @@ class AutoReset:
 
     def __init__(self, env: Env) -> None:
         self.env = env
+        self.observation_spaces, self.action_spaces = dict(env.observation_spaces), dict(env.action_spaces)
         self.over = True
         self._known = False
-        self._check = TransitionCheck(env.observation_spaces)
+        self._check = TransitionCheck(self.observation_spaces)
 
     def reset(self) -> Transition:
         return self._checked(self.env.reset, first=True)
 
     def step(self, action: Mapping[str, np.ndarray]) -> Transition:
         return self.reset() if self.over else self._checked(lambda: self.env.step(action), first=False)
+
+    def render(self) -> np.ndarray | None:
+        """The environment's picture, uint8 (H, W, 3); EnvError if it is none."""
+        return picture(self.env.render())
 
     @property
     def restorable(self) -> bool:
@@ -106,3 +120,19 @@ class AutoReset:
         self._known = self._known or not first
         self.over = bool(result["is_last"])
         return result
+
+
+def share(one: Any, two: Any) -> bool:
+    """Whether two environments, theirs or ours, are one or wrap the same one."""
+    return any(outer is inner for outer in _nested(one) for inner in _nested(two))
+
+
+def _nested(env: Any) -> list[Any]:
+    """The environment, then what it wraps, as far as its attributes tell; none of its code is called."""
+    found = [env]
+    while True:
+        held = getattr(found[-1], "__dict__", {})
+        inner = next((held[name] for name in ("env", "_env") if name in held), None)
+        if not hasattr(type(inner), "step") or any(inner is one for one in found):
+            return found
+        found.append(inner)

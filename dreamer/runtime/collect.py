@@ -173,6 +173,8 @@ class Collector:
         if index == 0 and self._recording:
             self._add_frame()
             frames, self._frames, self._recording = self._frames, [], False
+            if len({frame.shape for frame in frames}) > 1:
+                frames = []  # pictures of several sizes make no video
         steps = int(self._lengths[index])
         logs: dict[str, float] = {}
         for key in self._logged:

@@ -71,6 +71,11 @@ class Display:
         self._scores.append(score)
         self._history.add(score)
 
+    @property
+    def episodes(self) -> int:
+        """Training episodes that have ended."""
+        return self._history.count
+
     def state(self) -> dict[str, Any]:
         """Running statistics of the episodes, JSON-able."""
         return {"recent": list(self._scores), "history": self._history.state()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.console import Console
 
 from dreamer.agent import Agent
 from dreamer.config import Config
-from dreamer.envs import TaskError, VectorEnv, best_score, human_normalized, summary
+from dreamer.envs import EnvError, TaskError, VectorEnv, best_score, human_normalized, summary
 from dreamer.envs.interface import Fault
 from dreamer.envs.vector import MakeEnv
 from dreamer.presets import run_config
@@ -42,12 +43,16 @@ class Evaluator:
         self.rounds = 0
 
     def __call__(self, params: Any, on_step: Callable[[], bool] | None = None) -> list[Episode]:
-        """Play `run.eval_episodes` episodes with these weights; fewer if `on_step` gives True to stop."""
+        """Play `run.eval_episodes` episodes with these weights; fewer if `on_step` gives True to stop.
+
+        EnvError or TaskError if environments cannot be made, or not be made anew after they failed.
+        """
         run = self._config.run
         if self._envs is None:
             self._envs = evaluation_envs(self._config, self._make_env, min(run.eval_envs, run.eval_episodes))
             if self._states is not None and len(self._states) == self._envs.num_envs:
-                self._envs.set_state(self._states)
+                with contextlib.suppress(EnvError):  # A new episode begins in what could not be put back.
+                    self._envs.set_state(self._states)
         sample = run.eval_policy == "sample"
         collector = Collector(self._agent, self._envs, self._key, "eval", sample, self._on_fault)
         # Rounds draw different actions; a million steps each keep their counters apart.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from dreamer.envs import EnvError
+from dreamer.envs import EnvError, TaskError
 from dreamer.envs.interface import Batch
 from dreamer.runtime import transfer
 from dreamer.runtime.collect import Episode
@@ -102,6 +102,11 @@ class Run(RunParts):
     def settle(self) -> None:
         """After the last step: everything is written down."""
         if not self.stop and not self.failed:
+            try:
+                self.faults.check_end(self.display.episodes)
+            except EnvError as error:
+                self.failed = str(error)
+        if not self.stop and not self.failed:
             self.learner.settle()
             self._log_metrics()
         self.save()
@@ -162,12 +167,15 @@ class Run(RunParts):
     def evaluate(self) -> list[float]:
         """Play evaluation episodes, log them, keep the weights if they are the best so far.
 
-        Returns the scores; none if the run was asked to stop meanwhile.
+        Returns the scores; none if the run was asked to stop meanwhile, or the environments failed for good.
         """
         with self.watch.section("eval"):
             self.learner.settle()
-            episodes = self.evaluator(self.learner.params, self._evaluating)
-        if self.stop:
+            try:
+                episodes = self.evaluator(self.learner.params, self._evaluating)
+            except (EnvError, TaskError) as error:
+                self.failed = f"evaluation: {error}"
+        if self.stop or self.failed:
             return []
         scores = [episode.score for episode in episodes]
         mean, best = float(np.mean(scores)), self.checkpointer.best_score()

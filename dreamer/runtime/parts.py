@@ -16,7 +16,7 @@ from rich.markup import escape
 
 from dreamer.agent import Agent
 from dreamer.config import Config
-from dreamer.envs import EnvError
+from dreamer.envs import EnvError, InlineVectorEnv
 from dreamer.envs.faults import FaultBudget
 from dreamer.envs.interface import Fault
 from dreamer.envs.vector import MakeEnv
@@ -41,6 +41,7 @@ from dreamer.runtime.resume import (
 )
 from dreamer.runtime.schedule import SaveTimer, UpdateSchedule
 from dreamer.runtime.setup import (
+    evaluation_envs,
     make_agent,
     make_replay,
     spaces_to_json,
@@ -82,6 +83,10 @@ class RunParts:
         self.envs = training_envs(config, self.restarts, make_env)
         self.startup.mark("environments")
         try:
+            evaluates = config.run.final_eval or config.run.eval_every is not None
+            if evaluates and isinstance(self.envs, InlineVectorEnv):
+                # Now, not hours later, an error if evaluation could not have environments of its own beside these.
+                evaluation_envs(config, make_env, 1).close()
             self._build(agent, display)
         except BaseException:
             self.envs.close()
@@ -221,9 +226,7 @@ class RunParts:
         self.learner.restore(progress.loop["learner"])
         self.metrics.restore(progress.loop["metrics"])
         saved = progress.environments
-        if saved is not None and can_be_put_back(self.envs):
-            if saved["training"] is not None:
-                self.envs.set_state(saved["training"])
+        if saved is not None and can_be_put_back(self.envs) and self._put_back(saved["training"]):
             self.evaluator.restore(saved["evaluation"])
             return progress.loop["collector"]
         if saved is not None:  # They could be saved then, but not put back now: same seeds would repeat themselves.
@@ -233,6 +236,17 @@ class RunParts:
         if self.config.run.collect:
             self.replay.close_open_episodes()
         return None
+
+    def _put_back(self, states: list[bytes] | None) -> bool:
+        """Whether the training environments, if there are any, go on from these states."""
+        try:
+            if states is not None:
+                self.envs.set_state(states)
+        except EnvError as error:
+            text = f"the environments could not be put back, and begin new episodes: {error}"
+            self.console.print(f"[bold red]{escape(self.config.task)}[/]", escape(text), soft_wrap=True)
+            return False
+        return True
 
     def close(self) -> None:
         """Give everything back."""

@@ -24,6 +24,7 @@ class StopRequest:
         return self.signal is not None
 
     def __bool__(self) -> bool:
+        self._take_back()
         return self.requested
 
     def __enter__(self) -> StopRequest:
@@ -37,6 +38,12 @@ class StopRequest:
         while self._former:
             number, handler = self._former.popitem()
             signal.signal(number, handler)
+
+    def _take_back(self) -> None:
+        """The signals from handlers that an environment or a library has put in place of ours meanwhile."""
+        for number in self._former:
+            if signal.getsignal(number) != self._handle:
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal == signal.SIGINT:

@@ -13,7 +13,7 @@ from dreamer.config import Config
 from dreamer.envs.vector import MakeEnv
 from dreamer.presets import check_resume, stored_config
 from dreamer.runtime.allocator import reuse_freed_memory
-from dreamer.runtime.devices import keep_compiled_programs
+from dreamer.runtime.devices import find_devices, keep_compiled_programs
 from dreamer.runtime.distributed import SharedRun, join, own_part
 from dreamer.runtime.lock import LogdirLock
 from dreamer.runtime.loop import Run
@@ -42,6 +42,7 @@ def train(config: Config, make_env: MakeEnv | None = None, begun: float | None =
     reuse_freed_memory()
     keep_compiled_programs()
     join(config.run)
+    find_devices(config.run.platform)  # before an environment's code changes variables that JAX looks at only now
     config = resolve_logdir(own_part(config if make_env is None else name_own_task(config)))
     logdir = Path(config.logdir)
     stored = stored_config(logdir)

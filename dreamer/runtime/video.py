@@ -15,6 +15,8 @@ IMAGINED_COLOR = (240, 150, 30)
 
 #: Longest side of recorded frames, pixels.
 MAX_SIDE = 320
+#: Longest side to which frames are enlarged, pixels.
+LARGEST_SIDE = 1280
 
 _BACKGROUND = (22, 22, 26)
 _TEXT = (225, 225, 225)
@@ -24,13 +26,14 @@ _SAMPLED_PIXELS = 1 << 17
 def encode_gif(frames: np.ndarray, fps: float = 15, min_side: int = 128) -> bytes:
     """An endlessly repeating GIF of uint8 frames (T, H, W, 3) or (T, H, W, 1).
 
-    Frames whose shorter side is below `min_side` pixels are enlarged by a whole factor, without blur. All
-    frames share one palette: exact up to 256 colours in all, else made from pixels of the whole video.
+    Frames whose shorter side is below `min_side` pixels are enlarged by a whole factor, without blur, as far as the
+    longer one stays within LARGEST_SIDE. All frames share one palette: exact up to 256 colours in all, else made from
+    pixels of the whole video.
     Players know delays in 1/100 s only, so the frame rate is rounded to that.
     """
     frames = _as_rgb(frames)
     palette, indices = _quantize(frames)
-    scale = enlargement(min(frames.shape[1:3]), min_side)
+    scale = max(1, min(enlargement(min(frames.shape[1:3]), min_side), LARGEST_SIDE // max(frames.shape[1:3])))
     images = []
     for index in indices:
         image = Image.fromarray(index.repeat(scale, 0).repeat(scale, 1))
@@ -49,10 +52,15 @@ def save_gif(path: Path | str, frames: np.ndarray, fps: float = 15, min_side: in
 
 
 def reduced(frame: np.ndarray) -> np.ndarray:
-    """A frame uint8 (H, W, C) with no side above MAX_SIDE: means over squares of a whole number of pixels."""
+    """A frame uint8 (H, W, C) with no side above MAX_SIDE: means over squares of a whole number of pixels.
+
+    Of a frame that is narrower than such a square, one pixel stands for each.
+    """
     factor = -(-max(frame.shape[:2]) // MAX_SIDE)
     if factor == 1:
         return frame
+    if min(frame.shape[:2]) < factor:
+        return frame[::factor, ::factor]
     height, width = (side // factor for side in frame.shape[:2])
     squares = frame[: height * factor, : width * factor].reshape(height, factor, width, factor, -1)
     return (squares.mean((1, 3)) + 0.5).astype(np.uint8)
