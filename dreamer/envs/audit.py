@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from dreamer.envs.audit_rules import Findings, Rules, Watch, told
+from dreamer.envs.faults import original
+from dreamer.envs.fence import fenced
 from dreamer.envs.gym import GymEnv
 from dreamer.envs.interface import Env, Restorable, TaskError, Transition, restorable
 from dreamer.envs.proof import choose, copied, difference, disproof, move
@@ -109,20 +111,18 @@ class _Played:
 def _guarded(findings: Findings, run: Callable[[], object]) -> None:
     """Whatever an environment raises is a finding."""
     try:
-        run()
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # SystemExit too
-        findings.add(f"raised {type(error).__name__}", f"it raised {told(error)}")
+        fenced(run)
+    except Exception as error:
+        findings.add(f"raised {type(original(error)).__name__}", f"it raised {told(error)}")
 
 
 def _made(make: Callable[[int], Env], seed: int) -> Env:
     """A fresh environment. TaskError if there is none."""
     try:
-        return make(seed)
-    except (TaskError, KeyboardInterrupt):
+        return fenced(make, seed)
+    except TaskError:
         raise
-    except BaseException as error:
+    except Exception as error:
         raise TaskError(f"expected an environment that can be made, it raised {told(error)}; correct it") from error
 
 
@@ -173,10 +173,8 @@ def _edges(env: Env, findings: Findings) -> None:
         if mask.size and not all(mask[value] for value in action.values()):
             continue
         try:
-            env.step(action)
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:
+            fenced(env.step, action)
+        except Exception as error:
             findings.add("edges", f"it rejects {words}, an action of its own space, with {told(error)}")
 
 

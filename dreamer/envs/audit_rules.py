@@ -11,6 +11,7 @@ import gymnasium
 import gymnasium.spaces as gs
 import numpy as np
 
+from dreamer.envs.faults import in_words, original
 from dreamer.envs.interface import EnvError, Transition, batch_fields
 from dreamer.envs.spaces import observation_leaves
 from dreamer.types import Spaces
@@ -37,7 +38,8 @@ class Findings:
 
 def told(error: BaseException) -> str:
     """An exception in one line, with the place that raised it, unless it is our own words about what was returned."""
-    words = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    error = original(error)
+    words = in_words(error)
     frames = traceback.extract_tb(error.__traceback__)
     if isinstance(error, EnvError) or not frames:
         return words
