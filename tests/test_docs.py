@@ -318,7 +318,7 @@ def written(tmp_path_factory) -> set[str]:
     run.agent.report.return_value, run.agent.config = views, config
     run.agent.devices.one_copy.side_effect = lambda state: state
     run.evaluator.return_value = [episode]
-    run.checkpointer.best_score.return_value, run.stop = None, StopRequest()
+    run.checkpointer.best_score.return_value, run.stop, run.failed = None, StopRequest(), None
     for name in ("loop.py", "parts.py", "learner.py"):
         for section in re.findall(r'\.section\("(\w+)"\)', (ROOT / "dreamer" / "runtime" / name).read_text()):
             with run.watch.section(section):
