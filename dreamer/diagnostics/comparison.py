@@ -43,10 +43,18 @@ class Final:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
+    """notes: what a reader has to know; warnings: those of them on runs that could not be read, or not whole."""
+
     panels: list[Panel]
     finals: list[Final]
     totals: list[Total]
     notes: list[str]
+    warnings: list[str] = dataclasses.field(default_factory=list)
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """`a, b, c`, and where there are many, how many more."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def _final(seeds: Seeds, published: Sequence[Published]) -> Final:
@@ -70,9 +78,9 @@ def _notes(groups: Sequence[Seeds], used: Sequence[Published]) -> list[str]:
         last = max(ends)
         early = [f"seed {name} ends at {short(end)}" for name, end in zip(seeds.names, ends, strict=True) if end < last]
         if early:
-            notes.append(f"{who}: {', '.join(early)}; what lies beyond (dotted) is the mean of the others.")
+            notes.append(f"{who}: {some(early)}; what lies beyond (dotted) is the mean of the others.")
         if repeated := sorted({name for name in seeds.names if seeds.names.count(name) > 1}):
-            notes.append(f"{who}: several runs have seed {', '.join(repeated)}; they count as different ones.")
+            notes.append(f"{who}: several runs have seed {some(repeated)}; they count as different ones.")
         if not seeds.complete.any():
             notes.append(f"{who}: its runs have no x in common, so there is no final score.")
     if any(1 < len(seeds.names) < _ENOUGH_SEEDS for seeds in groups):

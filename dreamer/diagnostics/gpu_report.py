@@ -186,6 +186,8 @@ def precision() -> dict[str, Any]:
 
 def learning(deadline: float, out: Path) -> dict[str, Any]:
     """The quickstart, as far as the time goes: scores at its end."""
+    from dreamer.diagnostics.json_lines import SCORE, columns
+
     logdir = out / "quickstart"
     log = out / "quickstart.log"
     command = [sys.executable, "-m", "dreamer", "train", "--configs", "quickstart", "--logdir", str(logdir)]
@@ -193,7 +195,7 @@ def learning(deadline: float, out: Path) -> dict[str, Any]:
     with in_background([*command, "--run.display", "false", "--log.tensorboard", "false"], log) as process:
         whole = finished(process, deadline)
     scores = logdir / "scores.jsonl"
-    values = [json.loads(line)["episode/score"] for line in scores.read_text().splitlines()] if scores.exists() else []
+    values = columns(scores, SCORE).values[0].tolist() if scores.exists() else []
     return {
         "seconds": time.monotonic() - start,
         "finished": whole,

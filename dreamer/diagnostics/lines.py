@@ -15,6 +15,8 @@ from dreamer.diagnostics.statistics import band, bin_means, mean
 #: Bins of a curve where nothing else is asked; those of published curves are taken if a curve then has so many.
 BINS = 40
 FEWEST_BINS, MOST_BINS = 5, 200
+#: A run that is shorter, in units of the axis, has nothing to divide.
+_SHORTEST = 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +84,8 @@ def nice(width: float) -> float:
 def window_of(runs: Sequence[Run], published: Sequence[Published], bins: int | None, window: float | None) -> float:
     """The width of a bin, in units of the x axis."""
     longest = max(float(run.xs.max()) for run in runs)
-    if window is not None or bins is not None or longest <= 0:
-        return window or (longest / bins if bins and longest > 0 else 1.0)
+    if window is not None or bins is not None or longest < _SHORTEST:
+        return window or (longest / bins if bins and longest >= _SHORTEST else 1.0)
     widths = {float(curve.x[1] - curve.x[0]) for curve in published if curve.whole}
     width = max(widths, default=math.inf)
     return width if FEWEST_BINS <= longest / width <= MOST_BINS else nice(longest / BINS)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from dreamer.diagnostics import published
-from dreamer.diagnostics.comparison import Comparison, compare
+from dreamer.diagnostics.comparison import Comparison, compare, some
 from dreamer.diagnostics.curves import Run, read
 from dreamer.diagnostics.figure import draw
+from dreamer.diagnostics.json_lines import SCORE, told
 from dreamer.diagnostics.table import markdown
 from dreamer.diagnostics.variants import variant, variants
 from dreamer.schema import ConfigError, show, suggestion
 
 #: `--reference auto`: the published scores of the tasks that are plotted, where there are any.
 AUTO = "auto"
+#: Most warnings that are printed.
+_WARNINGS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,16 +86,16 @@ def make_comparison(request: Request) -> Comparison:
     """Reads runs and published scores. ConfigError for what is not there, or has nothing to plot."""
     if request.bins is not None and request.window is not None:
         raise ConfigError("expected --bins or --window, got both; leave one out")
-    runs = read(request.runs, request.axis, request.task)
-    empty = [str(run.path) for run in runs if not run.xs.size]
-    runs, notes = _labelled([run for run in runs if run.xs.size])
+    reading = read(request.runs, request.axis, request.task)
+    empty = [str(run.path) for run in reading.runs if not run.xs.size]
+    runs, notes = _labelled([run for run in reading.runs if run.xs.size])
     if not runs:
         raise ConfigError(
-            f"no finished episodes in {', '.join(empty[:3])}{' and others' if len(empty) > 3 else ''}; expected lines "
-            "with step and episode/score: wait for the first episode to end"
+            f"no finished episodes in {some(empty, 3)}; expected lines with step and {SCORE}: wait for the first "
+            f"episode to end{'. ' + told(reading.remarks, 'faults') if reading.remarks else ''}"
         )
     if empty:
-        notes.append(f"Left out, as no episode has ended there: {', '.join(empty)}.")
+        notes.append(f"Left out, as no episode has ended there: {some(empty)}.")
     references = _references(request.reference, runs, request.axis)
     if request.window is not None and request.window * 10_000 < max(run.xs.max() for run in runs):
         raise ConfigError(f"--window {request.window:g}: expected at most 10000 bins; give a wider window")
@@ -99,7 +103,7 @@ def make_comparison(request: Request) -> Comparison:
     missing = [] if AUTO not in request.reference else [p.title for p in found.panels[: len({r.task for r in runs})]]
     unpublished = [task for task in missing if task not in references]
     notes += [f"Nothing is published of {', '.join(unpublished)}."] if unpublished else []
-    return dataclasses.replace(found, notes=notes + found.notes)
+    return dataclasses.replace(found, notes=reading.remarks + notes + found.notes, warnings=reading.remarks)
 
 
 def write(found: Comparison, request: Request) -> list[Path]:
@@ -113,9 +117,13 @@ def write(found: Comparison, request: Request) -> list[Path]:
 
 
 def plot_command(request: Request) -> int:
-    """Plots, prints the table and the paths."""
+    """Plots, prints the table and the paths; on stderr, what could not be read."""
     found = make_comparison(request)
     paths = write(found, request)
     print(markdown(found, request.axis))
     print("Written: " + ", ".join(map(str, paths)))
+    for warning in found.warnings[:_WARNINGS]:
+        print(f"dreamer: warning: {warning}", file=sys.stderr)
+    if (more := len(found.warnings) - _WARNINGS) > 0:
+        print(f"dreamer: warning: and {more:,} more; the notes below the table have all", file=sys.stderr)
     return 0

@@ -11,9 +11,11 @@ from dreamer.diagnostics.totals import Total
 
 
 def number(value: float) -> str:
-    """Three significant digits, and all digits before the point."""
+    """Three significant digits, and all digits before the point of whatever has not too many."""
     if math.isnan(value):
         return "-"
+    if abs(value) >= 1e12:
+        return f"{value:.3g}"
     digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
     return f"{value:,.{min(digits, 3)}f}"
 

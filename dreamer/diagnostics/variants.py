@@ -9,11 +9,13 @@ from dreamer.schema import options, sections, show
 
 #: Not what a run is, but which one.
 _NAMES = {"task", "seed", "logdir"}
+#: Groups of options that a configuration of this program has had from its first version on, and no other program's.
+_OURS = {"run", "actor_critic", "replay", "model", "env"}
 
 
 def is_ours(tree: Mapping[str, Any]) -> bool:
-    """Whether a config.yaml is this program's, of this version or another."""
-    return {"run", "actor_critic"} <= tree.keys() <= {name.split(".")[0] for name in (*options(), *sections())}
+    """Whether a config.yaml is this program's, of this version or another, older or newer."""
+    return _OURS <= tree.keys()
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -50,7 +52,8 @@ def variants(configs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[list[st
         if all(len(set(group)) == 1 for group in values.values()):
             continue
         flat = [value for group in values.values() for value in group]
-        found.setdefault(tuple(flat.index(value) for value in flat), []).append(name)
+        first = {value: place for place, value in reversed(list(enumerate(flat)))}
+        found.setdefault(tuple(first[value] for value in flat), []).append(name)
     return list(found.values())
 
 

@@ -1,16 +1,21 @@
-"""How far a run is, from the lines it writes: only what is new is read."""
+"""How far a run is, from the lines it writes: only what is new is read. Lines that cannot be used are passed over here,
+and told by the report."""
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dreamer.diagnostics.json_lines import SCORE, UnreadableError, number, parse
+
 #: Episodes that the shown score is the mean of.
 RECENT = 20
+#: Agent steps per second, in metrics.jsonl.
+RATE = "fps/policy"
 
 
 class _Lines:
@@ -36,12 +41,8 @@ class _Lines:
         whole = data.rfind(b"\n") + 1
         self._offset += whole
         for line in data[:whole].splitlines():
-            try:
-                found = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(found, dict):
-                yield found
+            with contextlib.suppress(UnreadableError):
+                yield parse(line)
 
 
 class _Part:
@@ -49,25 +50,32 @@ class _Part:
 
     def __init__(self, folder: Path) -> None:
         self._metrics, self._scores = _Lines(folder / "metrics.jsonl"), _Lines(folder / "scores.jsonl")
-        self.last: dict[str, Any] = {}
+        self.last: dict[str, float] = {}
         self.frames: list[int] = []
         self.scores: list[float] = []
 
     def look(self) -> None:
         for line in list(self._metrics):
-            if "agent_steps" in line:
-                self.last = line
+            with contextlib.suppress(UnreadableError):
+                found = {name: number(line, name) for name in ("agent_steps", "step", RATE)}
+                if found["agent_steps"] is not None:
+                    self.last = {name: value or 0.0 for name, value in found.items()}
         new = list(self._scores)
         if self._scores.cut:
             self.frames.clear()
             self.scores.clear()
         for line in new:
-            if isinstance(line.get("episode/score"), int | float) and "step" in line:
-                if self.frames and line["step"] < self.frames[-1]:  # cut back and grown again between two looks
-                    keep = int(np.searchsorted(self.frames, line["step"]))
-                    del self.frames[keep:], self.scores[keep:]
-                self.frames.append(int(line["step"]))
-                self.scores.append(float(line["episode/score"]))
+            with contextlib.suppress(UnreadableError):
+                step, score = number(line, "step"), number(line, SCORE)
+                if step is not None and score is not None:
+                    self._add(int(step), score)
+
+    def _add(self, step: int, score: float) -> None:
+        if self.frames and step < self.frames[-1]:  # cut back and grown again between two looks
+            keep = int(np.searchsorted(self.frames, step))
+            del self.frames[keep:], self.scores[keep:]
+        self.frames.append(step)
+        self.scores.append(score)
 
 
 class Progress:
@@ -96,7 +104,7 @@ class Progress:
     @property
     def rate(self) -> float | None:
         """Agent steps per second at the last log line."""
-        return min((part.last.get("fps/policy") or 0.0 for part in self._parts), default=0.0) or None
+        return min((part.last.get(RATE, 0.0) for part in self._parts), default=0.0) or None
 
     def score(self, frames: int | None = None, share: float | None = None) -> float | None:
         """Mean score of the last episodes that ended until so many frames (None: all). share: of the frames, that

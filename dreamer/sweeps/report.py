@@ -9,6 +9,7 @@ from pathlib import Path
 from dreamer.diagnostics import plot
 from dreamer.diagnostics.table import markdown, number
 from dreamer.runtime.display import format_duration
+from dreamer.schema import ConfigError
 from dreamer.sweeps.schedule import Entry
 from dreamer.sweeps.table import counts
 
@@ -41,7 +42,10 @@ def runs_table(entries: Sequence[Entry]) -> str:
 def comparison(folder: Path, runs: Sequence[str]) -> tuple[str, list[str], list[Path]]:
     """Final scores and learning curves: (Markdown, notes on the picture, files that were written)."""
     request = plot.Request(runs=runs, reference=(plot.AUTO,), out=folder / REPORT)
-    found = plot.make_comparison(request)
+    try:
+        found = plot.make_comparison(request)
+    except ConfigError as error:  # nothing of the runs can be read, which must not hide what became of them
+        return "", [f"No curves: {error}."], []
     text = markdown(found, request.axis)
     if importlib.util.find_spec("matplotlib") is None:
         return text, ["No picture: it needs matplotlib, `pip install 'dreamer[plot]'`."], []

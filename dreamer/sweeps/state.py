@@ -6,12 +6,14 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
+
+from dreamer.diagnostics.json_lines import UnreadableError, number, parse
 
 #: In a run's folder.
 STATE_FILE, LOG_FILE, CONFIG_FILE = "sweep.json", "sweep.log", "sweep.yaml"
 
 WAITING, RUNNING, FINISHED, FAILED, HOPELESS = "waiting", "running", "finished", "failed", "stopped early"
+STATUSES = (WAITING, RUNNING, FINISHED, FAILED, HOPELESS)
 
 
 @dataclasses.dataclass
@@ -36,12 +38,16 @@ class RunState:
 
 def load_state(folder: Path) -> RunState:
     """The state in a run's folder; a new one where there is none that can be read."""
+    state = RunState()
     try:
-        found: dict[str, Any] = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = parse((folder / STATE_FILE).read_bytes())
+        for name, default in dataclasses.asdict(state).items():
+            value = found.get(name) if isinstance(default, str) else number(found, name)
+            if value is not None:
+                setattr(state, name, type(default)(value))
+    except (OSError, UnreadableError):
         return RunState()
-    known = {field.name for field in dataclasses.fields(RunState)}
-    return RunState(**{name: value for name, value in found.items() if name in known})
+    return state if state.status in STATUSES else RunState()
 
 
 def save_state(folder: Path, state: RunState) -> None:
