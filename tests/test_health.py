@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -214,6 +215,18 @@ def test_the_page_draws_whatever_there_is(data: dict[str, np.ndarray], empty: bo
     assert image.dtype == np.uint8 and image.shape == (626, 1600, 3)
     inked = (image != 255).any(-1).reshape(2, 313, 4, 400).mean((1, 3))
     assert (inked > 0.005).all(), "every panel has something on it"
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38, 1e-38])
+def test_numbers_that_are_not_finite_or_absurd_end_no_report(data: dict[str, np.ndarray], value: float) -> None:
+    """Everywhere at once, and in each view alone; warnings are errors."""
+    batch, good = full_batch(data), perfect_views(data)
+    bad = {name: jax.tree.map(lambda x: np.full_like(x, value, np.float32), view) for name, view in good.items()}
+    for views in [bad, *(good | {name: view} for name, view in bad.items())]:
+        found = health.measure(views, batch, (views, batch), GAMMA, 1.0)
+        assert all(np.isfinite(number) for number in found.scalars().values())
+        if views is bad or views["kl"] is bad["kl"] or views["probs"] is bad["probs"]:
+            assert draw(found, {"rssm": value}, "3 updates").shape == (626, 1600, 3)
 
 
 def test_ticks_are_round_and_within() -> None:

@@ -72,6 +72,7 @@ class Health:
     """... and of the real ones that followed the same states."""
     param_norm: dict[str, float]
 
+    @np.errstate(invalid="ignore", over="ignore")
     def scalars(self) -> dict[str, float]:
         """What goes into the logs: finite numbers only."""
         values = {f"seen_error/{name}": error for name, error in self.seen.items()}
@@ -88,6 +89,7 @@ class Health:
         return {name: value for name, value in values.items() if np.isfinite(value)}
 
 
+@np.errstate(invalid="ignore", over="ignore")  # what is not finite is left out
 def measure(
     views: Arrays, batch: Arrays, newest: tuple[Arrays, Arrays] | None, discount: float, free_nats: float
 ) -> Health:

@@ -14,10 +14,13 @@ _PANEL = (400, 290)
 _HEAD = 46
 #: Most curves of the first chart.
 _CURVES = 6
+#: The least norm that has a place of its own.
+_LEAST = 1e-9
 
 Place = tuple[float, float]
 
 
+@np.errstate(invalid="ignore", over="ignore")  # what is not finite is not drawn
 def draw(health: Health, gradients: Mapping[str, float], caption: str) -> np.ndarray:
     """uint8 (H, W, 3). gradients: norm by module, of the newest update; empty if there was none."""
     width, height = _PANEL
@@ -97,7 +100,7 @@ def _norms(page: Page, at: Place, health: Health, gradients: Mapping[str, float]
     """Parameters and gradients by module."""
     names = list(health.param_norm)
     pairs = [(health.param_norm[name], gradients.get(name, 0.0)) for name in names]
-    seen = [value for pair in pairs for value in pair if value > 0 and math.isfinite(value)] or [1.0]
+    seen = [max(value, _LEAST) for pair in pairs for value in pair if value > 0 and math.isfinite(value)] or [1.0]
     limits = (10.0 ** math.floor(math.log10(min(seen))), 10.0 ** math.ceil(math.log10(max(seen)) + 0.01))
     words = "the newest gradient, before clipping"
     axes = Axes(page, at, _PANEL, "Norms by module", words, ("norm", ""), limits, (0, len(names)), log_x=True)
