@@ -268,9 +268,11 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def format_number(value: float) -> str:
-    """A score or rate in few digits: 0.0125, 2.50, 481.2, 12,340; whole numbers as such."""
+    """A score or rate in few digits: 0.0125, 2.50, 481.2, 12,340, 3e+38; whole numbers as such."""
     if not np.isfinite(value):
         return str(value)
+    if abs(value) >= 1e12:
+        return f"{value:.3g}"
     if abs(value) >= 1000 or value == int(value):
         return f"{value:,.0f}"
     if abs(value) < 0.1:
