@@ -47,6 +47,7 @@ def run_command(arguments: Sequence[str]) -> int:
 
 # What a user can put right, told without a traceback: the errors' modules and names.
 USER_ERRORS = (
+    ("dreamer.paths", "PathError"),
     ("dreamer.schema", "ConfigError"),
     ("dreamer.envs.interface", "TaskError"),
     ("dreamer.envs.interface", "EnvError"),

@@ -6,11 +6,14 @@ overrides (see `presets.py`) only change values; an unknown key or a value of th
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 import pydantic
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
+
+from dreamer import paths
 
 _STRICT = ConfigDict(extra="forbid", validate_default=True)
 
@@ -21,6 +24,11 @@ def option(default: Any, meaning: str, unit: str | None = None, resume: bool = F
     if callable(default):
         return Field(default_factory=default, description=meaning, json_schema_extra=extra, **limits)
     return Field(default=default, description=meaning, json_schema_extra=extra, **limits)
+
+
+def _path(value: Any) -> Any:
+    """A path from the root, whatever becomes of the working folder; anything else is left to the check of types."""
+    return str(paths.absolute(value)) if isinstance(value, str | os.PathLike) else value
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -302,6 +310,8 @@ class ReplayConfig:
         None, "Folder of episode files, or Minari dataset, that a run has in its replay from the start; null: none"
     )
 
+    _places = pydantic.field_validator("preload", mode="before")(_path)
+
 
 @dataclass(frozen=True, config=_STRICT)
 class ModelConfig:
@@ -431,6 +441,13 @@ class Config:
     actor_critic: ActorCriticConfig = option(ActorCriticConfig, "Behaviour")
     optimizer: OptimizerConfig = option(OptimizerConfig, "Optimizer")
     log: LogConfig = option(LogConfig, "Logging")
+
+    _places = pydantic.field_validator("from_checkpoint", mode="before")(_path)
+
+    @pydantic.field_validator("logdir", mode="before")
+    @classmethod
+    def _place(cls, value: Any) -> Any:
+        return value if value == "" else _path(value)
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Config:

@@ -19,6 +19,7 @@ from ruamel.yaml.nodes import MappingNode, Node
 from ruamel.yaml.representer import SafeRepresenter
 
 from dreamer.config import Config
+from dreamer.paths import PathError, absolute
 from dreamer.schema import (
     ConfigError,
     first_fault,
@@ -33,6 +34,8 @@ from dreamer.schema import (
 )
 
 CONFIG_FILE = "config.yaml"
+#: Options that name places: they are the same as long as they lie where they lay from the run's folder.
+_PLACES = ("from_checkpoint", "replay.preload")
 
 __all__ = ["CONFIG_FILE", "Change", "ConfigError", "check_resume", "diff", "load_config", "preset_names", "save_config"]
 
@@ -70,11 +73,14 @@ def preset_names() -> dict[str, Path]:
     return {file.stem: file for file in files}
 
 
-def _find(name: str, source: str, beside: Path) -> Path:
-    """The file of a preset's name or of a path; relative paths start at `beside`."""
+def _find(name: str, source: str, beside: Path | None = None) -> Path:
+    """The file of a preset's name or of a path; relative paths start at `beside`, or in the working folder."""
     if name.endswith((".yaml", ".yml")) or os.sep in name:
-        path = (beside / Path(name).expanduser()).resolve()
-        if not path.is_file():
+        try:
+            path = Path(os.path.realpath(absolute(name, beside)))
+        except PathError as error:
+            raise ConfigError(f"{source}: {error}") from None
+        if not os.path.isfile(path):
             raise ConfigError(f"{source}: expected a YAML file, found none at {path}")
         return path
     names = preset_names()
@@ -208,7 +214,7 @@ def load_config(configs: Iterable[str | Path] = (), overrides: Mapping[str, Any]
     """
     settings: Settings = {}
     for name in configs:
-        settings |= _load_file(_find(str(name), f"--configs {name}", Path.cwd()))
+        settings |= _load_file(_find(str(name), f"--configs {name}"))
     for name, value in (overrides or {}).items():
         _override(settings, name, value)
     return build(settings)
@@ -302,7 +308,14 @@ def value_of(config: Config, name: str) -> Any:
 def diff(old: Config, new: Config) -> list[Change]:
     """The options whose values differ, in the order of `config.py`."""
     pairs = [(option, value_of(old, name), value_of(new, name)) for name, option in options().items()]
-    return [Change(option.name, a, b, option.resume) for option, a, b in pairs if a != b]
+    moved = [name for name in _PLACES if _as_seen(name, old) == _as_seen(name, new)]
+    return [Change(option.name, a, b, option.resume) for option, a, b in pairs if a != b and option.name not in moved]
+
+
+def _as_seen(name: str, config: Config) -> str | None:
+    """The path in an option, from the run's folder: it stays when both move together; None: there is none."""
+    place = value_of(config, name)
+    return None if place is None else os.path.relpath(place, config.logdir or "/")
 
 
 def check_resume(old: Config, new: Config) -> list[Change]:
@@ -320,24 +333,30 @@ def check_resume(old: Config, new: Config) -> list[Change]:
     return changes
 
 
+def config_file(logdir: Path | str) -> Path:
+    """Where a run's folder holds its configuration."""
+    return absolute(logdir) / CONFIG_FILE
+
+
 def stored_config(logdir: Path | str) -> Config | None:
     """The configuration that a run's folder holds, or None when no run was started there."""
-    path = Path(logdir) / CONFIG_FILE
-    return load_config([path.resolve()]) if path.is_file() else None
+    path = config_file(logdir)
+    return load_config([path]) if os.path.isfile(path) else None
 
 
 def run_config(logdir: Path | str) -> Config:
     """The configuration of a run that must be there, to play with its agent: on the fastest device, with this folder
     as its logdir. ConfigError, which says where runs are, for another folder."""
-    folder = Path(logdir).expanduser()
-    path = folder / CONFIG_FILE
-    if path.is_file():
-        return load_config([path.resolve()], {"logdir": str(folder), "run.platform": "auto"})
-    above = next((parent for parent in folder.absolute().parents if (parent / CONFIG_FILE).is_file()), None)
+    path = config_file(logdir)
+    if os.path.isfile(path):
+        return load_config([path], {"logdir": str(path.parent), "run.platform": "auto"})
+    folder = path.parent
+    above = next((parent for parent in folder.parents if os.path.isfile(parent / CONFIG_FILE)), None)
     if inside := runs_inside(folder):
         where = f"; runs lie in it: {', '.join(inside)}"
     else:
-        where = f"; it lies in the run {above}" if above else "" if folder.exists() else "; there is no such folder"
+        missing = "" if os.path.exists(folder) else "; there is no such folder"
+        where = f"; it lies in the run {above}" if above else missing
     raise ConfigError(f"expected the folder of a run, with a {CONFIG_FILE} in it, got {str(logdir)!r}{where}")
 
 

@@ -226,7 +226,8 @@ def first_fault(error: pydantic.ValidationError) -> tuple[str, str]:
             parts.append(str(part))
     text = fault["msg"].removeprefix("Value error, ").replace("Input should be", "expected a value")
     name = ".".join(parts)
-    return name, f"{text}, got {fault['input']!r}" if name in options() else text
+    shown = repr(fault["input"])
+    return name, f"{text}, got {shown}" if name in options() and shown not in text else text
 
 
 # --- Help --------------------------------------------------------------------------------------

@@ -143,8 +143,8 @@ def installations(log: Path) -> list[str]:
 
 def test_train_makes_its_environment_once_and_passes_its_arguments_on(checkout):
     root, log, script = checkout
-    assert script("train", "--seed", "3", "--logdir", "a b") == "ran -m dreamer train --seed 3 --logdir a b"
-    assert script("train") == "ran -m dreamer train"
+    assert script("train", "--seed", "3", "--logdir", "a b") == "ran -P -m dreamer train --seed 3 --logdir a b"
+    assert script("train") == "ran -P -m dreamer train"
     assert installations(log) == [""]
     assert f"-c {root}/constraints.txt" in log.read_text()
 
@@ -171,7 +171,7 @@ def test_a_failed_installation_is_told_and_tried_again(checkout):
         text=True,
     )
     assert failed.returncode == 1 and "error: pip could not install the project" in failed.stderr
-    assert script("train") == "ran -m dreamer train"
+    assert script("train") == "ran -P -m dreamer train"
     assert installations(log) == ["", ""]
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
+from dreamer.paths import PathError, absolute
 from dreamer.schema import ConfigError, mismatch, options
 
 USAGE_ERROR = 2
@@ -51,6 +53,14 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}; `{self.prog} --help` shows the arguments")
+
+
+def place(text: str) -> Path:
+    """A path from the root, for argparse."""
+    try:
+        return absolute(text)
+    except PathError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def count(text: str) -> int:

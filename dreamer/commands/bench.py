@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dreamer.commands.arguments import Parser, count, hide_accelerators, split_arguments
+from dreamer.commands.arguments import Parser, count, hide_accelerators, place, split_arguments
 from dreamer.config import Config
+from dreamer.paths import check_file, make_folder
 from dreamer.presets import load_config
 
 if TYPE_CHECKING:
@@ -48,8 +48,10 @@ def add_parts(parts: argparse._SubParsersAction) -> None:
             allow_abbrev=False,
         )
         added.add_argument("--rounds", type=count, default=rounds, help="timed turns")
-        added.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
-        added.add_argument("--compare", type=Path, metavar="FILE", help="ratios to the figures that --json wrote there")
+        added.add_argument("--json", type=place, metavar="FILE", help="write the figures there")
+        added.add_argument(
+            "--compare", type=place, metavar="FILE", help="ratios to the figures that --json wrote there"
+        )
         return added
 
     update = add("update", "one gradient step, everything a run asks of it", 11)
@@ -61,14 +63,14 @@ def add_parts(parts: argparse._SubParsersAction) -> None:
         "--against", choices=("plain",), help="plain: beside all rewrites swapped for their plain forms"
     )
     update.add_argument("--protocol", action="store_true", help="one timed update for each line on stdin, as JSON")
-    update.add_argument("--trace", type=Path, metavar="DIR", help="write a profile of one dispatch there")
+    update.add_argument("--trace", type=place, metavar="DIR", help="write a profile of one dispatch there")
 
     policy = add("policy", "choosing actions", 15, OPTIONS)
     policy.add_argument("--envs", type=count, nargs="+", help="numbers of environments; default: 1 and env.num_envs")
 
     replay = add("replay", "drawing batches, adding steps, writing latents, beside plain copying", 100, OPTIONS)
     replay.add_argument("--capacity", type=count, default=32_000, help="steps in the buffer")
-    replay.add_argument("--folder", type=Path, help="where disk storage lies; default: a temporary folder")
+    replay.add_argument("--folder", type=place, help="where disk storage lies; default: a temporary folder")
 
     env = add("env", "stepping environments, by where they run; Atari also beside ale-py's own", 15, OPTIONS)
     env.add_argument("--steps", type=count, default=100, help="of all environments, in each round")
@@ -155,6 +157,11 @@ def run(arguments: Sequence[str]) -> int:
     from dreamer.diagnostics.measuring import read_report, save_report, show
 
     other = None if given.compare is None else read_report(given.compare, given.part)
+    if given.json is not None:
+        check_file(given.json)
+    for folder in (getattr(given, "folder", None), getattr(given, "trace", None)):
+        if folder is not None:
+            make_folder(folder)
     report = PARTS[given.part](given, options)
     if report is not None:
         show(report, other)

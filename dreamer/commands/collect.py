@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 
-from dreamer.commands.arguments import Parser, count, hide_accelerators, split_arguments
+from dreamer.commands.arguments import Parser, count, hide_accelerators, place, split_arguments
 from dreamer.config import Config
-from dreamer.presets import load_config, run_config
+from dreamer.presets import config_file, load_config, run_config
 from dreamer.schema import ConfigError
 
 
@@ -20,9 +19,9 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("task", help="environment, as `dreamer envs` lists them")
-    parser.add_argument("out", help="folder for the episodes; must hold none yet")
+    parser.add_argument("out", type=place, help="folder for the episodes; must hold none yet")
     parser.add_argument("--steps", type=count, default=20_000, help="agent steps over all environments (20000)")
-    parser.add_argument("--from", dest="source", metavar="LOGDIR", help="play with the agent of this run")
+    parser.add_argument("--from", dest="source", type=place, metavar="LOGDIR", help="play with the agent of this run")
     parser.add_argument("--policy", choices=("random", "sample", "mode"), help="with --from: sample (default) or mode")
     return parser
 
@@ -35,8 +34,8 @@ def collect_config(given: argparse.Namespace, options: Sequence[str]) -> tuple[C
         raise ConfigError(f"expected --policy random without --from, sample or mode with --from, got --policy {policy}")
     if given.source is not None:
         run_config(given.source)
-        configs = [os.path.join(os.path.abspath(given.source), "config.yaml"), *configs]
-        overrides["logdir"] = given.source
+        configs = [str(config_file(given.source)), *configs]
+        overrides["logdir"] = str(given.source)
     return load_config(configs, overrides | {"task": given.task}), policy
 
 

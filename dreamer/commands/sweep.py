@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from dreamer.commands.arguments import Parser, count
+from dreamer.commands.arguments import Parser, count, place
 
 
 def parser() -> argparse.ArgumentParser:
@@ -17,7 +16,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("file", metavar="NAME_OR_FILE", help="a sweep under configs/sweeps, or the path of a YAML file")
-    parser.add_argument("--logdir", type=Path, metavar="DIR", help="folder of the sweep, runs/NAME otherwise")
+    parser.add_argument("--logdir", type=place, metavar="DIR", help="folder of the sweep, runs/NAME otherwise")
     parser.add_argument(
         "--jobs", type=count, metavar="N", help="runs at once; one per device otherwise, and all at once on a cluster"
     )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Sequence
 
 from dreamer.commands.arguments import hide_accelerators, split_arguments
 from dreamer.config import Config
-from dreamer.presets import check_resume, load_config, preset_names, stored_config
+from dreamer.presets import check_resume, config_file, load_config, preset_names, stored_config
 from dreamer.schema import help_text
 
 QUICKSTART = "quickstart"
@@ -37,7 +36,7 @@ def train_config(arguments: Sequence[str]) -> Config:
     if not configs and "task" not in overrides:
         logdir = overrides.get("logdir")
         if logdir and stored_config(logdir) is not None:
-            return load_config([os.path.join(os.path.abspath(logdir), "config.yaml")], overrides)
+            return load_config([config_file(logdir)], overrides)
         configs = [QUICKSTART]
     return load_config(configs, overrides)
 

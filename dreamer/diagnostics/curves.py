@@ -23,6 +23,7 @@ import numpy as np
 
 from dreamer.diagnostics.json_lines import LARGEST, MOST, SCORE, UnreadableError, columns, contents, parsed, told
 from dreamer.diagnostics.variants import flatten, is_ours
+from dreamer.paths import absolute
 from dreamer.presets import CONFIG_FILE, parse_file, plain_node
 from dreamer.schema import ConfigError
 
@@ -66,8 +67,13 @@ class Reading:
 
 
 def _matches(pattern: str) -> list[Path]:
-    path = Path(pattern).expanduser()
-    return [path] if path.exists() else [Path(p) for p in sorted(glob.glob(str(path), recursive=True))]
+    """What is there of that name or, if nothing is, of that pattern; the folders it begins with may be named `[1]`."""
+    path = absolute(pattern)
+    if os.path.exists(path):
+        return [path]
+    there = next(folder for folder in path.parents if os.path.isdir(folder))
+    inner = str(path.relative_to(there))
+    return [Path(p) for p in sorted(glob.glob(os.path.join(glob.escape(str(there)), inner), recursive=True))]
 
 
 def _labelled(pattern: str) -> tuple[str | None, list[Path]]:

@@ -22,6 +22,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dreamer.paths import PROGRAM
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 SIZES = ("1m", "12m", "25m", "50m", "100m", "200m", "400m")
 OBS = {"vector": "proprio", "image": "image"}
@@ -51,7 +53,7 @@ class Job:
 
 def update_command(size: str, obs: str, *options: str) -> tuple[str, ...]:
     given = ("--protocol", "--size", size, "--obs", obs, *options)
-    return (sys.executable, "-m", "dreamer", "bench", "update", *given)
+    return (*PROGRAM, "bench", "update", *given)
 
 
 def jobs(sizes: Sequence[str], yardstick: str | None) -> list[Job]:
@@ -190,7 +192,7 @@ def learning(deadline: float, out: Path) -> dict[str, Any]:
 
     logdir = out / "quickstart"
     log = out / "quickstart.log"
-    command = [sys.executable, "-m", "dreamer", "train", "--configs", "quickstart", "--logdir", str(logdir)]
+    command = [*PROGRAM, "train", "--configs", "quickstart", "--logdir", str(logdir)]
     start = time.monotonic()
     with in_background([*command, "--run.display", "false", "--log.tensorboard", "false"], log) as process:
         whole = finished(process, deadline)

@@ -14,12 +14,15 @@ from dreamer.diagnostics.figure import draw
 from dreamer.diagnostics.json_lines import SCORE, told
 from dreamer.diagnostics.table import markdown
 from dreamer.diagnostics.variants import variant, variants
+from dreamer.paths import check_file
 from dreamer.schema import ConfigError, show, suggestion
 
 #: `--reference auto`: the published scores of the tasks that are plotted, where there are any.
 AUTO = "auto"
 #: Most warnings that are printed.
 _WARNINGS = 5
+#: Formats of the picture, and of the table, as files end.
+PICTURES, TABLE = ("png", "svg", "pdf"), "md"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Request:
     runs       folders, files, patterns, each perhaps as NAME=...
     axis       env_frames, agent_steps, updates or hours
     bins       number of bins; window: their width in units of the axis; at most one of the two
-    out        path of the files to write, without the ending
+    out        path of the files to write, with or without an ending; in a folder that is there: its `plot.*`
     formats    png, svg, pdf; the table is always written
     task       of runs that do not say theirs
     """
@@ -106,18 +109,32 @@ def make_comparison(request: Request) -> Comparison:
     return dataclasses.replace(found, notes=reading.remarks + notes + found.notes, warnings=reading.remarks)
 
 
+def outputs(request: Request) -> list[Path]:
+    """The files to write: the pictures, then the table. An ending of theirs that `out` has already asks for that
+    format too."""
+    out, formats = request.out, list(request.formats)
+    if out.is_dir():
+        out = out / "plot"
+    if (ending := out.suffix.removeprefix(".").lower()) in (*PICTURES, TABLE):
+        out = out.with_suffix("")
+        formats += [ending] if ending in PICTURES and ending not in formats else []
+    return [out.with_name(f"{out.name}.{ending}") for ending in (*formats, TABLE)]
+
+
 def write(found: Comparison, request: Request) -> list[Path]:
     """Writes the pictures and the table, and returns their paths."""
-    request.out.parent.mkdir(parents=True, exist_ok=True)
-    pictures = [request.out.with_name(f"{request.out.name}.{ending}") for ending in request.formats]
+    *pictures, table = outputs(request)
+    table.parent.mkdir(parents=True, exist_ok=True)
     draw(found, request.axis, pictures)
-    table = request.out.with_name(f"{request.out.name}.md")
     table.write_text(markdown(found, request.axis), encoding="utf-8")
     return [*pictures, table]
 
 
 def plot_command(request: Request) -> int:
-    """Plots, prints the table and the paths; on stderr, what could not be read."""
+    """Plots, prints the table and the paths; on stderr, what could not be read. PathError if the files cannot be
+    written."""
+    for path in outputs(request):
+        check_file(path)
     found = make_comparison(request)
     paths = write(found, request)
     print(markdown(found, request.axis))

@@ -30,7 +30,7 @@ def ask(probe: str, *arguments: str, limit: float, environment: Mapping[str, str
     package = str(Path(__file__).resolve().parents[2])
     paths = os.pathsep.join(path for path in (package, os.environ.get("PYTHONPATH")) if path)
     variables = {**os.environ, **(environment or {}), "PYTHONPATH": paths}
-    command = [sys.executable, "-W", "ignore", "-m", "dreamer.diagnostics.probe", probe, *arguments]
+    command = [sys.executable, "-P", "-W", "ignore", "-m", "dreamer.diagnostics.probe", probe, *arguments]
     out, errors, code = run_limited(command, limit, variables)
     answers = [line for line in out.splitlines() if line.startswith(_ANSWER)]
     if not answers:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import importlib.util
 import inspect
 import os
@@ -34,10 +33,14 @@ from dreamer.config import EnvConfig
 from dreamer.envs.dm_env import adopted
 from dreamer.envs.gym import GymEnv, old_gym, render_modes
 from dreamer.envs.interface import Env, TaskError
+from dreamer.envs.packages import own_module
+from dreamer.paths import PathError, absolute
 
 GROUP = "dreamer.envs"
 #: Arguments offered to a class or function of another package.
 OFFERED = ("name", "config", "seed")
+#: Files of environments by the names that tasks give them.
+_places: dict[str, Path] = {}
 
 
 @functools.cache
@@ -67,11 +70,15 @@ def find(name: str) -> Callable[..., Any]:
             "for example py_my_package.envs:MyEnv"
         )
     try:
-        module = _file_module(Path(place)) if place.endswith(".py") else _named_module(place)
-    except ImportError as error:
+        module = _file_module(place) if place.endswith(".py") else own_module(place)
+    except (ImportError, PathError) as error:
         raise TaskError(f"expected an importable module {place!r} for py_{name} ({error}); install it") from error
     if not hasattr(module, attribute):
-        raise TaskError(f"expected a class or function {attribute!r} in {place}, which has none; correct the name")
+        where = "" if place.endswith(".py") else f" ({getattr(module, '__file__', None) or 'a folder'})"
+        raise TaskError(
+            f"expected a class or function {attribute!r} in {place}{where}, which has none; correct the name"
+            + (f", or name the file: py_{place}.py:{attribute}" if where else "")
+        )
     return _callable(getattr(module, attribute), name)
 
 
@@ -144,19 +151,27 @@ def _callable(target: Any, place: str) -> Callable[..., Any]:
     return target
 
 
-def _named_module(name: str) -> Any:
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # as in `python -m`: modules of the working folder
-    return importlib.import_module(name)
+def _found(name: str) -> Path:
+    """The file of a name or, where a relative one leads nowhere now, the file that it led to before: an environment
+    may have changed the working folder since. PathError if there is none, and no working folder either."""
+    try:
+        path = Path(os.path.realpath(absolute(name)))
+    except PathError:
+        if name in _places:
+            return _places[name]
+        raise
+    if os.path.isfile(path):
+        _places[name] = path
+    return _places.get(name, path)
 
 
-def _file_module(path: Path) -> Any:
+def _file_module(place: str) -> Any:
     """The module of a file, imported once; its neighbours can be imported by it."""
-    path = path.expanduser().resolve()
+    path = _found(place)
     name = f"{path.stem}_{zlib.crc32(str(path).encode()):08x}"
     if name in sys.modules:
         return sys.modules[name]
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ImportError(f"there is no file {path}")
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))

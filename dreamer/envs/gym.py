@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ from dreamer.envs.fence import fenced
 from dreamer.envs.gym_state import WAYS, layers
 from dreamer.envs.interface import EnvError, TaskError, Transition, TransitionError, as_rgb, transition
 from dreamer.envs.options import resize
+from dreamer.envs.packages import own_module
 from dreamer.envs.proof import disproof
 from dreamer.envs.spaces import Leaf, action_leaves, flatten, observation_leaves, surplus, unflatten
 from dreamer.envs.values import RESET, STEP, as_flag, as_pixels, as_reward, parts_of
@@ -308,7 +308,7 @@ def check(name: str) -> EnvSpec:
     module, _, env_id = name.rpartition(":")
     try:
         if module:
-            importlib.import_module(module)
+            own_module(module)
         return gymnasium.spec(env_id)
     except ModuleNotFoundError as error:
         raise TaskError(f"expected an importable module {module!r} for gym_{name} ({error}); install it") from error

@@ -71,7 +71,7 @@ class Worker:
         args = (theirs, trace, pickled, attempt, index, num_envs, dict(os.environ))
         self.process: BaseProcess = context.Process(target=worker.run, args=args, name=name)
         try:
-            with _no_main_module():
+            with _clean_start():
                 self.process.start()
         except OSError as error:
             self.conn.close()
@@ -192,7 +192,7 @@ class Guard:
         context = _context()
         self._conn, theirs = context.Pipe()
         self._process = context.Process(target=guard.run, args=(theirs,), name="guard")
-        with _no_main_module():
+        with _clean_start():
             self._process.start()
         theirs.close()
 
@@ -231,15 +231,20 @@ def _context() -> Any:
 
 
 @contextlib.contextmanager
-def _no_main_module() -> Iterator[None]:
-    """Keep multiprocessing from importing the main script in workers.
+def _clean_start() -> Iterator[None]:
+    """Keep multiprocessing from importing the main script in workers, and what lies in the working folder.
 
-    It would cost every worker the imports of that script (JAX among them) and start a script without a
-    ``__name__ == "__main__"`` guard again. Functions of the script reach workers by value (cloudpickle).
+    The script would cost every worker its imports (JAX among them) and, without a ``__name__ == "__main__"`` guard,
+    start again. Its functions reach workers by value (cloudpickle). From the working folder a random.py, say, would be
+    taken for the standard library's by the server that workers come from, if Python were not told to leave it.
     """
-    main = sys.modules["__main__"]
+    main, safe = sys.modules["__main__"], os.environ.get(worker.SAFE_PATH)
     sys.modules["__main__"] = types.ModuleType("__main__")
+    os.environ[worker.SAFE_PATH] = "1"
     try:
         yield
     finally:
         sys.modules["__main__"] = main
+        del os.environ[worker.SAFE_PATH]
+        if safe is not None:
+            os.environ[worker.SAFE_PATH] = safe

@@ -1,9 +1,11 @@
-"""Parts of packages whose front door asks for more than the part needs."""
+"""Modules of other people: parts of packages whose front door asks for more than the part needs, and users' own."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import os
 import sys
 from types import ModuleType
 
@@ -20,3 +22,12 @@ def part(package: str, module: str) -> ModuleType:
             raise ModuleNotFoundError(f"No module named {package!r}", name=package)
         sys.modules[package] = importlib.util.module_from_spec(spec)
     return importlib.import_module(f"{package}.{module}")
+
+
+def own_module(name: str) -> ModuleType:
+    """A module that a task names: an installed one or, behind all of these, one of the working folder. ImportError if
+    there is none."""
+    with contextlib.suppress(FileNotFoundError):  # a working folder that is gone holds no module
+        if (here := os.getcwd()) not in sys.path:
+            sys.path.append(here)
+    return importlib.import_module(name)

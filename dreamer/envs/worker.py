@@ -39,6 +39,8 @@ STEP, RESET, RENDER, CAN_RESTORE, SAVE, RESTORE, BLOCK, CLOSE = (bytes([code]) f
 DONE, HERE, REFUSED, FAILED = (bytes([code]) for code in b"dhrf")
 #: Makes a worker write down where it is, whatever it is doing.
 WHERE_SIGNAL = signal.SIGUSR1
+#: Variable that keeps Python from importing out of the working folder.
+SAFE_PATH = "PYTHONSAFEPATH"
 
 
 ExcuseKind = Literal["raised", "garbage", "task"]
@@ -95,6 +97,7 @@ def run(
     maker    Cloudpickled attempt -> Env.
     environ  The parent's environment variables now; the server that this process comes from may be older.
     """
+    os.environ.pop(SAFE_PATH, None)  # how the server was started; it means nothing to what environments start
     os.environ.update(environ)
     own_group()
     os.set_blocking(trace.fileno(), False)  # a long traceback that nobody reads must not stop anything

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+from dreamer.paths import absolute
 from dreamer.replay import ReplayError, prune
 from dreamer.runtime import snapshot
 from dreamer.runtime.snapshot import CheckpointError, CheckpointMismatchError, DamagedCheckpointError
@@ -71,7 +72,7 @@ class Checkpointer:
         """keep: newest checkpoints kept. milestone_every: agent steps; the first checkpoint of each stays for ever."""
         if keep < 1:
             raise ValueError(f"expected to keep at least one checkpoint, got keep={keep}")
-        self.logdir = Path(logdir)
+        self.logdir = absolute(logdir)
         self._keep = keep
         self._milestone_every = milestone_every
         self._read_only = read_only
@@ -326,9 +327,12 @@ class Checkpointer:
 
 def _entries(folder: Path) -> list[_Entry]:
     """Snapshot folders by step, then generation."""
-    if not folder.is_dir():
+    try:
+        matches = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    except FileNotFoundError:
         return []
-    matches = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    except OSError as error:
+        raise CheckpointError(f"expected a folder of checkpoints in {folder}, got: {error.strerror}") from error
     return sorted(_Entry(int(m[1]), int(m[2] or 0), path) for m, path in matches if m)
 
 

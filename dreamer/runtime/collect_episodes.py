@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 from rich.console import Console
@@ -22,7 +23,7 @@ from dreamer.types import ACTION_MASK, TRANSITION_FIELDS, masks_actions, visible
 RANDOM_STREAM = 0x7A9D0
 
 
-def collect_command(config: Config, out: str, steps: int, policy: str, console: Console | None = None) -> int:
+def collect_command(config: Config, out: Path | str, steps: int, policy: str, console: Console | None = None) -> int:
     """Play `config.env.num_envs` environments for `steps` agent steps in all, and write the episodes into `out`.
 
     steps   Counted as in training, over all environments, rounded up to a multiple of their number.

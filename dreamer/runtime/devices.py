@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from dreamer.config import RunConfig
+from dreamer.paths import PathError, absolute
 
 _BACKENDS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
 
@@ -48,16 +48,16 @@ def compute_dtype(config: RunConfig, device: jax.Device) -> Any:
 
 
 def keep_compiled_programs() -> None:
-    """Keep compiled programs in the user's cache folder, unless JAX was told another place or the folder is read-only.
+    """Keep compiled programs in the user's cache folder, unless JAX was told another place or there is none.
 
     A second start of the same configuration then takes seconds instead of the compile time.
     """
     if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dreamer" / "jax"
     try:
+        root = absolute(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "dreamer" / "jax"
         root.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (PathError, OSError):
         return
     jax.config.update("jax_compilation_cache_dir", str(root))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)

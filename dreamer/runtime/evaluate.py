@@ -15,6 +15,7 @@ from dreamer.config import Config
 from dreamer.envs import EnvError, TaskError, VectorEnv, best_score, human_normalized, summary
 from dreamer.envs.interface import Fault
 from dreamer.envs.vector import MakeEnv
+from dreamer.paths import absolute, check_file
 from dreamer.presets import run_config
 from dreamer.runtime.acting import load_agent
 from dreamer.runtime.collect import Collector, Episode, run_episodes
@@ -88,9 +89,9 @@ def as_evaluation(config: Config, scores: list[float], logs: Sequence[Mapping[st
 
 
 def evaluate_command(
-    logdir: str,
+    logdir: Path | str,
     episodes: int,
-    video: str | None = None,
+    video: Path | str | None = None,
     policy: str = "mode",
     seed: int | None = None,
     make_env: MakeEnv | None = None,
@@ -99,10 +100,13 @@ def evaluate_command(
     """`dreamer eval`: load weights, play, print a table, write a video if asked. Returns the exit code."""
     console = console or Console(highlight=False)
     config = run_config(logdir)
+    picture = None if video is None else absolute(video)
+    if picture is not None:
+        check_file(picture)
     if make_env is None and not is_listed(config.task):
         raise TaskError(
             f"the run in {logdir} was trained with an environment function of its own (task {config.task!r}); play it "
-            f"from Python: dreamer.runtime.evaluate.evaluate_command({logdir!r}, {episodes}, make_env=FUNCTION)"
+            f"from Python: dreamer.runtime.evaluate.evaluate_command({str(logdir)!r}, {episodes}, make_env=FUNCTION)"
         )
     agent, params, key = load_agent(config)
     if seed is not None:
@@ -111,7 +115,7 @@ def evaluate_command(
     try:
         check_spaces_as_trained(agent, envs)
         collector = Collector(agent, envs, key, "eval", sample=policy == "sample")
-        if video:
+        if picture is not None:
             collector.record()
         played = run_episodes(collector, params, episodes)
     finally:
@@ -119,8 +123,8 @@ def evaluate_command(
     scores = [episode.score for episode in played]
     console.print(evaluation_table([as_evaluation(config, scores, [episode.logs for episode in played])]))
     frames = next((np.stack(e.frames) for e in played if e.frames), None)
-    if video and frames is not None:
-        console.print(f"video: {save_gif(video, frames, config.log.video_fps)}", soft_wrap=True)
-    elif video:
+    if picture is not None and frames is not None:
+        console.print(f"video: {save_gif(picture, frames, config.log.video_fps)}", soft_wrap=True)
+    elif picture is not None:
         console.print(f"no video: {config.task} gives no images")
     return 0

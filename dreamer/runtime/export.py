@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from dreamer.paths import absolute, make_folder
 from dreamer.presets import ConfigError
 from dreamer.replay import Replay, ReplayError, Selection
 from dreamer.replay.episodes import Episode, EpisodeCutter, EpisodeWriter
@@ -20,20 +21,23 @@ from dreamer.types import Field, replay_fields
 _ROWS = 256
 
 
-def export_command(logdir: str, out: str, unfinished: bool = False, console: Console | None = None) -> int:
+def export_command(
+    logdir: Path | str, out: Path | str, unfinished: bool = False, console: Console | None = None
+) -> int:
     """Write the episodes that the replay of `logdir`'s newest intact checkpoint holds into the folder `out`.
 
     unfinished  Also those that had not ended, closed as cut: `is_last`, not terminal.
 
-    Returns the exit code. CheckpointError if there is no checkpoint, ConfigError if `out` holds episodes already.
+    Returns the exit code. CheckpointError if there is no checkpoint, ConfigError if `out` holds episodes already,
+    PathError if it cannot be written to.
     Nothing is written to the logdir, and only arrays and JSON are read from it.
     """
     console = console or Console(highlight=False)
+    writer = new_writer(out)
     checkpointer = Checkpointer(logdir, read_only=True)
     stored: list[Replay] = []
     load = lambda meta, *_: stored.append(_load(checkpointer.replay_folder, meta))  # noqa: E731
     step, _, meta = checkpointer.restore(parts=(), check=load)
-    writer = new_writer(out)
     for episode in stored_episodes(stored[-1], meta, unfinished):
         writer.write(episode)
     if not writer.scores:
@@ -45,10 +49,12 @@ def export_command(logdir: str, out: str, unfinished: bool = False, console: Con
     return 0
 
 
-def new_writer(out: str) -> EpisodeWriter:
-    """For a folder without episodes; ConfigError if it has some."""
+def new_writer(out: Path | str) -> EpisodeWriter:
+    """For a folder without episodes. ConfigError if it has some, PathError if nothing can be written there."""
+    folder = absolute(out)
+    make_folder(folder)
     try:
-        return EpisodeWriter(Path(out))
+        return EpisodeWriter(folder)
     except ReplayError as error:
         raise ConfigError(str(error)) from error
 

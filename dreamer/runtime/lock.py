@@ -11,6 +11,8 @@ import time
 import warnings
 from pathlib import Path
 
+from dreamer.paths import PathError, absolute, make_folder
+
 
 class LogdirInUseError(RuntimeError):
     """Another live process writes to the logdir."""
@@ -23,15 +25,19 @@ class LogdirLock:
     """
 
     def __init__(self, logdir: Path | str) -> None:
-        self._path = Path(logdir) / ".lock"
+        self._path = absolute(logdir) / ".lock"
         self._descriptor: int | None = None
 
     def acquire(self) -> None:
-        """Takes the lock or raises LogdirInUseError; never waits."""
+        """Takes the lock or raises LogdirInUseError; never waits. PathError if the folder cannot be written to."""
         if self._descriptor is not None:
             raise LogdirInUseError(f"{self._path.parent} is already locked by this very process")
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        make_folder(self._path.parent)
+        try:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            text = f"expected a logdir of which you may write every file, got {str(self._path)!r}: {error.strerror}"
+            raise PathError(f"{text}; name another, or change the owner of its files") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -28,7 +28,7 @@ from dreamer.runtime.display import Display, start_summary
 from dreamer.runtime.evaluate import Evaluator
 from dreamer.runtime.learner import Learner
 from dreamer.runtime.meters import Aggregator, Stopwatch
-from dreamer.runtime.preload import Preload, check_trainable, find_preload
+from dreamer.runtime.preload import Preload, check_place, check_trainable, find_preload
 from dreamer.runtime.provenance import versions
 from dreamer.runtime.records import make_logger
 from dreamer.runtime.resume import (
@@ -52,7 +52,7 @@ from dreamer.runtime.shares import check_processes, from_first, own_key, share
 from dreamer.runtime.sink import Steps
 from dreamer.runtime.startup import Startup
 from dreamer.runtime.system import SystemMeter
-from dreamer.runtime.weights import warm_start
+from dreamer.runtime.weights import check_source, warm_start
 
 
 class RunParts:
@@ -77,6 +77,9 @@ class RunParts:
         self._found, self._from = found, step
         if found is not None:
             check_processes(found.get("processes", 1))
+        else:
+            check_source(config)
+            check_place(config)
         # Environments that go on from their states need no new seeds.
         self.restarts = 0 if found is None else found["restarts"] + (not found["exact"])
         self.startup = startup or Startup()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +60,14 @@ class Preload:
             yield self.source.read(index)
 
 
+def check_place(config: Config) -> None:
+    """ConfigError if the configuration names data in a folder that is not there."""
+    if config.replay.preload is not None and not os.path.isdir(config.replay.preload):
+        raise ConfigError(
+            f"--replay.preload: expected a folder with episodes in it, found no folder at {config.replay.preload}"
+        )
+
+
 def find_preload(config: Config, observations: Spaces, actions: Spaces) -> Preload | None:
     """What `replay.preload` names, None if it names nothing; spaces are the task's. Reads lengths only.
 
@@ -66,7 +75,7 @@ def find_preload(config: Config, observations: Spaces, actions: Spaces) -> Prelo
     """
     if config.replay.preload is None:
         return None
-    path = Path(config.replay.preload).expanduser()
+    path = Path(config.replay.preload)
     observations = visible(observations)
     try:
         dataset = find_dataset(path)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import math
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,8 @@ from dreamer.agent import Agent, TrainState
 from dreamer.config import Config
 from dreamer.envs import TaskError, VectorEnv, make_vector_env, suites
 from dreamer.envs.vector import MakeEnv
-from dreamer.presets import ConfigError
+from dreamer.paths import PathError, absolute, make_folder
+from dreamer.presets import CONFIG_FILE, ConfigError
 from dreamer.replay import Replay, ReplayError, bytes_per_step, choose_storage
 from dreamer.runtime.devices import choose_device, compute_dtype
 from dreamer.runtime.display import Row, device_row, format_bytes, parameters_row
@@ -23,14 +26,39 @@ from dreamer.runtime.provenance import versions
 from dreamer.runtime.shares import own_seed, share
 from dreamer.types import Space, Spaces, replay_fields, visible
 
+#: What a run has in its logdir: folders, and files of records.
+_FOLDERS = ("checkpoints", "best", "replay", "tensorboard", "videos", "reports")
+_RECORDS = ("metrics.jsonl", "scores.jsonl")
+#: Characters of a task, its last ones, in the name of a folder that nobody has named.
+_NAME_LENGTH = 80
+
 
 def resolve_logdir(config: Config) -> Config:
     """The configuration with a logdir: the one given, or a new folder under runs/ named after task, time and seed."""
     if config.logdir:
         return config
-    name = config.task.replace("/", "_").replace(":", "_")
+    name = re.sub(r"[^\w.+-]+", "_", config.task)[-_NAME_LENGTH:]
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return dataclasses.replace(config, logdir=str(Path("runs") / f"{name}-{stamp}-seed{config.seed}"))
+    return dataclasses.replace(config, logdir=str(absolute(Path("runs") / f"{name}-{stamp}-seed{config.seed}")))
+
+
+def prepare_logdir(logdir: Path) -> None:
+    """Makes the folder of a run. PathError if nothing can be written there, or if what it holds is no run's: its
+    records would be cut off."""
+    make_folder(logdir)
+    if os.path.isdir(logdir / CONFIG_FILE):
+        raise PathError(f"expected the folder of a run, got {str(logdir)!r}, where {CONFIG_FILE} is a folder itself")
+    for name in _FOLDERS:
+        if os.path.lexists(logdir / name) and not os.path.isdir(logdir / name):
+            raise PathError(f"expected the folder of a run, got {str(logdir)!r}, where {name} is no folder")
+    if os.path.exists(logdir / CONFIG_FILE) or os.path.exists(logdir / "checkpoints"):
+        return
+    for name in _RECORDS:
+        if os.path.isfile(logdir / name) and os.path.getsize(logdir / name):
+            raise PathError(
+                f"expected a new folder or that of a run, got {str(logdir)!r}, which has no {CONFIG_FILE} but a {name} "
+                "of something else; choose another --logdir, or remove that file"
+            )
 
 
 #: The task of a run whose environments come from a function of the user's, unless the user gave it a name.

@@ -14,11 +14,14 @@ It is built under a hidden name and becomes valid by one last rename.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
+import re
 import shutil
+import tempfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,8 @@ PARTIAL = ".partial-"
 TRASH = ".trash-"
 
 _SHOWN_DIFFERENCES = 8
+#: Paths that orbax takes as they are: it puts its own into patterns, where [ ] * ? match other names, and into JSON.
+_PLAIN = re.compile(r"[A-Za-z0-9/._+=,@:~-]+")
 
 Leaves = dict[tuple[str | int, ...], np.ndarray]
 
@@ -95,8 +100,8 @@ def write(folder: Path, leaves: Leaves, meta: Mapping[str, Any], files: Mapping[
         # Orbax refuses arrays without elements; the manifest alone says all about them.
         stored = {_name(p): a for p, a in leaves.items() if a.size}
         if stored:
-            with _orbax() as saver:
-                saver.save((partial / "state").absolute(), args=ocp.args.PyTreeSave(stored))
+            with _orbax() as saver, _plainly_named(partial) as place:
+                saver.save(place / "state", args=ocp.args.PyTreeSave(stored))
         (partial / "meta.json").write_text(json.dumps(meta, default=_encode), encoding="utf-8")
         for name, data in (files or {}).items():
             (partial / "files").mkdir(exist_ok=True)
@@ -212,6 +217,20 @@ def _orbax() -> ocp.Checkpointer:
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone)
 
 
+@contextlib.contextmanager
+def _plainly_named(folder: Path) -> Iterator[Path]:
+    """The folder from the root under a path that orbax can take: its own one, or a link for the time being."""
+    folder = folder.absolute()
+    if _PLAIN.fullmatch(str(folder)):
+        yield folder
+        return
+    usual = tempfile.gettempdir()
+    with tempfile.TemporaryDirectory(prefix="dreamer-", dir=usual if _PLAIN.fullmatch(usual) else "/tmp") as place:
+        link = Path(place) / "snapshot"
+        link.symlink_to(folder, target_is_directory=True)
+        yield link
+
+
 def _load(folder: Path, saved: Mapping[tuple, jax.ShapeDtypeStruct]) -> Leaves:
     """Reads the named arrays as numpy, whatever device they were saved from."""
     stored = {_name(p): s for p, s in saved.items() if s.size}
@@ -219,8 +238,12 @@ def _load(folder: Path, saved: Mapping[tuple, jax.ShapeDtypeStruct]) -> Leaves:
     if stored:
         how = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in stored}
         request = ocp.args.PyTreeRestore(item=stored, restore_args=how, partial_restore=True)
-        with _orbax() as loader:
-            values = loader.restore((folder / "state").absolute(), args=request)
+        try:
+            with _orbax() as loader, _plainly_named(folder) as place:
+                values = loader.restore(place / "state", args=request)
+        except (ValueError, KeyError, OSError) as error:
+            what = str(error).partition(" [tensorstore_spec")[0]
+            raise DamagedCheckpointError(f"{folder}: the arrays in state/ cannot be read ({what})") from error
     return {p: values[_name(p)] if s.size else np.zeros(s.shape, s.dtype) for p, s in saved.items()}
 
 

@@ -19,7 +19,7 @@ from dreamer.runtime.lock import LogdirLock
 from dreamer.runtime.loop import Run
 from dreamer.runtime.nonfinite import NonFiniteError
 from dreamer.runtime.seeds import SeedRuns
-from dreamer.runtime.setup import name_own_task, resolve_logdir
+from dreamer.runtime.setup import name_own_task, prepare_logdir, resolve_logdir
 from dreamer.runtime.signals import StopRequest
 from dreamer.runtime.startup import Startup
 
@@ -35,10 +35,12 @@ def train(config: Config, make_env: MakeEnv | None = None, begun: float | None =
     make_env: ``(index, seed) -> environment``, a Gymnasium or `dreamer.envs.Env` one, instead of `config.task`.
     begun: when the program was started, by `time.time`, for the account of the time to the first update; None: now.
     0: reached the end or was asked to stop (a checkpoint is saved); 3: a loss or an action was not finite; 4:
-    environments failed too often (a checkpoint is saved).
+    environments failed too often (a checkpoint is saved). PathError if the logdir cannot be one.
     """
     startup = Startup(begun)
     startup.mark("imports")
+    if config.logdir:
+        prepare_logdir(Path(config.logdir))
     reuse_freed_memory()
     keep_compiled_programs()
     join(config.run)
@@ -48,7 +50,7 @@ def train(config: Config, make_env: MakeEnv | None = None, begun: float | None =
     stored = stored_config(logdir)
     if stored is not None:
         check_resume(stored, config)
-    logdir.mkdir(parents=True, exist_ok=True)
+    prepare_logdir(logdir)
     console = Console(highlight=False)
     kind = SharedRun if jax.process_count() > 1 else Run if config.run.seeds is None else SeedRuns
     with LogdirLock(logdir), StopRequest() as stop:

@@ -30,6 +30,16 @@ def load_params(checkpointer: Checkpointer, template: Mapping[str, Any] | None =
     return checkpointer.restore(template, parts=("params",))[1]["params"]
 
 
+def check_source(config: Config) -> None:
+    """CheckpointError if the configuration names a folder of weights in which there are none. Reads none of them."""
+    if config.from_checkpoint is not None:
+        source = Checkpointer(config.from_checkpoint, read_only=True)
+        if source.best_score() is None and source.latest() is None:
+            raise CheckpointError(
+                f"--from_checkpoint: expected the folder of a run with a checkpoint, found none in {source.logdir}"
+            )
+
+
 def warm_start(config: Config, state: TrainState) -> TrainState:
     """`state` with the parts of another run's weights that the configuration names; the rest stays fresh.
 

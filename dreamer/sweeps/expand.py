@@ -17,6 +17,9 @@ from dreamer.presets import Setting, Settings, build, fitted, settings_of
 from dreamer.schema import ConfigError
 from dreamer.sweeps.spec import Drawn, Entry, Sweep
 
+#: Bytes of a name in most file systems.
+_LONGEST_NAME = 255
+
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
@@ -66,6 +69,11 @@ def planned(
     """
     labels = [re.sub(r"[^\w.+-]+", "_", entry.label) for entry in entries if entry.label]
     name = "-".join([*labels, f"seed{seed}"])
+    if len(name.encode()) > _LONGEST_NAME:
+        raise ConfigError(
+            f"{sweep.path}: expected names of runs of at most {_LONGEST_NAME} bytes, as they are folders, got {name}; "
+            "name them under `runs:`"
+        )
     configs = (*sweep.configs, *(config for entry in entries for config in entry.configs))
     read = {} if presets is None else presets
     if configs not in read:
@@ -91,13 +99,13 @@ def expand(sweep: Sweep, folder: Path) -> list[Planned]:
     every = list(combinations(sweep))
     presets: Presets = {}
     runs = [planned(sweep, entries, seed, folder, presets) for seed in sweep.seeds for entries in every]
-    names: set[str] = set()
+    names: dict[str, str] = {}
     for run in runs:
-        if run.name in names:
-            raise ConfigError(
-                f"{sweep.path}: two runs are called {run.name}; leave one out, or name them under `runs:`"
-            )
-        names.add(run.name)
+        plain = run.name.casefold()  # disks that know no capitals would take them for one folder
+        if plain in names:
+            both = " and ".join(dict.fromkeys([names[plain], run.name]))
+            raise ConfigError(f"{sweep.path}: two runs are called {both}; leave one out, or name them under `runs:`")
+        names[plain] = run.name
     check_tasks(runs)
     return runs
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
+from dreamer.paths import absolute
 from dreamer.presets import (
     Setting,
     Settings,
@@ -33,11 +35,11 @@ def sweep_names() -> dict[str, Path]:
 
 def find_sweep(name: str) -> Path:
     """The file of a sweep's name or of a path."""
-    path = Path(name).expanduser()
-    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        if not path.is_file():
-            raise ConfigError(f"expected a sweep file, found none at {path.absolute()}")
-        return path.absolute()
+    if name.endswith((".yaml", ".yml")) or os.sep in name:
+        path = absolute(name)
+        if not os.path.isfile(path):
+            raise ConfigError(f"expected a sweep file, found none at {path}")
+        return path
     names = sweep_names()
     if name not in names:
         close = suggestion(name, names, f"; known: {', '.join(names)}")

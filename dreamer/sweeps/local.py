@@ -7,10 +7,10 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dreamer.paths import PROGRAM
 from dreamer.presets import save_config
 from dreamer.schema import ConfigError
 from dreamer.sweeps.expand import Planned
@@ -18,7 +18,7 @@ from dreamer.sweeps.state import CONFIG_FILE, LOG_FILE
 
 #: Share of a device's memory that runs on it take together, where there are several.
 MEMORY_SHARE = 0.9
-TRAIN = (sys.executable, "-m", "dreamer", "train")
+TRAIN = (*PROGRAM, "train")
 
 
 def found_devices(environment: Mapping[str, str] = os.environ) -> list[str]:

@@ -2,19 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dreamer.schema import ConfigError, suggestion
 from dreamer.sweeps.expand import Planned
 from dreamer.sweeps.local import MEMORY_SHARE, command
-from dreamer.sweeps.node import STOP_FILE, run_program
+from dreamer.sweeps.node import STOP_FILE
 
 #: Of `ray:` in a sweep file: where the cluster is (RAY_ADDRESS or a local one otherwise), and what one run takes.
 KEYS = {"address": None, "num_cpus": 1, "num_gpus": 0}
 #: What a task that ended without an exit code gives: its machine was lost, say.
 LOST = 1
+
+
+def on_a_machine(working_folder: str) -> Callable[[Sequence[str], Path, Mapping[str, str]], int]:
+    """What a task does: `run_program`, imported there. Ray puts the working folder before everything else on the path
+    of its processes, and a dreamer.py that lies in it would be taken for this program."""
+
+    def task(words: Sequence[str], folder: Path, settings: Mapping[str, str]) -> int:
+        sys.path[:] = [place for place in sys.path if place != working_folder] + [working_folder]
+        from dreamer.sweeps.node import run_program
+
+        return run_program(words, folder, settings)
+
+    return task
 
 
 class RayJob:
@@ -61,7 +76,8 @@ class RayBackend:
         self._settings = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{MEMORY_SHARE * gpus:.2f}"} if shared else {}
         ray.init(address=asked["address"], log_to_driver=False, include_dashboard=False, ignore_reinit_error=True)
         self._ray, self._program, self.slots = ray, program, jobs
-        self._task = ray.remote(num_cpus=asked["num_cpus"], num_gpus=gpus, max_retries=0)(run_program)
+        task = on_a_machine(os.getcwd())
+        self._task = ray.remote(num_cpus=asked["num_cpus"], num_gpus=gpus, max_retries=0)(task)
 
     def start(self, run: Planned, slot: int) -> RayJob:
         words, folder = command(run, self._program), run.folder.absolute()

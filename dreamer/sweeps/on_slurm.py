@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,8 +50,10 @@ class SlurmBackend:
         except ImportError as error:
             raise ConfigError(f"--backend slurm needs submitit ({error}); `pip install 'dreamer[slurm]'`") from None
         asked = dict(settings)
+        safe = f"{shlex.quote(sys.executable)} -P"  # a job begins in the working folder, whatever modules lie there
+        pythons = {"slurm_python": safe, "local_python": safe}
         try:
-            self._executor = submitit.AutoExecutor(folder=folder, cluster=asked.pop("cluster", "slurm"))
+            self._executor = submitit.AutoExecutor(folder=folder, cluster=asked.pop("cluster", "slurm"), **pythons)
             self._executor.update_parameters(**asked)
         except (RuntimeError, NameError, TypeError, ValueError) as error:
             raise ConfigError(f"slurm: {error}") from None

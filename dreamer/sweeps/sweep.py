@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from dreamer.paths import absolute, make_folder
 from dreamer.presets import check_resume, stored_config
 from dreamer.runtime.lock import LogdirLock
 from dreamer.runtime.signals import StopRequest
@@ -53,7 +54,7 @@ def sweep_command(request: Request, program: Sequence[str] = TRAIN, poll_seconds
     program: what trains, in place of `dreamer train`, with its arguments.
     """
     sweep = load_sweep(find_sweep(request.file))
-    folder = request.logdir or Path("runs") / sweep.name
+    folder = absolute(request.logdir or Path("runs") / sweep.name)
     console = Console(highlight=False)
     runs = [] if sweep.search else expand(sweep, folder)
     source = None
@@ -67,6 +68,7 @@ def sweep_command(request: Request, program: Sequence[str] = TRAIN, poll_seconds
         from dreamer.sweeps.estimate import dry_run
 
         return dry_run(sweep, runs, at_once(request, runs), console)
+    make_folder(folder)
     with LogdirLock(folder), StopRequest() as stop:
         entries = [Entry(run) for run in runs] if source is None else source.begun()
         if request.report:

@@ -1,0 +1,101 @@
+"""Paths as people give them: `~` expanded and made absolute in one place, and tried before anything slow begins.
+
+Whatever comes from a command line, a YAML file or another program goes through `absolute` where it first arrives. What
+happens to the working folder afterwards (an environment that changes it, say) then moves no file of ours.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import sys
+import tempfile
+from pathlib import Path
+
+#: Starts this very program in a process of its own, whatever modules lie in the working folder.
+PROGRAM = (sys.executable, "-P", str(Path(__file__).resolve().with_name("__main__.py")))
+
+
+class PathError(ValueError):
+    """A path of the user's cannot be used for what it was given for; the message says why, and what to do."""
+
+
+def absolute(path: str | os.PathLike[str], beside: Path | None = None) -> Path:
+    """The path from the root, with `~` expanded. Links and `..` in it stay as they are.
+
+    beside: the folder that a relative path starts from; None: the working folder. PathError if there is no such home
+    or working folder, or if no file can have this name.
+    """
+    text = os.fsdecode(path)
+    if not text:
+        raise PathError("expected a path, got an empty text")
+    if "\0" in text or _undecodable(text):
+        raise PathError(f"expected a path in UTF-8 without NUL characters, got {text!r}; name another")
+    if text.startswith("~"):
+        text = _with_home(text)
+    if os.path.isabs(text):
+        return Path(text)
+    return (working_folder(text) if beside is None else beside) / text
+
+
+def working_folder(wanted: str = "it") -> Path:
+    """The working folder. PathError, naming the relative path that needs it, if it was deleted."""
+    try:
+        return Path(os.getcwd())
+    except OSError as error:
+        text = f"expected a working folder for {wanted!r}, but it is gone ({error.strerror})"
+        raise PathError(f"{text}; change to another one, or give the path in full") from None
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder, and those above it, and tries to write there. PathError, in one line, if that fails."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        text = f"expected a folder that can be written to, got {str(folder)!r}: {_reason(folder, error)}"
+        raise PathError(f"{text}; name another") from None
+
+
+def check_file(path: Path) -> None:
+    """For a file that is to be written later: makes its folder, and tries its name. PathError if that fails."""
+    make_folder(path.parent)
+    try:
+        os.lstat(path.with_name(f".{path.name}.partial"))  # the longest name it has while it is written
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:
+        raise PathError(f"expected the name of a file to write, got {str(path)!r}: {error}; name another") from None
+    if path.is_dir():
+        raise PathError(f"expected the name of a file to write, got the folder {str(path)!r}; add a name")
+
+
+def _undecodable(text: str) -> bool:
+    """Whether it holds bytes that are no UTF-8, which neither YAML nor JSON could record."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _with_home(text: str) -> str:
+    """`~/x` and `~name/x` with the home in place."""
+    user, slash, rest = text.partition("/")
+    try:
+        if user == "~":
+            home = os.environ.get("HOME") or pwd.getpwuid(os.getuid()).pw_dir
+        else:
+            home = pwd.getpwnam(user[1:]).pw_dir
+    except KeyError:
+        whose = "yours (HOME is not set)" if user == "~" else f"a user {user[1:]!r}"
+        remedy = f"give the path in full, or ./{text} for a name that begins with ~"
+        raise PathError(f"expected the home folder of {whose} for {text!r}, found none; {remedy}") from None
+    return home.rstrip("/") + slash + rest or "/"
+
+
+def _reason(folder: Path, error: OSError) -> str:
+    """Why it cannot be made or written to."""
+    for place in (folder, *folder.parents):
+        if os.path.islink(place) and not os.path.exists(place):
+            return f"{place} is a link to {os.readlink(place)}, which is not there"
+        if os.path.exists(place):
+            return f"{place} is a file" if not os.path.isdir(place) else error.strerror or str(error)
+    return error.strerror or str(error)
