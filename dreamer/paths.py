@@ -67,7 +67,7 @@ def check_file(path: Path) -> None:
         pass
     except (OSError, ValueError) as error:
         raise PathError(f"expected the name of a file to write, got {str(path)!r}: {error}; name another") from None
-    if path.is_dir():
+    if os.path.isdir(path):
         raise PathError(f"expected the name of a file to write, got the folder {str(path)!r}; add a name")
 
 

@@ -134,6 +134,16 @@ def logdir(request: Request) -> Finding:
     place = existing(request.logdir)
     if not place.is_dir():
         return Finding("logdir", "fail", f"{place} is a file", "choose another folder: --logdir DIR")
+    if os.path.islink(request.logdir) and not os.path.exists(request.logdir):
+        seen = f"{request.logdir} is a link to {os.readlink(request.logdir)}, which is not there"
+        return Finding("logdir", "fail", seen, "choose another folder: --logdir DIR")
+    try:
+        os.path.lexists(request.logdir) or os.stat(request.logdir)
+    except FileNotFoundError:
+        pass  # it will be made
+    except OSError as error:
+        seen = f"{request.logdir} cannot be made: {error.strerror}"
+        return Finding("logdir", "fail", seen, "choose another folder: --logdir DIR")
     try:
         with tempfile.TemporaryDirectory(prefix=".doctor-", dir=place) as folder:
             path = Path(folder) / "written"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,7 +114,7 @@ def outputs(request: Request) -> list[Path]:
     """The files to write: the pictures, then the table. An ending of theirs that `out` has already asks for that
     format too."""
     out, formats = request.out, list(request.formats)
-    if out.is_dir():
+    if os.path.isdir(out):
         out = out / "plot"
     if (ending := out.suffix.removeprefix(".").lower()) in (*PICTURES, TABLE):
         out = out.with_suffix("")

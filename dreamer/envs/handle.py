@@ -238,6 +238,10 @@ def _clean_start() -> Iterator[None]:
     start again. Its functions reach workers by value (cloudpickle). From the working folder a random.py, say, would be
     taken for the standard library's by the server that workers come from, if Python were not told to leave it.
     """
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # workers begin in it, and multiprocessing cannot do without
+        os.chdir("/")
     main, safe = sys.modules["__main__"], os.environ.get(worker.SAFE_PATH)
     sys.modules["__main__"] = types.ModuleType("__main__")
     os.environ[worker.SAFE_PATH] = "1"

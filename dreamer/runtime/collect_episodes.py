@@ -12,6 +12,7 @@ from dreamer.config import Config
 from dreamer.envs import VectorEnv, make_vector_env
 from dreamer.envs.faults import FaultBudget, describe
 from dreamer.envs.interface import Batch, Fault
+from dreamer.presets import ConfigError
 from dreamer.replay.episodes import EpisodeCutter
 from dreamer.runtime.acting import load_agent
 from dreamer.runtime.collect import Collector
@@ -34,6 +35,12 @@ def collect_command(config: Config, out: Path | str, steps: int, policy: str, co
     episodes already, TaskError if the agent was trained with other spaces.
     """
     console = console or Console(highlight=False)
+    fewest = 2 * config.env.num_envs
+    if steps < fewest:
+        raise ConfigError(
+            f"--steps: expected at least {fewest}, two in each of {config.env.num_envs} environments, got {steps}; an "
+            "episode of one step says nothing"
+        )
     writer = new_writer(out)
     failures = FaultBudget(config.env)
 
