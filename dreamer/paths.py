@@ -43,7 +43,7 @@ def working_folder(wanted: str = "it") -> Path:
     try:
         return Path(os.getcwd())
     except OSError as error:
-        text = f"expected a working folder for {wanted!r}, but it is gone ({error.strerror})"
+        text = f"expected a working folder for a relative path, but it is gone ({error.strerror}), got {wanted!r}"
         raise PathError(f"{text}; change to another one, or give the path in full") from None
 
 
@@ -85,9 +85,9 @@ def _with_home(text: str) -> str:
         else:
             home = pwd.getpwnam(user[1:]).pw_dir
     except KeyError:
-        whose = "yours (HOME is not set)" if user == "~" else f"a user {user[1:]!r}"
+        what = "your home folder (HOME is not set)" if user == "~" else f"the home folder of a user {user[1:]!r}"
         remedy = f"give the path in full, or ./{text} for a name that begins with ~"
-        raise PathError(f"expected the home folder of {whose} for {text!r}, found none; {remedy}") from None
+        raise PathError(f"expected {what}, found none, got {text!r}; {remedy}") from None
     return home.rstrip("/") + slash + rest or "/"
 
 

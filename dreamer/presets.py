@@ -362,5 +362,5 @@ def run_config(logdir: Path | str) -> Config:
 
 def runs_inside(folder: Path, most: int = 5) -> list[str]:
     """Names of the first folders in a folder that are runs."""
-    found = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))
+    found = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}")) if os.path.isdir(folder) else []
     return found[:most] + (["..."] if len(found) > most else [])

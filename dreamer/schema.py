@@ -226,8 +226,8 @@ def first_fault(error: pydantic.ValidationError) -> tuple[str, str]:
             parts.append(str(part))
     text = fault["msg"].removeprefix("Value error, ").replace("Input should be", "expected a value")
     name = ".".join(parts)
-    shown = repr(fault["input"])
-    return name, f"{text}, got {shown}" if name in options() and shown not in text else text
+    shown = f"got {fault['input']!r}"
+    return name, text if name not in options() or shown in text else f"{text}, {shown}"
 
 
 # --- Help --------------------------------------------------------------------------------------

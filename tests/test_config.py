@@ -169,7 +169,7 @@ def test_yaml_numbers_as_people_write_them(tmp_path):
         ("env.gym.kwargs", "{gravity: 9.5, mode: easy}", {"gravity": 9.5, "mode": "easy"}),
         ("env.gym.kwargs.gravity", "9.5", {"gravity": 9.5}),
         ("task", "3", "3"),
-        ("logdir", "__import__('os').system('exit 1')", "__import__('os').system('exit 1')"),
+        ("logdir", "/__import__('os').system('exit 1')", "/__import__('os').system('exit 1')"),
     ],
 )
 def test_overrides_are_read_as_their_option_wants(name, text, value):
@@ -323,10 +323,10 @@ def test_no_run_no_stored_config(tmp_path):
 
 def test_resume_allows_lengths_and_intervals_and_lists_the_changes():
     old = load_config(["gym", "cpu"])
-    new = load_config(["gym", "cpu"], {"run.agent_steps": "200_000", "run.eval_every": "1000", "logdir": "elsewhere"})
+    new = load_config(["gym", "cpu"], {"run.agent_steps": "200_000", "run.eval_every": "1000", "logdir": "/elsewhere"})
     changes = check_resume(old, new)
     assert [str(c) for c in changes] == [
-        'logdir: "" -> elsewhere',
+        'logdir: "" -> /elsewhere',
         "run.agent_steps: 100000 -> 200000",
         "run.eval_every: null -> 1000",
     ]

@@ -70,7 +70,9 @@ def test_without_a_home_variable_the_list_of_users_knows(here, monkeypatch, home
     monkeypatch.delenv("HOME") if home is None else monkeypatch.setenv("HOME", home)
     assert absolute("~/x") == Path(pwd.getpwuid(os.getuid()).pw_dir) / "x"
     monkeypatch.setattr(pwd, "getpwuid", nobody)
-    with pytest.raises(PathError, match=r"home folder of yours \(HOME is not set\) for '~/x', found none; .* in full"):
+    with pytest.raises(
+        PathError, match=r"your home folder \(HOME is not set\), found none, got '~/x'; .* in full"
+    ):
         absolute("~/x")
 
 
@@ -94,7 +96,7 @@ def test_options_that_are_paths_do_not_depend_on_the_working_folder(here, tmp_pa
 
 def test_a_path_that_cannot_be_names_its_option(here):
     for name in ("logdir", "from_checkpoint", "replay.preload"):
-        with pytest.raises(ConfigError, match=rf"^--{name}: expected the home folder of a user 'no-such-user' [^\n]*$"):
+        with pytest.raises(ConfigError, match=rf"^--{name}: expected the home folder of a user 'no-such-user'[^\n]*$"):
             load_config([], {name: "~no-such-user/x"})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from dreamer.commands.arguments import Parser, place
 
@@ -16,7 +17,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--logdir", type=place, default="runs", help="folder that runs would write to")
+    parser.add_argument("--logdir", type=place, default=Path("runs"), help="folder that runs would write to")
     parser.add_argument(
         "--platform", choices=("auto", "cpu", "gpu", "tpu"), default="auto", help="kind of device that must be there"
     )

@@ -16,9 +16,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("logdir", type=place, help="folder of the run")
+    parser.add_argument("logdir", help="folder of the run")
     parser.add_argument("--episodes", type=count, default=20, help="episodes to play")
-    parser.add_argument("--video", type=place, metavar="FILE.gif", help="write a video of the first environment there")
+    parser.add_argument("--video", metavar="FILE.gif", help="write a video of the first environment there")
     parser.add_argument("--policy", choices=("mode", "sample"), default="mode", help="most likely or sampled actions")
     parser.add_argument("--seed", type=int, help="seed of the environments and of sampling; none: the run's own")
     parser.add_argument("--platform", choices=("auto", "cpu"), default="auto", help="auto: the fastest device")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from dreamer.commands.arguments import Parser, count, place
 
@@ -47,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--bins", type=count, metavar="N", help="average scores in so many bins")
     parser.add_argument("--window", type=width, metavar="W", help="... or in bins so wide, in units of the x axis")
     parser.add_argument(
-        "--out", type=place, default="plot", metavar="PREFIX", help="write PREFIX.png, PREFIX.svg, PREFIX.md"
+        "--out", type=place, default=Path("plot"), metavar="PREFIX", help="write PREFIX.png, PREFIX.svg, PREFIX.md"
     )
     parser.add_argument(
         "--format",
