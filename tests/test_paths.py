@@ -70,9 +70,7 @@ def test_without_a_home_variable_the_list_of_users_knows(here, monkeypatch, home
     monkeypatch.delenv("HOME") if home is None else monkeypatch.setenv("HOME", home)
     assert absolute("~/x") == Path(pwd.getpwuid(os.getuid()).pw_dir) / "x"
     monkeypatch.setattr(pwd, "getpwuid", nobody)
-    with pytest.raises(
-        PathError, match=r"your home folder \(HOME is not set\), found none, got '~/x'; .* in full"
-    ):
+    with pytest.raises(PathError, match=r"your home folder \(HOME is not set\), found none, got '~/x'; .* in full"):
         absolute("~/x")
 
 

@@ -15,7 +15,7 @@ from dreamer.diagnostics.figure import draw
 from dreamer.diagnostics.json_lines import SCORE, told
 from dreamer.diagnostics.table import markdown
 from dreamer.diagnostics.variants import variant, variants
-from dreamer.paths import check_file
+from dreamer.paths import absolute, check_file
 from dreamer.schema import ConfigError, show, suggestion
 
 #: `--reference auto`: the published scores of the tasks that are plotted, where there are any.
@@ -135,7 +135,7 @@ def plot_command(request: Request) -> int:
     """Plots, prints the table and the paths; on stderr, what could not be read. PathError if the files cannot be
     written."""
     for path in outputs(request):
-        check_file(path)
+        check_file(absolute(path))
     found = make_comparison(request)
     paths = write(found, request)
     print(markdown(found, request.axis))

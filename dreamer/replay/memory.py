@@ -49,9 +49,9 @@ def machine_memory() -> int:
 
 def disk_space(folder: Path | None) -> int:
     """Bytes that replay files in `folder` (which need not exist yet) may fill: free ones, and those they fill now."""
-    folder = (folder or Path()).resolve()
-    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
-    ours = sum(entry.stat().st_blocks * 512 for entry in os.scandir(folder)) if folder.is_dir() else 0
+    folder = Path(os.path.realpath(folder or Path()))
+    existing = next(path for path in (folder, *folder.parents) if os.path.isdir(path))
+    ours = sum(entry.stat().st_blocks * 512 for entry in os.scandir(folder)) if os.path.isdir(folder) else 0
     return shutil.disk_usage(existing).free + ours
 
 

@@ -6,6 +6,7 @@ flags of a first step in front, an action that was never executed at the end.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ _METADATA = "metadata.json"
 
 def find_dataset(path: Path) -> Path | None:
     """The data folder of the Minari dataset at `path`, which may be that folder or the one above; None: no dataset."""
-    return next((folder for folder in (path, path / "data") if (folder / _METADATA).is_file()), None)
+    return next((folder for folder in (path, path / "data") if os.path.isfile(folder / _METADATA)), None)
 
 
 class MinariSource:

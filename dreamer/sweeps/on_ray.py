@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dreamer.paths import working_folder
 from dreamer.schema import ConfigError, suggestion
 from dreamer.sweeps.expand import Planned
 from dreamer.sweeps.local import MEMORY_SHARE, command
@@ -76,7 +76,7 @@ class RayBackend:
         self._settings = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{MEMORY_SHARE * gpus:.2f}"} if shared else {}
         ray.init(address=asked["address"], log_to_driver=False, include_dashboard=False, ignore_reinit_error=True)
         self._ray, self._program, self.slots = ray, program, jobs
-        task = on_a_machine(os.getcwd())
+        task = on_a_machine(str(working_folder()))
         self._task = ray.remote(num_cpus=asked["num_cpus"], num_gpus=gpus, max_retries=0)(task)
 
     def start(self, run: Planned, slot: int) -> RayJob:
