@@ -155,7 +155,7 @@ def test_patterns_of_runs_below_folders_of_any_name(here):
     for run in ("[lr]/a1", "[lr]/a2", "l/a3"):
         (here / run).mkdir(parents=True)
         (here / run / "scores.jsonl").touch()
-    names = lambda *patterns: [file.parent.name for _, file in find(patterns)]  # noqa: E731
+    names = lambda *patterns: [file.parent.name for _, file in find(patterns, [])]  # noqa: E731
     assert names("[lr]/a*") == names("./[lr]/a?") == names("mine=[lr]/a[12]") == ["a1", "a2"]
     assert names("[l]/a*") == ["a3"] and names("**/a*") == ["a1", "a2", "a3"]
     (here / "home").symlink_to(here / "[lr]")
