@@ -42,6 +42,14 @@ def stream_key(run_key: jax.Array | np.ndarray, stream: str, counter: int | jax.
     return jax.random.fold_in(jax.random.fold_in(key, STREAMS[stream]), counter)
 
 
+def seed_key(seed: int) -> np.ndarray:
+    """The raw key of a seed below 2**64: `jax.random.key` takes 32 bits of it, the upper ones are folded in."""
+    key = jax.random.key(np.uint32(seed & 0xFFFFFFFF))
+    if seed >> 32:
+        key = jax.random.fold_in(key, np.uint32(seed >> 32))
+    return np.asarray(jax.random.key_data(key))
+
+
 def text_keys(tree: Any) -> Any:
     """Nested dicts with every key as text: NNX numbers the items of lists, checkpoints know only names."""
     return {str(k): text_keys(v) for k, v in tree.items()} if isinstance(tree, dict) else tree
@@ -133,8 +141,8 @@ class Agent:
     # Learning
 
     def _init(self, seed: int | jax.Array) -> TrainState:
-        """A fresh TrainState; `seed` is the run's."""
-        run_key = jax.random.key_data(jax.random.key(seed))
+        """A fresh TrainState; `seed` is the run's, if it is below 2**31, or what `seed_key` makes of it."""
+        run_key = jnp.asarray(seed) if np.ndim(seed) else jax.random.key_data(jax.random.key(seed))
         # At least as many draws as there are weights; biases and norm scales need none.
         count = sum(leaf.size for leaf in jax.tree.leaves(self.numbered))
         rngs: Any = Draws(stream_key(run_key, "init", 0), count)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dreamer import __version__
 from dreamer.commands.arguments import USAGE_ERROR
 from dreamer.schema import ConfigError, suggestion
+from dreamer.values import one_line
 
 #: What `dreamer --help` says of each command; `dreamer.commands.NAME` runs it.
 COMMANDS: dict[str, str] = {
@@ -72,5 +73,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except user_errors() as error:
-        print(f"dreamer: error: {error}", file=sys.stderr)
+        print(f"dreamer: error: {one_line(str(error))}", file=sys.stderr)
         return USAGE_ERROR

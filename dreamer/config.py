@@ -7,19 +7,31 @@ overrides (see `presets.py`) only change values; an unknown key or a value of th
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import BeforeValidator, Field
 
-from dreamer import paths
+from dreamer import contradictions, paths
+from dreamer.values import group, plain
 
-_STRICT = ConfigDict(extra="forbid", validate_default=True)
+#: Bounds that many options have. Numbers above them would not mean more, and would overflow what counts or stores them.
+STEPS: dict[str, Any] = {"gt": 0, "le": 10**12}
+COUNT: dict[str, Any] = {"gt": 0, "le": 1_000_000}
+UNITS: dict[str, Any] = {"gt": 0, "le": 131_072}
+LAYERS: dict[str, Any] = {"ge": 1, "le": 64}
+SCALE: dict[str, Any] = {"ge": 0, "le": 1e6}
+REPEAT: dict[str, Any] = {"ge": 1, "le": 10_000}
+LARGEST_SEED = 2**64 - 1
+
+#: Height and width of images.
+Side = Annotated[int, Field(ge=1, le=4096)]
+Size = tuple[Side, Side]
 
 
 def option(default: Any, meaning: str, unit: str | None = None, resume: bool = False, **limits: Any) -> Any:
-    """One option. `resume`: may change when a run is resumed. `limits`: pydantic's ge, gt, le, lt."""
+    """One option. `resume`: may change when a run is resumed. `limits`: pydantic's ge, gt, le, lt, min_length; every
+    number has a least and a largest."""
     extra: dict[str, Any] = {"unit": unit, "resume": resume}
     if callable(default):
         return Field(default_factory=default, description=meaning, json_schema_extra=extra, **limits)
@@ -31,38 +43,51 @@ def _path(value: Any) -> Any:
     return str(paths.absolute(value)) if isinstance(value, str | os.PathLike) else value
 
 
-@dataclass(frozen=True, config=_STRICT)
+@group
 class RunConfig:
     """The training loop: how long, how often, how much."""
 
-    agent_steps: int = option(1_100_000, "Length of the run", "agent steps", resume=True, gt=0)
-    train_ratio: float = option(256.0, "Replayed steps per collected agent step", gt=0)
+    agent_steps: int = option(1_100_000, "Length of the run", "agent steps", resume=True, **STEPS)
+    train_ratio: float = option(256.0, "Replayed steps per collected agent step", gt=0, le=1e6)
     seeds: int | None = option(
-        None, "Independent agents trained together, in folders seed_N of the logdir; null: one, in the logdir", ge=1
+        None,
+        "Independent agents trained together, in folders seed_N of the logdir; null: one, in the logdir",
+        ge=1,
+        le=1024,
     )
     updates_per_dispatch: int = option(
-        1, "Updates in one program on the device, where at least as many are due in the same step", gt=0
+        1, "Updates in one program on the device, where at least as many are due in the same step", gt=0, le=1024
     )
-    batch_size: int = option(16, "Sequences per update (B)", gt=0)
-    batch_length: int = option(64, "Trained steps per sequence (T), the context step not counted", "steps", ge=2)
-    log_every: int = option(1000, "Interval between metric writes", "agent steps", resume=True, gt=0)
+    batch_size: int = option(16, "Sequences per update (B)", gt=0, le=65_536)
+    batch_length: int = option(
+        64, "Trained steps per sequence (T), the context step not counted", "steps", ge=2, le=65_536
+    )
+    log_every: int = option(1000, "Interval between metric writes", "agent steps", resume=True, **STEPS)
     report_every: int | None = option(
-        20_000, "Interval between reports: dream videos, health of the model; null: none", "agent steps", resume=True
+        20_000,
+        "Interval between reports: dream videos, health of the model; null: none",
+        "agent steps",
+        resume=True,
+        **STEPS,
     )
-    eval_every: int | None = option(None, "Interval between evaluations; null: none", "agent steps", resume=True)
-    eval_episodes: int = option(10, "Episodes per evaluation", "episodes", resume=True, gt=0)
-    eval_envs: int = option(4, "Environments stepped together in evaluation", resume=True, gt=0)
+    eval_every: int | None = option(
+        None, "Interval between evaluations; null: none", "agent steps", resume=True, **STEPS
+    )
+    eval_episodes: int = option(10, "Episodes per evaluation", "episodes", resume=True, **COUNT)
+    eval_envs: int = option(4, "Environments stepped together in evaluation", resume=True, gt=0, le=65_536)
     eval_policy: Literal["mode", "sample"] = option(
         "mode", "Actions in evaluation: most likely or sampled", resume=True
     )
     final_eval: bool = option(False, "Evaluate once more when the run ends", resume=True)
     checkpoint_every: int | None = option(
-        None, "Interval between checkpoints; null: by time only", "agent steps", resume=True
+        None, "Interval between checkpoints; null: by time only", "agent steps", resume=True, **STEPS
     )
-    checkpoint_minutes: float = option(15.0, "Interval between checkpoints by the clock", "minutes", resume=True, gt=0)
-    checkpoint_keep: int = option(2, "Newest checkpoints kept", resume=True, ge=1)
+    checkpoint_minutes: float = option(
+        15.0, "Interval between checkpoints by the clock", "minutes", resume=True, gt=0, le=1e9
+    )
+    checkpoint_keep: int = option(2, "Newest checkpoints kept", resume=True, ge=1, le=1_000_000)
     checkpoint_milestones: int | None = option(
-        None, "Keep one checkpoint for ever each so many", "agent steps", resume=True
+        None, "Keep one checkpoint for ever each so many", "agent steps", resume=True, **STEPS
     )
     platform: Literal["auto", "cpu", "gpu", "tpu"] = option(
         "auto", "Device kind; auto: the fastest present", resume=True
@@ -73,6 +98,7 @@ class RunConfig:
         "devices",
         resume=True,
         ge=1,
+        le=65_536,
     )
     mesh_model: int | None = option(
         None,
@@ -80,6 +106,7 @@ class RunConfig:
         "devices",
         resume=True,
         ge=1,
+        le=65_536,
     )
     coordinator: str | None = option(
         None,
@@ -87,10 +114,10 @@ class RunConfig:
         resume=True,
     )
     processes: int | None = option(
-        None, "How many processes share the run; null: what the cluster says", resume=True, ge=1
+        None, "How many processes share the run; null: what the cluster says", resume=True, ge=1, le=65_536
     )
     process_id: int | None = option(
-        None, "Which of them this is, from 0; null: what the cluster says", resume=True, ge=0
+        None, "Which of them this is, from 0; null: what the cluster says", resume=True, ge=0, le=65_535
     )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "Dtype of activations; auto: bfloat16 on accelerators, float32 on the CPU"
@@ -101,121 +128,123 @@ class RunConfig:
     display: bool = option(True, "Live progress display in a terminal", resume=True)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@group
 class AtariConfig:
     """Atari through ale-py."""
 
-    repeat: int = option(4, "Emulator frames per agent step", "frames", ge=1)
-    size: tuple[int, int] = option((64, 64), "Image height and width", "pixels")
+    repeat: int = option(4, "Emulator frames per agent step", "frames", **REPEAT)
+    size: Size = option((64, 64), "Image height and width", "pixels")
     gray: bool = option(False, "One gray channel instead of RGB")
     sticky: float = option(0.0, "Chance that the emulator repeats its last action", ge=0, le=1)
     actions: Literal["minimal", "all"] = option("minimal", "Action set")
-    noops: int = option(30, "Most no-op actions at the start of an episode", "agent-free frames", ge=0)
-    pooling: int = option(2, "Raw frames whose maximum is the observation", "frames", ge=1)
-    max_frames: int = option(108_000, "Time limit of an episode", "frames", gt=0)
+    noops: int = option(30, "Most no-op actions at the start of an episode", "agent-free frames", ge=0, le=1_000_000)
+    pooling: int = option(2, "Raw frames whose maximum is the observation", "frames", **REPEAT)
+    max_frames: int = option(108_000, "Time limit of an episode", "frames", gt=0, le=10**9)
     terminal_on_life_loss: bool = option(False, "Mark a lost life as terminal for the learner (episode goes on)")
     native: bool = option(
         False, "Emulators in ale-py's C++ threads, whatever env.workers says: fast, but not the benchmark's pixels"
     )
 
 
-@dataclass(frozen=True, config=_STRICT)
+@group
 class DmcConfig:
     """DeepMind Control suite."""
 
-    repeat: int = option(1, "Simulation control steps per agent step", "steps", ge=1)
+    repeat: int = option(1, "Simulation control steps per agent step", "steps", **REPEAT)
     pixels: bool = option(False, "Observe a rendered image instead of the state vectors")
-    size: tuple[int, int] = option((64, 64), "Image height and width", "pixels")
-    camera: int | None = option(None, "Camera; null: 0, for the quadruped 2")
+    size: Size = option((64, 64), "Image height and width", "pixels")
+    camera: int | None = option(None, "Camera; null: 0, for the quadruped 2", ge=-1, le=1000)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@group
 class CrafterConfig:
     """Crafter."""
 
-    size: tuple[int, int] = option((64, 64), "Image height and width", "pixels")
+    size: Size = option((64, 64), "Image height and width", "pixels")
     reward: bool = option(True, "false: Crafter's no-reward variant")
 
 
-@dataclass(frozen=True, config=_STRICT)
+@group
 class MinigridConfig:
     """MiniGrid."""
 
     view: Literal["partial", "full"] = option("partial", "Observe what the agent sees ahead of it, or the whole grid")
-    size: tuple[int, int] = option((64, 64), "Image height and width", "pixels")
+    size: Size = option((64, 64), "Image height and width", "pixels")
 
 
-@dataclass(frozen=True, config=_STRICT)
+@group
 class MemoryMazeConfig:
     """Memory Maze."""
 
-    size: int = option(64, "Image height and width", "pixels", ge=16)
+    size: int = option(64, "Image height and width", "pixels", ge=16, le=4096)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@group
 class VizdoomConfig:
     """ViZDoom."""
 
-    size: tuple[int, int] = option((64, 64), "Image height and width", "pixels")
-    max_tics: int = option(2100, "Time limit of an episode", "tics of 1/35 s", gt=0)
+    size: Size = option((64, 64), "Image height and width", "pixels")
+    max_tics: int = option(2100, "Time limit of an episode", "tics of 1/35 s", gt=0, le=10**9)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@group
 class ProcgenConfig:
     """Procgen."""
 
-    size: tuple[int, int] = option(
+    size: Size = option(
         (64, 64), "Image height and width; other than 64,64: scaled down from a large picture, slow to draw", "pixels"
     )
     mode: Literal["easy", "hard"] = option("hard", "Difficulty of the levels")
-    levels: int | None = option(None, "Different levels that are drawn from; null: unlimited", ge=1)
-    start_level: int = option(0, "The first of these levels, where their number is limited", ge=0)
+    levels: int | None = option(None, "Different levels that are drawn from; null: unlimited", ge=1, le=10**9)
+    start_level: int = option(0, "The first of these levels, where their number is limited", ge=0, le=10**9)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@group
 class MinecraftConfig:
     """Minecraft through MineRL."""
 
-    size: tuple[int, int] = option((64, 64), "Image height and width", "pixels")
-    steps: int = option(36_000, "Time limit of an episode", "agent steps", gt=0)
-    break_speed: float = option(100.0, "How many times as fast blocks break", gt=0)
-    sticky_attack: int = option(30, "Steps that an attack goes on, where env.minecraft.break_speed is 1", ge=0)
-    sticky_jump: int = option(10, "Steps that a jump goes on", ge=0)
-    pitch_limit: float = option(60.0, "How far up and down one can look", "degrees", ge=0)
+    size: Size = option((64, 64), "Image height and width", "pixels")
+    steps: int = option(36_000, "Time limit of an episode", "agent steps", gt=0, le=10**9)
+    break_speed: float = option(100.0, "How many times as fast blocks break", gt=0, le=1e6)
+    sticky_attack: int = option(
+        30, "Steps that an attack goes on, where env.minecraft.break_speed is 1", ge=0, le=1_000_000
+    )
+    sticky_jump: int = option(10, "Steps that a jump goes on", ge=0, le=1_000_000)
+    pitch_limit: float = option(60.0, "How far up and down one can look", "degrees", ge=0, le=90)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@group
 class DmlabConfig:
     """DeepMind Lab."""
 
-    repeat: int = option(4, "Frames per agent step", "frames", ge=1)
-    size: tuple[int, int] = option((64, 64), "Image height and width", "pixels")
+    repeat: int = option(4, "Frames per agent step", "frames", **REPEAT)
+    size: Size = option((64, 64), "Image height and width", "pixels")
 
 
-@dataclass(frozen=True, config=_STRICT)
+@group
 class GymConfig:
     """Any Gymnasium environment."""
 
-    repeat: int = option(1, "Environment steps per agent step", "steps", ge=1)
+    repeat: int = option(1, "Environment steps per agent step", "steps", **REPEAT)
     render: bool = option(False, "Observe the rendered image instead of the environment's own observation")
-    size: tuple[int, int] | None = option(None, "Resize images to height and width; null: as they come", "pixels")
+    size: Size | None = option(None, "Resize images to height and width; null: as they come", "pixels")
     info_mask: bool = option(False, "Take only the actions that info['action_mask'] allows")
-    kwargs: dict[str, Any] = option(dict, "Keyword arguments for gymnasium.make")
+    kwargs: Annotated[dict[str, Any], BeforeValidator(plain)] = option(dict, "Keyword arguments for gymnasium.make")
 
 
-@dataclass(frozen=True, config=_STRICT)
+@group
 class ToyConfig:
     """The built-in catch game."""
 
-    size: int = option(32, "Image height and width", "pixels", ge=16)
-    balls: int = option(3, "Balls that fall in one episode", ge=1)
+    size: int = option(32, "Image height and width", "pixels", ge=16, le=4096)
+    balls: int = option(3, "Balls that fall in one episode", ge=1, le=1_000_000)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@group
 class EnvConfig:
     """Environments: how many, where they run, and each suite's own options."""
 
-    num_envs: int = option(16, "Training environments stepped together (N)", gt=0)
+    num_envs: int = option(16, "Training environments stepped together (N)", gt=0, le=65_536)
     workers: Literal["auto", "inline", "process"] = option(
         "auto", "inline: in the training process; process: one worker each; auto: what the suite prefers"
     )
@@ -225,7 +254,8 @@ class EnvConfig:
         "ever. Environments in the training process cannot be interrupted",
         "seconds",
         resume=True,
-        gt=0,
+        ge=0.01,
+        le=1e6,
     )
     restart_seconds: float = option(
         1.0,
@@ -233,30 +263,32 @@ class EnvConfig:
         "seconds",
         resume=True,
         ge=0,
+        le=3600,
     )
     failure_limit: int | None = option(
         10,
         "Most failures of environments within env.failure_minutes; one more stops the run; null: any",
         resume=True,
         ge=0,
+        le=1_000_000,
     )
     failure_minutes: float = option(
-        10.0, "Time within which failures of environments are counted", "minutes", resume=True, gt=0
+        10.0, "Time within which failures of environments are counted", "minutes", resume=True, gt=0, le=1e6
     )
     repeat: int = option(
-        1, "Times each action is taken; not beside a suite's own repeat above 1", "steps per agent step", ge=1
+        1, "Times each action is taken; not beside a suite's own repeat above 1", "steps per agent step", **REPEAT
     )
     time_limit: int | None = option(
-        None, "Cut episodes after so many; null: the environment's own limit", "agent steps"
+        None, "Cut episodes after so many; null: the environment's own limit", "agent steps", **STEPS
     )
-    resize: tuple[int, int] | None = option(
+    resize: Size | None = option(
         None, "Resize images to height and width, after the suite's own size; null: as they come", "pixels"
     )
     grayscale: bool = option(False, "One gray channel instead of RGB")
     frame_noise: float | None = option(
-        None, "Standard deviation of the noise on the agent's images; null: none", "of 255 levels", gt=0
+        None, "Standard deviation of the noise on the agent's images; null: none", "of 255 levels", gt=0, le=255
     )
-    reward_scale: float = option(1.0, "Factor of the rewards that are learned from; scores stay unscaled", gt=0)
+    reward_scale: float = option(1.0, "Factor of the rewards that are learned from; scores stay unscaled", gt=0, le=1e6)
     atari: AtariConfig = option(AtariConfig, "Atari")
     dmc: DmcConfig = option(DmcConfig, "DeepMind Control")
     crafter: CrafterConfig = option(CrafterConfig, "Crafter")
@@ -275,16 +307,18 @@ class EnvConfig:
         return getattr(getattr(self, section, self.gym), "repeat", 1)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@group
 class SelectionConfig:
     """Which sequences are trained on, behind the online queue: a mixture by fractions of any sum."""
 
-    uniform: float = option(1.0, "Fraction drawn uniformly", ge=0)
-    prioritised: float = option(0.0, "Fraction drawn by priority: the model's loss when last trained on", ge=0)
-    recency: float = option(0.0, "Fraction drawn by age, the newest most often", ge=0)
-    priority_exponent: float = option(0.8, "Chance in proportion to the priority to this power", ge=0)
+    uniform: float = option(1.0, "Fraction drawn uniformly", **SCALE)
+    prioritised: float = option(0.0, "Fraction drawn by priority: the model's loss when last trained on", **SCALE)
+    recency: float = option(0.0, "Fraction drawn by age, the newest most often", **SCALE)
+    priority_exponent: float = option(0.8, "Chance in proportion to the priority to this power", ge=0, le=10)
     priority_zero_on_sample: bool = option(False, "Priority 0 from being drawn until the loss is known")
-    recency_half_life: float = option(100_000.0, "Age at which a sequence is half as likely", "agent steps", gt=0)
+    recency_half_life: float = option(
+        100_000.0, "Age at which a sequence is half as likely", "agent steps", ge=1e-3, le=1e12
+    )
 
     @pydantic.model_validator(mode="after")
     def _something(self) -> SelectionConfig:
@@ -293,12 +327,12 @@ class SelectionConfig:
         return self
 
 
-@dataclass(frozen=True, config=_STRICT)
+@group
 class ReplayConfig:
     """The replay buffer."""
 
-    capacity: int = option(5_000_000, "Steps kept, over all environments", "agent steps", gt=0)
-    gigabytes: float | None = option(None, "Size in place of replay.capacity; null: none", "10^9 bytes", gt=0)
+    capacity: int = option(5_000_000, "Steps kept, over all environments", "agent steps", **STEPS)
+    gigabytes: float | None = option(None, "Size in place of replay.capacity; null: none", "10^9 bytes", gt=0, le=1e6)
     storage: Literal["auto", "host", "disk", "device"] = option(
         "auto",
         "Where steps lie: the machine's memory, files in the logdir, the accelerator; auto: the fastest that fits",
@@ -313,88 +347,92 @@ class ReplayConfig:
     _places = pydantic.field_validator("preload", mode="before")(_path)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@group
 class ModelConfig:
     """The world model's and the behaviour's networks. `configs/sizes/` set deter, hidden, classes, units, depth."""
 
-    deter: int = option(2048, "Units of the deterministic state (D)", gt=0)
-    hidden: int = option(256, "Units of the layers inside the RSSM", gt=0)
-    stoch: int = option(32, "Categorical latent variables (S)", gt=0)
-    classes: int = option(16, "Classes per latent variable (K)", ge=2)
-    blocks: int = option(8, "Blocks of the block-linear layers (G)", gt=0)
-    units: int = option(256, "Units of the layers outside the RSSM", gt=0)
-    depth: int = option(16, "Channels of the convolutions, times the multipliers", gt=0)
-    depth_multipliers: tuple[int, ...] = option((2, 3, 4, 4), "Channel multipliers by stage; the last repeats")
-    kernel: int = option(5, "Convolution kernel side", "pixels", gt=0)
+    deter: int = option(2048, "Units of the deterministic state (D)", **UNITS)
+    hidden: int = option(256, "Units of the layers inside the RSSM", **UNITS)
+    stoch: int = option(32, "Categorical latent variables (S)", gt=0, le=4096)
+    classes: int = option(16, "Classes per latent variable (K)", ge=2, le=4096)
+    blocks: int = option(8, "Blocks of the block-linear layers (G)", gt=0, le=4096)
+    units: int = option(256, "Units of the layers outside the RSSM", **UNITS)
+    depth: int = option(16, "Channels of the convolutions, times the multipliers", gt=0, le=4096)
+    depth_multipliers: tuple[Annotated[int, Field(ge=1, le=64)], ...] = option(
+        (2, 3, 4, 4), "Channel multipliers by stage; the last repeats", min_length=1, max_length=16
+    )
+    kernel: int = option(5, "Convolution kernel side", "pixels", gt=0, le=31)
     encoder_keys: str = option(".*", "Regular expression: observation keys the encoder reads")
     decoder_keys: str = option(".*", "Regular expression: observation keys the decoder predicts")
-    encoder_layers: int = option(3, "Dense layers of the vector encoder", ge=1)
-    decoder_layers: int = option(3, "Dense layers of the vector decoder", ge=1)
-    prior_layers: int = option(2, "Dense layers before the prior logits", ge=1)
-    posterior_layers: int = option(1, "Dense layers before the posterior logits", ge=1)
-    reward_layers: int = option(1, "Dense layers of the reward head", ge=1)
-    cont_layers: int = option(1, "Dense layers of the continue head", ge=1)
-    policy_layers: int = option(3, "Dense layers of the policy", ge=1)
-    value_layers: int = option(3, "Dense layers of the critic", ge=1)
-    bins: int = option(255, "Two-hot bins of reward and value (odd)", ge=3)
+    encoder_layers: int = option(3, "Dense layers of the vector encoder", **LAYERS)
+    decoder_layers: int = option(3, "Dense layers of the vector decoder", **LAYERS)
+    prior_layers: int = option(2, "Dense layers before the prior logits", **LAYERS)
+    posterior_layers: int = option(1, "Dense layers before the posterior logits", **LAYERS)
+    reward_layers: int = option(1, "Dense layers of the reward head", **LAYERS)
+    cont_layers: int = option(1, "Dense layers of the continue head", **LAYERS)
+    policy_layers: int = option(3, "Dense layers of the policy", **LAYERS)
+    value_layers: int = option(3, "Dense layers of the critic", **LAYERS)
+    bins: int = option(255, "Two-hot bins of reward and value (odd)", ge=3, le=65_535)
     unimix: float = option(0.01, "Uniform share mixed into prior and posterior", ge=0, le=1)
-    min_std: float = option(0.1, "Least standard deviation of a continuous policy", gt=0)
-    max_std: float = option(1.0, "Largest standard deviation of a continuous policy", gt=0)
+    min_std: float = option(0.1, "Least standard deviation of a continuous policy", ge=1e-6, le=1e6)
+    max_std: float = option(1.0, "Largest standard deviation of a continuous policy", ge=1e-6, le=1e6)
     remat: bool = option(False, "Recompute the convolutions and scans in the backward pass: slower, less memory")
 
 
-@dataclass(frozen=True, config=_STRICT)
+@group
 class LossConfig:
     """Loss terms."""
 
     objective: Literal["reconstruction"] = option("reconstruction", "What the latents are trained to predict")
-    reconstruction: float = option(1.0, "Scale of each reconstruction loss", ge=0)
-    reward: float = option(1.0, "Scale of the reward loss", ge=0)
-    cont: float = option(1.0, "Scale of the continue loss", ge=0)
-    dyn: float = option(1.0, "Scale of KL(sg(posterior) || prior)", ge=0)
-    rep: float = option(0.1, "Scale of KL(posterior || sg(prior))", ge=0)
-    policy: float = option(1.0, "Scale of the policy loss", ge=0)
-    value: float = option(1.0, "Scale of the imagined value loss", ge=0)
-    replay_value: float = option(0.3, "Scale of the replayed value loss", ge=0)
-    free_nats: float = option(1.0, "KL below which no gradient flows", "nats", ge=0)
+    reconstruction: float = option(1.0, "Scale of each reconstruction loss", **SCALE)
+    reward: float = option(1.0, "Scale of the reward loss", **SCALE)
+    cont: float = option(1.0, "Scale of the continue loss", **SCALE)
+    dyn: float = option(1.0, "Scale of KL(sg(posterior) || prior)", **SCALE)
+    rep: float = option(0.1, "Scale of KL(posterior || sg(prior))", **SCALE)
+    policy: float = option(1.0, "Scale of the policy loss", **SCALE)
+    value: float = option(1.0, "Scale of the imagined value loss", **SCALE)
+    replay_value: float = option(0.3, "Scale of the replayed value loss", **SCALE)
+    free_nats: float = option(1.0, "KL below which no gradient flows", "nats", **SCALE)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@group
 class ActorCriticConfig:
     """Behaviour learned in imagination."""
 
-    horizon: int = option(15, "Imagined steps (H)", "agent steps", ge=1)
+    horizon: int = option(15, "Imagined steps (H)", "agent steps", ge=1, le=10_000)
     imagine_last: int | None = option(
-        None, "Imagine from the last so many steps of a sequence; null: from all", "steps"
+        None, "Imagine from the last so many steps of a sequence; null: from all", "steps", ge=2, le=65_536
     )
     imagine_mask: Literal["predict", "ignore"] = option(
         "predict", "Where actions are masked, imagine with the masks that the decoder predicts, or with every action"
     )
-    discount_horizon: float = option(333.0, "Horizon of the discount, 1 / (1 - gamma)", "agent steps", gt=1)
+    discount_horizon: float = option(333.0, "Horizon of the discount, 1 / (1 - gamma)", "agent steps", gt=1, le=1e6)
     lambda_: float = option(0.95, "Mixing of the lambda-return", ge=0, le=1)
-    entropy: float = option(3e-4, "Scale of the entropy bonus", "per nat", ge=0)
+    entropy: float = option(3e-4, "Scale of the entropy bonus", "per nat", **SCALE)
     return_rate: float = option(0.01, "EMA rate of the return percentiles", "per update", gt=0, le=1)
     return_low: float = option(5.0, "Lower percentile of returns", "%", ge=0, le=100)
     return_high: float = option(95.0, "Upper percentile of returns", "%", ge=0, le=100)
-    return_limit: float = option(1.0, "Least return scale", gt=0)
+    return_limit: float = option(1.0, "Least return scale", ge=1e-6, le=1e6)
     slow_rate: float = option(0.02, "EMA rate of the slow critic", "per update", gt=0, le=1)
 
 
-@dataclass(frozen=True, config=_STRICT)
+@group
 class OptimizerConfig:
     """Adaptive gradient clipping and LaProp."""
 
-    learning_rate: float = option(4e-5, "Learning rate after warm-up", gt=0)
-    warmup: int = option(1000, "Linear warm-up of the learning rate", "updates", ge=0)
-    clip: float = option(0.3, "Largest gradient norm as a share of the tensor's norm", gt=0)
-    clip_min_norm: float = option(1e-3, "Least tensor norm used for clipping", gt=0)
-    beta1: float = option(0.9, "Decay of the momentum", ge=0, lt=1)
-    beta2: float = option(0.999, "Decay of the second moment", ge=0, lt=1)
-    eps: float = option(1e-20, "Added to the root of the second moment", ge=0)
-    accumulate: int = option(1, "Equal slices of a batch whose gradients are averaged, for small memories", ge=1)
+    learning_rate: float = option(4e-5, "Learning rate after warm-up", gt=0, le=10)
+    warmup: int = option(1000, "Linear warm-up of the learning rate", "updates", ge=0, le=10**9)
+    clip: float = option(0.3, "Largest gradient norm as a share of the tensor's norm", gt=0, le=1e6)
+    clip_min_norm: float = option(1e-3, "Least tensor norm used for clipping", ge=1e-12, le=1e6)
+    beta1: float = option(0.9, "Decay of the momentum", ge=0, le=0.999999)
+    beta2: float = option(0.999, "Decay of the second moment", ge=0, le=0.999999)
+    eps: float = option(1e-20, "Added to the root of the second moment", ge=1e-30, le=1)
+    accumulate: int = option(
+        1, "Equal slices of a batch whose gradients are averaged, for small memories", ge=1, le=65_536
+    )
 
 
-@dataclass(frozen=True, config=_STRICT)
+@group
 class LogConfig:
     """What is written where."""
 
@@ -403,8 +441,10 @@ class LogConfig:
     wandb: str | None = option(None, "Project of Weights & Biases to record to; null: none", resume=True)
     mlflow: str | None = option(None, "Experiment of MLflow to record to; null: none", resume=True)
     videos: bool = option(True, "Write episode and dream videos, and pages of reports", resume=True)
-    video_every: int = option(20_000, "Interval between recorded training episodes", "agent steps", resume=True, gt=0)
-    video_fps: int = option(15, "Frames per second of videos", "1/s", resume=True, gt=0)
+    video_every: int = option(
+        20_000, "Interval between recorded training episodes", "agent steps", resume=True, **STEPS
+    )
+    video_fps: int = option(15, "Frames per second of videos", "1/s", resume=True, gt=0, le=100)
     picture_megabytes: float | None = option(
         200.0,
         "Most that pictures take up in TensorBoard, in step with the run: what is too early is left out, and only the "
@@ -412,6 +452,7 @@ class LogConfig:
         "10^6 bytes",
         resume=True,
         gt=0,
+        le=1e9,
     )
     tensorboard_megabytes: float | None = option(
         100.0,
@@ -419,19 +460,20 @@ class LogConfig:
         "10^6 bytes",
         resume=True,
         gt=0,
+        le=1e9,
     )
 
 
-@dataclass(frozen=True, config=_STRICT)
+@group
 class Config:
     """The whole configuration of a run."""
 
     task: str = option("toy_catch", "Environment, as suite_name; `dreamer envs` lists them")
     logdir: str = option("", "Folder of the run; empty: runs/TASK-DATE-seedN", resume=True)
-    seed: int = option(0, "Seed of everything random", ge=0)
+    seed: int = option(0, "Seed of everything random", ge=0, le=LARGEST_SEED)
     from_checkpoint: str | None = option(None, "Logdir whose best or newest weights start this run")
     from_checkpoint_parts: tuple[Literal["all", "world_model", "actor", "critic"], ...] = option(
-        ("all",), "Which parts --from_checkpoint copies"
+        ("all",), "Which parts --from_checkpoint copies", min_length=1, max_length=4
     )
     run: RunConfig = option(RunConfig, "Training loop")
     env: EnvConfig = option(EnvConfig, "Environments")
@@ -451,28 +493,7 @@ class Config:
 
     @pydantic.model_validator(mode="after")
     def _consistent(self) -> Config:
-        model, run, behaviour = self.model, self.run, self.actor_critic
-        if model.deter % model.blocks:
-            raise ValueError(
-                f"expected model.deter to be a multiple of model.blocks ({model.blocks}), got {model.deter}"
-            )
-        if model.bins % 2 == 0:
-            raise ValueError(f"expected an odd number of model.bins, got {model.bins}; add or remove one")
-        if model.min_std >= model.max_std:
-            raise ValueError(f"expected model.min_std < model.max_std, got {model.min_std} and {model.max_std}")
-        if run.batch_size % self.optimizer.accumulate:
-            raise ValueError(
-                f"expected run.batch_size ({run.batch_size}) to be a multiple of optimizer.accumulate, "
-                f"got {self.optimizer.accumulate}"
-            )
-        mesh = (run.mesh_data or 1) * (run.mesh_model or 1)
-        if run.seeds is not None and mesh > 1:
-            raise ValueError(f"expected run.mesh_data and run.mesh_model 1 or null with run.seeds, got {mesh} devices")
-        if not run.collect and self.replay.preload is None:
-            raise ValueError("expected data to train on with run.collect false: name them with --replay.preload PATH")
-        last = behaviour.imagine_last
-        if last is not None and not 2 <= last <= run.batch_length:
-            raise ValueError(f"expected 2 <= actor_critic.imagine_last <= run.batch_length, got {last}")
+        contradictions.check(self)
         return self
 
     @property

@@ -13,25 +13,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pydantic
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node
-from ruamel.yaml.representer import SafeRepresenter
 
 from dreamer.config import Config
-from dreamer.paths import PathError, absolute
+from dreamer.paths import absolute
 from dreamer.schema import (
     ConfigError,
     first_fault,
     fit,
     mismatch,
     options,
-    plain_yaml,
     read,
     sections,
     show,
     suggestion,
 )
+from dreamer.values import brief, native
+from dreamer.yaml_files import YamlTextError, find_file, key_text, parse_file, plain_node, plain_text, write_file
 
 CONFIG_FILE = "config.yaml"
 #: Options that name places: they are the same as long as they lie where they lay from the run's folder.
@@ -76,62 +74,41 @@ def preset_names() -> dict[str, Path]:
 def _find(name: str, source: str, beside: Path | None = None) -> Path:
     """The file of a preset's name or of a path; relative paths start at `beside`, or in the working folder."""
     if name.endswith((".yaml", ".yml")) or os.sep in name:
-        try:
-            path = Path(os.path.realpath(absolute(name, beside)))
-        except PathError as error:
-            raise ConfigError(f"{source}: {error}") from None
-        if not os.path.isfile(path):
-            raise ConfigError(f"{source}: expected a YAML file, found none at {path}")
-        return path
+        return find_file(name, source, beside)
     names = preset_names()
     if name not in names:
         close = suggestion(name, names, f"; known: {', '.join(names)}")
-        raise ConfigError(f"{source}: unknown preset {name!r}{close} (or give a path that ends in .yaml)")
+        raise ConfigError(f"{source}: unknown preset {brief(name)}{close} (or give a path that ends in .yaml)")
     return names[name]
 
 
 # --- Files -------------------------------------------------------------------------------------
 
 
-def parse_file(path: Path) -> Node | None:
-    """The tree of a YAML file, which knows its lines; None for an empty one."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        return YAML(typ="safe", pure=True).compose(text)
-    except YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else f"{path}"
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{where}: expected valid YAML: {problem}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
+def flatten_node(root: Node, path: Path) -> dict[str, tuple[Node, str]]:
+    """Dotted name -> (node, `file:line`) of every option of a mapping, in nested groups or with dotted keys."""
+    found: dict[str, tuple[Node, str]] = {}
+    groups: set[str] = set()
 
+    def walk(node: Node, prefix: str) -> None:
+        where = f"{path}:{node.start_mark.line + 1}"
+        if prefix and node.tag == "tag:yaml.org,2002:null":  # an empty group
+            return
+        if not isinstance(node, MappingNode):
+            raise ConfigError(f"{where}: expected {prefix or 'the file'} to be a group of options (name: value)")
+        for key, value in node.value:
+            line = f"{path}:{key.start_mark.line + 1}"
+            name = f"{prefix}.{key_text(key, line)}" if prefix else key_text(key, line)
+            if name in found or name in groups:
+                raise ConfigError(f"{line}: {name} stands here twice; keep one")
+            if name in sections():
+                groups.add(name)
+                walk(value, name)
+            else:
+                found[name] = (value, line)
 
-def plain_node(node: Node, where: str) -> Any:
-    """The plain Python value of a YAML node."""
-    yaml = YAML(typ="safe", pure=True)
-    try:
-        return yaml.constructor.construct_document(node)
-    except YAMLError as error:
-        raise ConfigError(f"{where}: expected a plain value: {getattr(error, 'problem', None) or error}") from None
-
-
-def flatten_node(node: Node, path: Path, prefix: str, into: dict[str, tuple[Node, str]]) -> None:
-    """Adds dotted name -> (node, `file:line`) for every option of a mapping."""
-    where = f"{path}:{node.start_mark.line + 1}"
-    if prefix and node.tag == "tag:yaml.org,2002:null":  # an empty group
-        return
-    if not isinstance(node, MappingNode):
-        raise ConfigError(f"{where}: expected {prefix or 'the file'} to be a group of options (name: value)")
-    for key, value in node.value:
-        line = f"{path}:{key.start_mark.line + 1}"
-        name = f"{prefix}.{key.value}" if prefix else str(key.value)
-        if name in sections():
-            flatten_node(value, path, name, into)
-        elif name in into:
-            raise ConfigError(f"{line}: {name} stands here twice; keep one")
-        else:
-            into[name] = (value, line)
+    walk(root, "")
+    return found
 
 
 def _load_file(path: Path, trail: tuple[Path, ...] = ()) -> Settings:
@@ -139,16 +116,14 @@ def _load_file(path: Path, trail: tuple[Path, ...] = ()) -> Settings:
     if path in trail:
         raise ConfigError(f"{path}: includes itself ({' -> '.join(p.name for p in (*trail, path))})")
     root = parse_file(path)
-    found: dict[str, tuple[Node, str]] = {}
-    if root is not None:
-        flatten_node(root, path, "", found)
+    found = {} if root is None else flatten_node(root, path)
     settings: Settings = {}
     if "include" in found:
         node, where = found.pop("include")
         names = plain_node(node, where)
         names = [names] if isinstance(names, str) else names
         if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-            raise ConfigError(f"{where}: expected include to be a list of presets, got {names!r}")
+            raise ConfigError(f"{where}: expected include to be a list of presets, got {brief(names)}")
         for name in names:
             settings |= _load_file(_find(name, where, path.parent), (*trail, path))
     for name, (node, where) in found.items():
@@ -173,7 +148,7 @@ def unknown(name: str) -> str:
         inside = [o.removeprefix(f"{name}.") for o in options() if o.startswith(f"{name}.")]
         return f"{name} is a group of options; give one of them, as {name}.{inside[0]}"
     known = [*options(), *sections()]
-    return f"unknown option {name}{suggestion(name, known, '; `dreamer train --help` lists them')}"
+    return f"unknown option {brief(name)[1:-1]}{suggestion(name, known, '; `dreamer train --help` lists them')}"
 
 
 # --- Overrides ---------------------------------------------------------------------------------
@@ -181,19 +156,22 @@ def unknown(name: str) -> str:
 
 def _override(settings: Settings, name: str, value: Any) -> None:
     """Sets one option; a text is read as the option's type wants it."""
+    if not isinstance(name, str):
+        raise ConfigError(f"expected the name of an option, as run.train_ratio, got {brief(name)}")
     source = f"--{name}"
     parent, _, key = name.rpartition(".")
     if parent in options() and isinstance(options()[parent].default, dict):
         before = settings[parent].value if parent in settings else options()[parent].default
         try:
-            value = plain_yaml(value) if isinstance(value, str) else value
-        except TypeError:
-            raise ConfigError(f"{source}: expected a plain value, got {value!r}") from None
+            value = plain_text(value) if isinstance(value, str) else value
+        except YamlTextError as error:
+            raise ConfigError(f"{source}: expected a plain value, got {brief(value)}: {error}") from None
         settings[parent] = Setting({**before, key: value}, source)
         return
     if name not in options():
         raise ConfigError(f"{source}: {unknown(name)}")
     option = options()[name]
+    value = native(value)
     if not isinstance(value, str):
         settings[name] = fitted(name, value, source)
         return
@@ -249,37 +227,10 @@ def build(settings: Settings) -> Config:
         raise ConfigError(": ".join(part for part in (source, label, fault) if part)) from None
 
 
-class _Representer(SafeRepresenter):
-    """Lists on one line."""
-
-
-_Representer.add_representer(
-    list, lambda dumper, data: dumper.represent_sequence("tag:yaml.org,2002:seq", data, flow_style=True)
-)
-
-
-def _listed(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _listed(v) for k, v in value.items()}
-    return [_listed(v) for v in value] if isinstance(value, tuple | list) else value
-
-
 def save_config(config: Config, path: Path | str) -> None:
     """Writes the whole configuration; `load_config([path])` gives exactly the same one. Atomic."""
-    yaml = YAML(typ="safe", pure=True)
-    yaml.Representer = _Representer
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    yaml.width = 1_000_000
-    yaml.allow_unicode = False  # as escapes: the emitter confuses some line separators
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write("# The whole configuration of this run; `dreamer train --configs` takes this file.\n")
-        yaml.dump(_listed(dataclasses.asdict(config)), file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    head = "The whole configuration of this run; `dreamer train --configs` takes this file."
+    write_file(Path(path), dataclasses.asdict(config), head)
 
 
 # --- Resuming ----------------------------------------------------------------------------------
@@ -357,7 +308,7 @@ def run_config(logdir: Path | str) -> Config:
     else:
         missing = "" if os.path.exists(folder) else "; there is no such folder"
         where = f"; it lies in the run {above}" if above else missing
-    raise ConfigError(f"expected the folder of a run, with a {CONFIG_FILE} in it, got {str(logdir)!r}{where}")
+    raise ConfigError(f"expected the folder of a run, with a {CONFIG_FILE} in it, got {brief(str(logdir))}{where}")
 
 
 def runs_inside(folder: Path, most: int = 5) -> list[str]:

@@ -5,24 +5,24 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import io
+import math
+import operator
+import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterable
-from typing import Any, Literal, Union
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, Union
 
 import pydantic
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from dreamer.config import Config
+from dreamer.values import ConfigError, brief, describe_fault, native
+from dreamer.yaml_files import YamlTextError, plain_text
+
+__all__ = ["ConfigError", "Option"]
 
 NULL_WORDS = ("null", "none", "~")
-
-
-class ConfigError(ValueError):
-    """A mistake in the configuration, told in one line: what was expected, what came, how to fix it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,10 +44,46 @@ class Option:
     resume: bool
 
 
-def _limits(metadata: Iterable[Any]) -> str:
-    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    bounds = [f"{sign} {getattr(m, name)}" for m in metadata for name, sign in signs.items() if hasattr(m, name)]
-    return ", ".join(bounds)
+_SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+_LENGTHS = {"min_length": "at least {} of them", "max_length": "at most {}"}
+
+
+def _bounds(metadata: Iterable[Any]) -> list[str]:
+    """Of a value, or of each in a list."""
+    found = [f"{sign} {getattr(m, name)}" for m in metadata for name, sign in _SIGNS.items() if hasattr(m, name)]
+    return found + [words.format(getattr(m, k)) for m in metadata for k, words in _LENGTHS.items() if hasattr(m, k)]
+
+
+def _limits(annotation: Any, metadata: Iterable[Any]) -> str:
+    """The bounds of an option in words: `> 0, <= 100`."""
+    inner = [item for part in _parts(annotation) for item in _bounds(_metadata(part))]
+    each = [f"each {', '.join(dict.fromkeys(inner))}"] if inner else []
+    return ", ".join(_bounds(list(metadata)) + each)
+
+
+def _parts(annotation: Any) -> Iterable[Any]:
+    """An annotation and all that it is made of."""
+    yield annotation
+    for part in () if typing.get_origin(annotation) is Literal else typing.get_args(annotation):
+        yield from _parts(part)
+
+
+def _metadata(annotation: Any) -> list[Any]:
+    """What `Annotated` says of a type."""
+    given = typing.get_args(annotation)[1:] if typing.get_origin(annotation) is Annotated else ()
+    return [m for field in given for m in getattr(field, "metadata", ())]
+
+
+def _bare(annotation: Any) -> Any:
+    """A type without what `Annotated` says of it and its parts."""
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return _bare(inner[0])
+    if origin is tuple:
+        return tuple[tuple(_bare(part) for part in inner)]  # type: ignore[misc]
+    if origin in (Union, types.UnionType):
+        return functools.reduce(operator.or_, map(_bare, inner))
+    return annotation
 
 
 @functools.cache
@@ -77,11 +113,11 @@ def options() -> dict[str, Option]:
             extra = typing.cast(dict[str, Any], field.json_schema_extra)
             found[dotted] = Option(
                 name=dotted,
-                annotation=field.annotation,
+                annotation=_bare(field.annotation),
                 default=field.get_default(call_default_factory=True),
                 meaning=field.description or "",
                 unit=extra["unit"],
-                limits=_limits(field.metadata),
+                limits=_limits(field.annotation, field.metadata),
                 resume=extra["resume"],
             )
     return found
@@ -129,8 +165,10 @@ def describe(annotation: Any) -> str:
 def fit(annotation: Any, value: Any) -> Any:
     """`value` as the type of an option, or TypeError: no text becomes a number here, no number a truth value.
 
-    A number without a fraction (1.1e6) fits an integer; a list fits a tuple.
+    A number without a fraction (1.1e6) fits an integer; a list fits a tuple; numpy's numbers and paths fit as what they
+    stand for.
     """
+    value = native(value)
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in inner:
@@ -153,13 +191,16 @@ def fit(annotation: Any, value: Any) -> Any:
             raise TypeError
         return tuple(fit(k, v) for k, v in zip(kinds, value, strict=True))
     if origin is dict:
-        if not isinstance(value, dict) or not all(isinstance(k, str) for k in value):
+        if not isinstance(value, Mapping) or not all(isinstance(k, str) for k in value):
             raise TypeError
         return dict(value)
     if annotation is Any:
         return value
     if annotation is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf if value > 0 else -math.inf
     if annotation is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, annotation) and (annotation is bool or not isinstance(value, bool)):
@@ -189,7 +230,10 @@ def read(annotation: Any, text: str) -> Any:
     if annotation is str or origin is Literal:
         return fit(annotation, text)
     if origin is dict or annotation is Any:
-        return fit(annotation, plain_yaml(text))
+        try:
+            return fit(annotation, plain_text(text))
+        except YamlTextError:
+            raise TypeError from None
     if annotation is bool:
         words = {"true": True, "false": False}
         if text.lower() not in words:
@@ -201,20 +245,12 @@ def read(annotation: Any, text: str) -> Any:
         raise TypeError from None
 
 
-def plain_yaml(text: str) -> Any:
-    """What a piece of YAML means, in plain Python values; TypeError where it is none."""
-    try:
-        return YAML(typ="safe", pure=True).load(io.StringIO(text))
-    except YAMLError:
-        raise TypeError from None
-
-
 def mismatch(option: Option, value: Any) -> str:
     """`expected an integer, got 'abc'`, with the nearest of a choice's values."""
     close = ""
     if typing.get_origin(option.annotation) is Literal and isinstance(value, str):
         close = suggestion(value, typing.get_args(option.annotation))
-    return f"expected {describe(option.annotation)}, got {value!r}{close}"
+    return f"expected {describe(option.annotation)}, got {brief(value)}{close}"
 
 
 def first_fault(error: pydantic.ValidationError) -> tuple[str, str]:
@@ -224,10 +260,16 @@ def first_fault(error: pydantic.ValidationError) -> tuple[str, str]:
     for part in fault["loc"]:
         if ".".join([*parts, str(part)]) in options() or ".".join([*parts, str(part)]) in sections():
             parts.append(str(part))
-    text = fault["msg"].removeprefix("Value error, ").replace("Input should be", "expected a value")
     name = ".".join(parts)
-    shown = f"got {fault['input']!r}"
-    return name, text if name not in options() or shown in text else f"{text}, {shown}"
+    return name, describe_fault(fault) + (_off(options()[name]) if name in options() else "")
+
+
+def _off(option: Option) -> str:
+    """What null would mean, of an option that may be null."""
+    if type(None) not in typing.get_args(option.annotation):
+        return ""
+    meaning = re.search(r"null: ([^;.]+)", option.meaning)
+    return f"; or null: {meaning.group(1)}" if meaning else "; or null"
 
 
 # --- Help --------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dreamer"
 
 # Each row may import from rows at or above it. A folder counts as one module.
 LAYERS = [
-    ["paths", "types", "config", "networks", "distributions", "optimizer", "sharding", "compiler"],
+    ["paths", "types", "values", "contradictions", "config", "yaml_files"],
+    ["networks", "distributions", "optimizer", "sharding", "compiler"],
     ["coders", "rssm"],
     ["objectives"],
     ["world_model"],
@@ -29,7 +30,7 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 CLOSED = {"envs", "replay"}  # these know only the vocabulary
-VOCABULARY = {"paths", "types", "config"}
+VOCABULARY = {"paths", "types", "values", "contradictions", "config"}
 SEE_WHOLE_CONFIG = {"agent", "schema", "presets", "runtime", "diagnostics", "sweeps", "commands", "__init__"}
 OPTIONAL = {"dm_control", "mujoco", "crafter", "Box2D", "pygame", "tensorflow", "torch", "moviepy", "minerl", "minari"}
 OPTIONAL |= {

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from dreamer.config import LARGEST_SEED
 from dreamer.paths import PathError, absolute
 from dreamer.schema import ConfigError, mismatch, options
+from dreamer.values import brief
 
 USAGE_ERROR = 2
 
@@ -21,7 +23,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]
     while rest:
         token = rest.pop(0)
         if not token.startswith("--") or token == "--":
-            raise ConfigError(f"expected an option such as --seed 3, got {token!r} (several values: 64,64)")
+            raise ConfigError(f"expected an option such as --seed 3, got {brief(token)} (several values: 64,64)")
         name, equals, value = token.removeprefix("--").partition("=")
         if name == "configs":
             values = [value] if equals else []
@@ -63,8 +65,30 @@ def place(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def count(text: str) -> int:
-    """A whole number above 0, for argparse."""
-    if not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
-    return int(text)
+def whole(least: int, most: int) -> Callable[[str], int]:
+    """A whole number within bounds, for argparse."""
+
+    def read(text: str) -> int:
+        digits = text.isascii() and text.isdigit() and len(text) <= len(str(most))
+        if not digits or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, got {brief(text)}")
+        return int(text)
+
+    return read
+
+
+#: Episodes, steps, turns, workers.
+count = whole(1, 10**9)
+#: As that of the configuration.
+seed = whole(0, LARGEST_SEED)
+
+
+def positive(text: str) -> float:
+    """A number above 0 of sensible size, for argparse."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1e-9 <= value <= 1e12:
+        raise argparse.ArgumentTypeError(f"expected a number from 1e-9 to 1e12, got {brief(text)}")
+    return value

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from dreamer.commands.arguments import Parser, count, hide_accelerators, place, split_arguments
+from dreamer.commands.arguments import Parser, count, hide_accelerators, place, positive, split_arguments
 from dreamer.config import Config
 from dreamer.paths import check_file, make_folder
 from dreamer.presets import load_config
@@ -76,8 +76,10 @@ def add_parts(parts: argparse._SubParsersAction) -> None:
     env.add_argument("--steps", type=count, default=100, help="of all environments, in each round")
 
     loop = add("loop", "the training loop beside the bound that its parts set", 5, OPTIONS)
-    loop.add_argument("--seconds", type=float, default=15.0, help="of the loop, for each row; its parts not counted")
-    loop.add_argument("--train-ratios", type=float, nargs="+", default=TRAIN_RATIOS, help="run.train_ratio, a row each")
+    loop.add_argument("--seconds", type=positive, default=15.0, help="of the loop, for each row; its parts not counted")
+    loop.add_argument(
+        "--train-ratios", type=positive, nargs="+", default=TRAIN_RATIOS, help="run.train_ratio, a row each"
+    )
 
 
 def bench_config(options: Sequence[str]) -> Config:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import importlib.util
 import os
 from collections.abc import Sequence
 
-from dreamer.commands.arguments import USAGE_ERROR, Parser, split_arguments
+from dreamer.commands.arguments import USAGE_ERROR, Parser, count, split_arguments
 from dreamer.presets import load_config
 from dreamer.schema import ConfigError, suggestion
+from dreamer.values import brief
 
 ENVS_HELP = "List the suites, or all tasks of one. `dreamer envs check TASK` tries one out."
 CHECK_USAGE = """\
@@ -29,11 +31,12 @@ def check(arguments: Sequence[str]) -> int:
         return 0 if arguments else USAGE_ERROR
     task, *rest = arguments
     if task.startswith("-"):
-        raise ConfigError(f"expected a task first, as in `dreamer envs check toy_catch`, got {task!r}")
+        raise ConfigError(f"expected a task first, as in `dreamer envs check toy_catch`, got {brief(task)}")
     configs, overrides = split_arguments(rest)
-    steps = overrides.pop("steps", "1000")
-    if not steps.isdigit() or int(steps) == 0:
-        raise ConfigError(f"--steps: expected a whole number above 0, got {steps!r}")
+    try:
+        steps = count(overrides.pop("steps", "1000"))
+    except argparse.ArgumentTypeError as error:
+        raise ConfigError(f"--steps: {error}") from None
     config = load_config(configs, {**overrides, "task": task})
 
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # networks are only drawn up: leave accelerators to whoever trains
@@ -44,7 +47,7 @@ def check(arguments: Sequence[str]) -> int:
 
     anywhere = dataclasses.replace(config, run=dataclasses.replace(config.run, platform="auto"))
     fits = functools.partial(make_agent, anywhere)
-    report = audit(lambda seed: make_env(config.task, config.env, seed), int(steps), fits)
+    report = audit(lambda seed: make_env(config.task, config.env, seed), steps, fits)
     show(config.task, report)
     return 1 if report.violations else 0
 
@@ -61,7 +64,7 @@ def run(arguments: Sequence[str]) -> int:
     if given.suite is not None:
         if given.suite not in suites():
             close = suggestion(given.suite, suites(), f"; known: {', '.join(suites())}")
-            raise ConfigError(f"unknown suite {given.suite!r}{close}")
+            raise ConfigError(f"unknown suite {brief(given.suite)}{close}")
         print(*list_tasks()[given.suite], sep="\n")
         return 0
     for name, suite in suites().items():

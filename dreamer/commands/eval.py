@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from dreamer.commands.arguments import Parser, count, hide_accelerators
+from dreamer.commands.arguments import Parser, count, hide_accelerators, seed
 from dreamer.presets import run_config
 
 
@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--episodes", type=count, default=20, help="episodes to play")
     parser.add_argument("--video", metavar="FILE.gif", help="write a video of the first environment there")
     parser.add_argument("--policy", choices=("mode", "sample"), default="mode", help="most likely or sampled actions")
-    parser.add_argument("--seed", type=int, help="seed of the environments and of sampling; none: the run's own")
+    parser.add_argument("--seed", type=seed, help="seed of the environments and of sampling; none: the run's own")
     parser.add_argument("--platform", choices=("auto", "cpu"), default="auto", help="auto: the fastest device")
     return parser
 

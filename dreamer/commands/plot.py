@@ -6,18 +6,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from dreamer.commands.arguments import Parser, count, place
+from dreamer.commands.arguments import Parser, place, positive, whole
 
-
-def width(text: str) -> float:
-    """A number above 0, for argparse."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
-    return value
+#: Most bins of an axis.
+MOST_BINS = 100_000
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,8 +37,8 @@ def parser() -> argparse.ArgumentParser:
     )
     axes = ("env_frames", "hours", "updates", "agent_steps")
     parser.add_argument("--x", choices=axes, default="env_frames", dest="axis", help="horizontal axis")
-    parser.add_argument("--bins", type=count, metavar="N", help="average scores in so many bins")
-    parser.add_argument("--window", type=width, metavar="W", help="... or in bins so wide, in units of the x axis")
+    parser.add_argument("--bins", type=whole(1, MOST_BINS), metavar="N", help="average scores in so many bins")
+    parser.add_argument("--window", type=positive, metavar="W", help="... or in bins so wide, in units of the x axis")
     parser.add_argument(
         "--out", type=place, default=Path("plot"), metavar="PREFIX", help="write PREFIX.png, PREFIX.svg, PREFIX.md"
     )

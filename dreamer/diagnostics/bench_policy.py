@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dreamer.agent import seed_key
 from dreamer.config import Config
 from dreamer.diagnostics.alone import PolicyAlone, spaces_of
 from dreamer.diagnostics.measuring import Report, Rows, figure, milliseconds, take_turns
@@ -23,7 +24,7 @@ def bench_policy(config: Config, counts: Sequence[int] | None, rounds: int) -> R
     """For each number of environments in `counts` (default: one, and the configured number)."""
     reuse_freed_memory()
     agent = make_agent(config, *spaces_of(config))
-    state = agent.init(config.seed)
+    state = agent.init(seed_key(config.seed))
     programs, first, sizes = {}, {}, {}
     for count in sorted(set(counts or (1, config.env.num_envs))):
         name = f"{count} environment{'s' if count > 1 else ''}"

@@ -24,8 +24,9 @@ import numpy as np
 from dreamer.diagnostics.json_lines import LARGEST, MOST, SCORE, UnreadableError, columns, contents, parsed, told
 from dreamer.diagnostics.variants import flatten, is_ours
 from dreamer.paths import absolute
-from dreamer.presets import CONFIG_FILE, parse_file, plain_node
+from dreamer.presets import CONFIG_FILE
 from dreamer.schema import ConfigError
+from dreamer.yaml_files import parse_file, plain_node
 
 #: Folders of a logdir that hold many files and no runs.
 _PASSED = {"replay", "checkpoints", "best", "tensorboard", "videos", "reports", "wandb", "mlflow"}

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from dreamer.agent import Agent
 from dreamer.config import Config
+from dreamer.contradictions import filling_steps
 from dreamer.diagnostics.cost import tree_bytes
 from dreamer.diagnostics.update_cost import Outlook, Pace, Say, Update, format_flops, free_bytes, look
 from dreamer.replay import budget, bytes_per_step, choose_storage
@@ -105,8 +106,7 @@ def schedule(config: Config, preloaded: int) -> Schedule:
     """What the loop does from the first step to the last."""
     run, envs = config.run, config.env.num_envs
     passes = math.ceil(run.agent_steps / envs)
-    # An environment of r rows has r - T starts; there must be B * T of them over all environments.
-    filled = 1 if preloaded else run.batch_length + math.ceil(run.batch_size * run.batch_length / envs)
+    filled = 1 if preloaded else filling_steps(config)
     if filled > passes:
         return Schedule(passes, 0)
     due = UpdateSchedule(run.train_ratio, run.batch_size, run.batch_length)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 
-from dreamer.agent import Agent
+from dreamer.agent import Agent, seed_key
 from dreamer.config import Config
 from dreamer.diagnostics.alone import EnvsAlone, PolicyAlone
 from dreamer.diagnostics.bench_update import random_batch
@@ -127,7 +127,7 @@ class Update:
     def try_parts(self, seconds: float) -> Pace:
         """The parts of the loop in so many seconds; compiling and the first call of each are not counted."""
         envs, policy, config = environment_seconds(self._config, _ENVS * seconds), 0.0, self._config
-        states = [self.agent.init(config.seed + index) for index in range(self.agents)]
+        states = [self.agent.init(seed_key(config.seed + index)) for index in range(self.agents)]
         if config.run.collect:
             params, key = states[0]["params"], np.asarray(states[0]["key"])
             acting = PolicyAlone(self.agent, lambda: params, config.env.num_envs * self.agents, key)

@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 
-from dreamer.agent import Agent
+from dreamer.agent import Agent, seed_key
 from dreamer.config import Config
 from dreamer.envs import EnvError, TaskError, VectorEnv, best_score, human_normalized, summary
 from dreamer.envs.interface import Fault
@@ -111,7 +110,7 @@ def evaluate_command(
         )
     agent, params, key = load_agent(config)
     if seed is not None:
-        key = np.asarray(jax.random.key_data(jax.random.key(seed)))
+        key = seed_key(seed)
     envs = evaluation_envs(config, make_env, min(config.run.eval_envs, episodes), seed)
     try:
         check_spaces_as_trained(agent, envs)

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.markup import escape
 
-from dreamer.agent import Agent
+from dreamer.agent import Agent, seed_key
 from dreamer.config import Config
 from dreamer.envs import EnvError, InlineVectorEnv
 from dreamer.envs.faults import FaultBudget
@@ -198,7 +198,7 @@ class RunParts:
         self.logger.truncate(dict.fromkeys(self.logger.offsets(), 0), self.steps)
         if preload is not None:
             self.console.print(f"data to begin with: {preload.fill(self.replay)}", soft_wrap=True)
-        state = warm_start(self.config, self.agent.init(self.config.seed))
+        state = warm_start(self.config, self.agent.init(seed_key(self.config.seed)))
         return self.agent.devices.place_state(state), {}, None
 
     def _restore(self) -> tuple[Any, dict[str, Any], Progress]:

@@ -15,6 +15,7 @@ import jax
 
 from dreamer.agent import Agent, TrainState
 from dreamer.config import Config
+from dreamer.contradictions import check_gigabytes, unmet
 from dreamer.envs import TaskError, VectorEnv, make_vector_env, suites
 from dreamer.envs.vector import MakeEnv
 from dreamer.paths import PathError, absolute, make_folder
@@ -107,21 +108,29 @@ def make_agent(config: Config, observations: Spaces, actions: Spaces, devices: S
         raise ConfigError(str(error)) from error
 
 
+def replay_limit(config: Config, step_bytes: int = 1) -> int:
+    """Most steps that the options have room for. step_bytes: of one step, if the room is given in gigabytes."""
+    size = config.replay.gigabytes
+    return config.replay.capacity if size is None else int(size * 1e9) // step_bytes
+
+
 def replay_capacity(config: Config, preloaded: int = 0, step_bytes: int = 1) -> int:
     """Steps to make room for: never more than the run collects or begins with (`preloaded`), a little more than one
-    sequence per environment. step_bytes: of one step, if the room is given in gigabytes."""
+    sequence per environment. step_bytes: see `replay_limit`."""
     envs, length = share(config.env.num_envs), config.run.batch_length + 1
     collected = share(config.run.agent_steps + config.env.num_envs) if config.run.collect else 0
-    size = config.replay.gigabytes
-    limit = share(config.replay.capacity if size is None else int(size * 1e9) // step_bytes)
+    limit = share(replay_limit(config, step_bytes))
     needed = min(limit, preloaded + collected)
     return max(math.ceil(needed / envs), length + 1) * envs
 
 
 def make_replay(config: Config, agent: Agent, preloaded: int = 0) -> Replay:
-    """An empty replay with room for `preloaded` steps too; ConfigError if it cannot fit into this machine."""
+    """An empty replay with room for `preloaded` steps too; ConfigError if it cannot fit into this machine, or is too
+    small for training to begin."""
     fields = replay_fields(agent.observations, agent.actions, agent.extras)
-    capacity = replay_capacity(config, preloaded, bytes_per_step(fields))
+    step_bytes = bytes_per_step(fields)
+    check_gigabytes(config, replay_limit(config, step_bytes), step_bytes)
+    capacity = replay_capacity(config, preloaded, step_bytes)
     folder, free = Path(config.logdir) / "replay", free_device_bytes(choose_device(config.run.platform))
     kind = config.replay.storage
     if agent.devices.shape != (1, 1):
@@ -201,6 +210,7 @@ def summary_rows(config: Config, agent: Agent, state: TrainState, replay: Replay
             f" {replay.budget.kind} storage, up to {', '.join(shares)}",
         ),
         Row("disk", f"up to about {format_bytes(disk)}, checkpoints included, of {format_bytes(has['disk'])} free"),
+        *(Row("will not happen", text) for text in unmet(config, len(replay) > 0)),
         Row("resume", RESUME[bool(envs.restorable)]),
         Row("logdir", config.logdir),
     ]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from dreamer.schema import ConfigError, suggestion
+from dreamer.values import brief
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,25 +82,27 @@ class Draw:
 
 
 def _is_number(value: Any, whole: bool) -> bool:
-    return isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+    """Whether a generator can draw up to it."""
+    kind, largest = (int, 2**62) if whole else (int | float, 1e300)
+    return isinstance(value, kind) and not isinstance(value, bool) and -largest <= value <= largest
 
 
 def read_draw(name: str, found: Any, where: str) -> Draw:
     """`{log_uniform: [1e-5, 1e-3]}` of an option; ConfigError if it is none."""
     shape = "{" + "|".join(DISTRIBUTIONS) + ": [...]}"
     if not isinstance(found, dict) or len(found) != 1:
-        raise ConfigError(f"{where}: {name}: expected a distribution, {shape}, got {found!r}")
+        raise ConfigError(f"{where}: {name}: expected a distribution, {shape}, got {brief(found)}")
     ((kind, values),) = found.items()
     if kind not in DISTRIBUTIONS:
         close = suggestion(str(kind), DISTRIBUTIONS, f"; known: {', '.join(DISTRIBUTIONS)}")
-        raise ConfigError(f"{where}: {name}: unknown distribution {kind!r}{close}")
+        raise ConfigError(f"{where}: {name}: unknown distribution {brief(kind)}{close}")
     if not isinstance(values, list) or not values:
-        raise ConfigError(f"{where}: {name}: expected {kind} of a list, got {values!r}")
+        raise ConfigError(f"{where}: {name}: expected {kind} of a list, got {brief(values)}")
     distribution = DISTRIBUTIONS[kind]
     if distribution.bounds:
         low = "a number above 0" if distribution.log else "a number"
         kinds = f"[least, largest], each {low.replace('number', 'whole number') if distribution.whole else low}"
         good = len(values) == 2 and all(_is_number(value, distribution.whole) for value in values)
         if not good or values[0] > values[1] or (distribution.log and values[0] <= 0):
-            raise ConfigError(f"{where}: {name}: expected {kind} of {kinds}, got {values!r}")
+            raise ConfigError(f"{where}: {name}: expected {kind} of {kinds}, got {brief(values)}")
     return Draw(kind, tuple(values), where)

@@ -9,21 +9,23 @@ from typing import Any
 
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
-from dreamer.paths import absolute
+from dreamer.config import LARGEST_SEED
 from dreamer.presets import (
     Setting,
     Settings,
     configs_folder,
     fitted,
     flatten_node,
-    parse_file,
-    plain_node,
     unknown,
 )
 from dreamer.schema import ConfigError, options, show, suggestion
 from dreamer.sweeps.distributions import read_draw
 from dreamer.sweeps.spec import Drawn, EarlyStop, Entry, Sweep
+from dreamer.values import brief
+from dreamer.yaml_files import find_file, key_text, parse_file, plain_node
 
+#: Most runs of a sweep.
+MOST_RUNS = 100_000
 #: Options that a sweep sets itself, and what to write instead.
 _OWN = {"seed": "write `seeds: [0, 1, 2]`", "logdir": "each run has a folder of its own in --logdir"}
 
@@ -36,10 +38,7 @@ def sweep_names() -> dict[str, Path]:
 def find_sweep(name: str) -> Path:
     """The file of a sweep's name or of a path."""
     if name.endswith((".yaml", ".yml")) or os.sep in name:
-        path = absolute(name)
-        if not os.path.isfile(path):
-            raise ConfigError(f"expected a sweep file, found none at {path}")
-        return path
+        return find_file(name, "sweep")
     names = sweep_names()
     if name not in names:
         close = suggestion(name, names, f"; known: {', '.join(names)}")
@@ -79,7 +78,8 @@ def _pairs(node: Node, path: Path, what: str) -> list[tuple[str, str, Node]]:
         raise ConfigError(f"{_line(node, path)}: expected {what} to be a mapping (name: value)")
     found: dict[str, tuple[str, str, Node]] = {}
     for key, value in node.value:
-        name, where = str(key.value), f"{path}:{key.start_mark.line + 1}"
+        where = f"{path}:{key.start_mark.line + 1}"
+        name = key_text(key, where)
         if name in found:
             raise ConfigError(f"{where}: {name} stands here twice; keep one")
         found[name] = (name, where, value)
@@ -92,7 +92,7 @@ def _line(node: Node, path: Path) -> str:
 
 def _sequence(node: Node, path: Path, where: str, what: str) -> list[Node]:
     if not isinstance(node, SequenceNode) or not node.value:
-        raise ConfigError(f"{where}: expected {what} to be a list, got {plain_node(node, where)!r}")
+        raise ConfigError(f"{where}: expected {what} to be a list, got {brief(plain_node(node, where))}")
     return list(node.value)
 
 
@@ -101,14 +101,13 @@ def _configs(node: Node, path: Path, where: str) -> tuple[Setting, ...]:
     names = plain_node(node, where)
     listed = [names] if isinstance(names, str) else names
     if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
-        raise ConfigError(f"{where}: expected configs to be a list of presets, got {names!r}")
+        raise ConfigError(f"{where}: expected configs to be a list of presets, got {brief(names)}")
     return tuple(Setting(name, where) for name in listed)
 
 
 def _dotted(node: Node, path: Path) -> dict[str, tuple[Node, str]]:
     """Options by dotted name, from nested groups or dotted keys; those that a sweep sets itself are refused."""
-    found: dict[str, tuple[Node, str]] = {}
-    flatten_node(node, path, "", found)
+    found = flatten_node(node, path)
     for name, (_, where) in found.items():
         if name in _OWN:
             raise ConfigError(f"{where}: {name} is set by the sweep; {_OWN[name]}")
@@ -194,7 +193,7 @@ def _drawn(count_key: str) -> Callable[[Node, Path, str], Drawn]:
             if key not in parts:
                 raise ConfigError(f"{where}: expected the key {key}; known: {', '.join(known)}")
         numbers = {
-            k: _number(int, 0 if k == "seed" else 1)(parts[k][1], path, parts[k][0])
+            k: (_SEED if k == "seed" else _COUNT)(parts[k][1], path, parts[k][0])
             for k in (count_key, "seed")
             if k in parts
         }
@@ -213,32 +212,39 @@ def _drawn(count_key: str) -> Callable[[Node, Path, str], Drawn]:
 def _seeds(node: Node, path: Path, where: str) -> tuple[int, ...]:
     """A number of seeds, from 0, or the list of them."""
     found = plain_node(node, where)
-    if isinstance(found, int) and not isinstance(found, bool) and found > 0:
+    if isinstance(found, int) and not isinstance(found, bool) and 0 < found <= MOST_RUNS:
         return tuple(range(found))
     good = isinstance(found, list) and found and all(isinstance(s, int) and not isinstance(s, bool) for s in found)
-    if not good or min(found) < 0 or len(set(found)) < len(found):
-        raise ConfigError(f"{where}: expected seeds to be their number, or a list of different ones, got {found!r}")
+    if not good or min(found) < 0 or max(found) > LARGEST_SEED or len(set(found)) < len(found):
+        raise ConfigError(
+            f"{where}: expected seeds to be their number, at most {MOST_RUNS:,}, or a list of different ones from 0 to "
+            f"2^64 - 1, got {brief(found)}"
+        )
     return tuple(found)
 
 
-def _number(kind: type, least: float, largest: float = float("inf")) -> Callable[[Node, Path, str], Any]:
+def _number(kind: type, least: float, largest: float) -> Callable[[Node, Path, str], Any]:
     def read(node: Node, path: Path, where: str) -> Any:
         found = plain_node(node, where)
         number = isinstance(found, int if kind is int else int | float) and not isinstance(found, bool)
         if not number or not least <= found <= largest:
-            upper = "" if largest == float("inf") else f" to {largest:g}"
             raise ConfigError(
-                f"{where}: expected {'a whole' if kind is int else 'a'} number from {least:g}{upper}, got {found!r}"
+                f"{where}: expected a {'whole ' if kind is int else ''}number from {least:g} to {largest:g}, "
+                f"got {brief(found)}"
             )
         return kind(found)
 
     return read
 
 
+#: Runs, trials, and the seed of their draws.
+_COUNT, _SEED = _number(int, 1, MOST_RUNS), _number(int, 0, LARGEST_SEED)
+
+
 def _early_stop(node: Node, path: Path, where: str) -> EarlyStop | None:
     if node.tag == "tag:yaml.org,2002:null":
         return None
-    readers = {"after": _number(float, 0, 1), "below": _number(float, 0, 1), "runs": _number(int, 1)}
+    readers = {"after": _number(float, 0, 1), "below": _number(float, 0, 1), "runs": _COUNT}
     found = {}
     for key, line, inner in _pairs(node, path, "early_stop"):
         if key not in readers:
@@ -251,7 +257,7 @@ def _early_stop(node: Node, path: Path, where: str) -> EarlyStop | None:
 def _text(node: Node, path: Path, where: str) -> str:
     found = plain_node(node, where)
     if not isinstance(found, str) or not found or "/" in found:
-        raise ConfigError(f"{where}: expected a name without /, got {found!r}")
+        raise ConfigError(f"{where}: expected a name without /, got {brief(found)}")
     return found
 
 
@@ -270,10 +276,10 @@ _KEYS: dict[str, tuple[str, Callable[[Node, Path, str], Any]]] = {
     "random": ("random", _drawn("runs")),
     "search": ("search", _drawn("trials")),
     "seeds": ("seeds", _seeds),
-    "retries": ("retries", _number(int, 0)),
-    "retry_seconds": ("retry_seconds", _number(float, 0)),
+    "retries": ("retries", _number(int, 0, 1000)),
+    "retry_seconds": ("retry_seconds", _number(float, 0, 1e6)),
     "early_stop": ("early_stop", _early_stop),
-    "hours": ("hours", _number(float, 0)),
+    "hours": ("hours", _number(float, 0, 1e6)),
     "slurm": ("slurm", _mapping),
     "ray": ("ray", _mapping),
 }

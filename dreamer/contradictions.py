@@ -1,0 +1,165 @@
+"""Options that are right by themselves and impossible together, and what a run is asked for that will not happen.
+
+A contradiction is refused when the configuration is made, with the numbers, before anything slow.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import TYPE_CHECKING
+
+from dreamer.values import ConfigError
+
+if TYPE_CHECKING:
+    from dreamer.config import Config
+
+
+def check(config: Config) -> None:
+    """ValueError, in one line, for the first contradiction."""
+    for rule in (_networks, _behaviour, _batches, _devices, _seeds, _data):
+        if fault := rule(config):
+            raise ValueError(fault)
+
+
+def _networks(config: Config) -> str | None:
+    model = config.model
+    if model.deter % model.blocks:
+        return f"expected model.deter to be a multiple of model.blocks ({model.blocks}), got {model.deter}"
+    if model.bins % 2 == 0:
+        return f"expected an odd number of model.bins, got {model.bins}; add or remove one"
+    if model.min_std >= model.max_std:
+        return f"expected model.min_std < model.max_std, got {model.min_std} and {model.max_std}"
+    for name, pattern in (("encoder_keys", model.encoder_keys), ("decoder_keys", model.decoder_keys)):
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            return f"expected model.{name} to be a regular expression, got {pattern[:100]!r}: {error}"
+    return None
+
+
+def _behaviour(config: Config) -> str | None:
+    behaviour, length = config.actor_critic, config.run.batch_length
+    if behaviour.imagine_last is not None and behaviour.imagine_last > length:
+        return f"expected actor_critic.imagine_last <= run.batch_length ({length}), got {behaviour.imagine_last}"
+    if behaviour.return_low >= behaviour.return_high:
+        return (
+            "expected actor_critic.return_low < actor_critic.return_high, "
+            f"got {behaviour.return_low:g} and {behaviour.return_high:g}"
+        )
+    return None
+
+
+def _batches(config: Config) -> str | None:
+    run, slices = config.run, config.optimizer.accumulate
+    if run.batch_size % slices:
+        return f"expected run.batch_size ({run.batch_size}) to be a multiple of optimizer.accumulate, got {slices}"
+    devices = (run.mesh_data or 1) * (run.mesh_model or 1)
+    if run.batch_size // slices % devices:
+        return (
+            f"expected run.batch_size / optimizer.accumulate ({run.batch_size} / {slices}) to be a multiple of "
+            f"run.mesh_data x run.mesh_model, got {devices} devices; change one of them"
+        )
+    return None
+
+
+def _devices(config: Config) -> str | None:
+    run = config.run
+    devices = (run.mesh_data or 1) * (run.mesh_model or 1)
+    if run.seeds is not None and devices > 1:
+        return f"expected run.mesh_data and run.mesh_model 1 or null with run.seeds, got {devices} devices"
+    if run.process_id is not None and run.processes is not None and run.process_id >= run.processes:
+        return (
+            f"expected run.process_id from 0 to {run.processes - 1}, as run.processes is {run.processes}, "
+            f"got {run.process_id}"
+        )
+    return None
+
+
+def _seeds(config: Config) -> str | None:
+    last = config.seed + (config.run.seeds or 1) - 1
+    if last.bit_length() > 64:
+        return f"expected seeds below 2^64, got {config.run.seeds} of them (run.seeds) from {config.seed}; lower --seed"
+    return None
+
+
+def _data(config: Config) -> str | None:
+    if not config.run.collect and config.replay.preload is None:
+        return "expected data to train on with run.collect false: name them with --replay.preload PATH"
+    if config.replay.gigabytes is None and never_trains(config, config.replay.capacity):
+        return (
+            f"expected replay.capacity {least_capacity(config)} or more, {_why(config)}, got {config.replay.capacity}; "
+            "raise it, or lower run.batch_size, run.batch_length or env.num_envs"
+        )
+    return None
+
+
+# --- When training begins ------------------------------------------------------------------------
+
+
+def filling_steps(config: Config) -> int:
+    """Steps of each environment until there are starts of B * T sequences: with r steps it has r - T of them."""
+    run = config.run
+    return run.batch_length + math.ceil(run.batch_size * run.batch_length / config.env.num_envs)
+
+
+def least_capacity(config: Config) -> int:
+    """The smallest replay, in steps, with which training ever begins."""
+    return config.env.num_envs * filling_steps(config)
+
+
+def never_trains(config: Config, capacity: int) -> bool:
+    """Whether the run is to train, and a replay of so many steps is always too small for it to begin."""
+    run, envs = config.run, config.env.num_envs
+    rows = max(math.ceil(capacity / envs), run.batch_length + 2)
+    starts = envs * (rows - run.batch_length)
+    return _asks_for_updates(config) and starts < run.batch_size * run.batch_length
+
+
+def check_gigabytes(config: Config, steps: int, step_bytes: int) -> None:
+    """ConfigError if the steps, of so many bytes, that `replay.gigabytes` has room for never let training begin."""
+    if config.replay.gigabytes is not None and never_trains(config, steps):
+        raise ConfigError(
+            f"expected replay.gigabytes {least_capacity(config) * step_bytes / 1e9:.3g} or more, "
+            f"{least_capacity(config)} steps of {step_bytes} bytes, {_why(config)}, got {config.replay.gigabytes:g}: "
+            f"{steps} steps; raise it, or lower run.batch_size, run.batch_length or env.num_envs"
+        )
+
+
+def _asks_for_updates(config: Config) -> bool:
+    return config.run.agent_steps * config.updates_per_step >= 1
+
+
+def _why(config: Config) -> str:
+    run = config.run
+    return (
+        f"or training never begins: it takes {run.batch_size * run.batch_length} places (run.batch_size x "
+        f"run.batch_length) at which {run.batch_length} steps and the one before begin, over {config.env.num_envs} "
+        "environments"
+    )
+
+
+# --- What will not happen ------------------------------------------------------------------------
+
+
+def unmet(config: Config, filled: bool = False) -> list[str]:
+    """What a run is asked for and its length or its numbers leave no room for: not a mistake, and worth a word.
+
+    filled: whether replay has data when it starts.
+    """
+    run, envs, found = config.run, config.env.num_envs, []
+    begins = envs * filling_steps(config)
+    if run.collect and not filled and _asks_for_updates(config) and begins >= run.agent_steps:
+        found.append(f"updates: training begins after agent step {begins}, the run ends at {run.agent_steps}")
+    together = math.ceil(envs * config.updates_per_step)
+    if run.updates_per_dispatch > max(together, 1):
+        found.append(
+            f"{run.updates_per_dispatch} updates in one program (run.updates_per_dispatch): never more than "
+            f"{max(together, 1)} due in one step of all environments"
+        )
+    beyond = [("run.checkpoint_milestones", run.checkpoint_milestones)]
+    beyond += [] if run.final_eval else [("run.eval_every", run.eval_every)]
+    for name, interval in beyond:
+        if interval is not None and interval > run.agent_steps:
+            found.append(f"{name} {interval}: the run ends at {run.agent_steps}")
+    return found
