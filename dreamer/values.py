@@ -167,5 +167,8 @@ def describe_fault(fault: Mapping[str, Any]) -> str:
     """What is wrong, in words, from one of pydantic's errors."""
     if fault["type"] == "value_error":  # the words are ours
         return str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] in ("too_short", "too_long"):
+        least, most = fault["ctx"].get("min_length"), fault["ctx"].get("max_length")
+        return f"expected {f'at least {least}' if most is None else f'at most {most}'} in the list, got {brief(fault['input'])}"
     text = str(fault["msg"]).replace("Input should be a ", "expected a ").replace("Input should be", "expected a value")
     return f"{text}, got {brief(fault['input'])}"

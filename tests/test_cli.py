@@ -116,7 +116,7 @@ def test_exit_code_of_training_is_the_program_s(capsys, monkeypatch):
         ("envs dcm", ["unknown suite 'dcm'", "dmc"]),
         ("eval", ["logdir"]),
         ("eval no/such", ["no/such", "config.yaml"]),
-        ("eval . --episodes none", ["--episodes", "whole number above 0"]),
+        ("eval . --episodes none", ["--episodes", "whole number from 1 to 1,000,000,000"]),
         ("eval . --policy best", ["mode", "sample"]),
     ],
 )

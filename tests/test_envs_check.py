@@ -374,7 +374,7 @@ def test_the_command_reports_and_its_exit_code_tells(capsys: Any) -> None:
     [
         ("toy_katch", ["toy_catch"]),
         ("--steps 3", ["a task first"]),
-        ("toy_catch --steps many", ["--steps", "whole number above 0"]),
+        ("toy_catch --steps many", ["--steps", "whole number from 1"]),
         ("toy_catch --env.toy.bals 3", ["env.toy.balls"]),
         ("py_test_envs_check:nothing", ["'nothing'"]),
     ],

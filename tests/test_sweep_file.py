@@ -172,7 +172,7 @@ def test_settings_of_the_sweep_itself(tmp_path):
         ("runs:\n  a: {}\n  a: {}\n", 3, "a stands here twice"),
         ("random:\n  runs: 3\n", 1, "expected the key options"),
         ("random:\n  run: 3\n", 2, "unknown key 'run'; nearest: runs"),
-        ("random:\n  runs: 0\n  options: {}\n", 2, "expected a whole number from 1, got 0"),
+        ("random:\n  runs: 0\n  options: {}\n", 2, "expected a whole number from 1 to 100,000, got 0"),
         ("random:\n  runs: 1\n  options:\n    loss.rep: {unifrom: [0, 1]}\n", 4, "unknown distribution 'unifrom'"),
         ("random:\n  runs: 1\n  options:\n    loss.rep: 3\n", 4, "loss.rep: expected a distribution"),
         ("random:\n  runs: 1\n  options:\n    loss.rep: {log_uniform: [0, 1]}\n", 4, "each a number above 0"),

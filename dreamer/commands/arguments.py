@@ -71,7 +71,7 @@ def whole(least: int, most: int) -> Callable[[str], int]:
     def read(text: str) -> int:
         digits = text.isascii() and text.isdigit() and len(text) <= len(str(most))
         if not digits or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, got {brief(text)}")
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least:,} to {most:,}, got {brief(text)}")
         return int(text)
 
     return read

@@ -229,7 +229,7 @@ def _number(kind: type, least: float, largest: float) -> Callable[[Node, Path, s
         number = isinstance(found, int if kind is int else int | float) and not isinstance(found, bool)
         if not number or not least <= found <= largest:
             raise ConfigError(
-                f"{where}: expected a {'whole ' if kind is int else ''}number from {least:g} to {largest:g}, "
+                f"{where}: expected a {'whole ' if kind is int else ''}number from {least:,g} to {largest:,g}, "
                 f"got {brief(found)}"
             )
         return kind(found)
