@@ -168,7 +168,9 @@ def describe_fault(fault: Mapping[str, Any]) -> str:
     if fault["type"] == "value_error":  # the words are ours
         return str(fault["msg"]).removeprefix("Value error, ")
     if fault["type"] in ("too_short", "too_long"):
-        least, most = fault["ctx"].get("min_length"), fault["ctx"].get("max_length")
-        return f"expected {f'at least {least}' if most is None else f'at most {most}'} in the list, got {brief(fault['input'])}"
+        bounds = fault["ctx"]
+        most = bounds.get("max_length")
+        number = f"at least {bounds['min_length']}" if most is None else f"at most {most}"
+        return f"expected {number} in the list, got {brief(fault['input'])}"
     text = str(fault["msg"]).replace("Input should be a ", "expected a ").replace("Input should be", "expected a value")
     return f"{text}, got {brief(fault['input'])}"
