@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -288,6 +289,49 @@ def test_an_environment_keeps_its_own_folder(surroundings: None, tmp_path: Path)
     assert os.getcwd() == home
     assert [set(paths) for paths in seen_by] == [{str(folder)} for folder in folders]
     env.close()
+
+
+def test_an_alarm_rings_only_while_its_environment_runs() -> None:
+    def rings(*_: Any) -> None:
+        raise TimeoutError("ring")
+
+    def set_alarm(seconds: float) -> None:
+        signal.signal(signal.SIGALRM, rings)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+
+    handler, timer = signal.getsignal(signal.SIGALRM), signal.setitimer(signal.ITIMER_REAL, 0)
+    guarded = Fence()
+    try:
+        guarded(set_alarm, 0.05)
+        time.sleep(0.1)
+        with pytest.raises(TimeoutError, match="ring"):
+            guarded.step(time.sleep, 10)
+        guarded.step(int)
+        assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+
+
+CLOSES = """
+import os, sys
+from dreamer.envs.fence import Fence
+fence = Fence()
+for call in (fence.step, fence):
+    call(sys.stdout.close)
+    print("printed")
+fence(os.close, 1)
+file = open(sys.argv[1], "w")
+print("and not into a file", flush=True)
+"""
+
+
+def test_streams_that_are_closed_are_opened_again(tmp_path: Path) -> None:
+    found = subprocess.run(
+        [sys.executable, "-c", CLOSES, str(tmp_path / "file")], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.splitlines() == ["printed", "printed", "and not into a file"]
+    assert (tmp_path / "file").read_text() == ""
 
 
 def test_options_of_jax_are_put_back_and_refused() -> None:

@@ -1,9 +1,9 @@
 """Calls into the code of environments: whatever it does, this process goes on as it was.
 
 What would end the program becomes an `EscapeError`, as harmless as any other exception. What the environment changes of
-the process is put back when the call returns: the working folder (its own is there again at its next call), handlers of
-signals, the standard streams, filters that turn warnings into errors, a recursion limit that is too low, and how numpy
-treats errors.
+the process is put back when the call returns: the working folder and the alarm timer (its own are there again at its
+next call), handlers of signals, the standard streams, filters that turn warnings into errors, a recursion limit that is
+too low, and how numpy treats errors.
 
 A process cannot be guarded against code that hangs, crashes or calls ``os._exit`` in it: worker processes are for that.
 """
@@ -20,11 +20,10 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 from dreamer.envs.interface import EnvError, TaskError
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 #: Signals that end a process or ask it to end.
@@ -57,50 +56,70 @@ os.register_at_fork(after_in_child=_count_generation)
 class Fence:
     """Stands around one environment. Each call gives what the function returns, or raises an Exception.
 
-    step  For steps: a microsecond, because it does not look at the working folder and the handlers of signals.
+    step   For steps: a microsecond, because it looks at little.
+    reset  For what happens once in an episode: looks at the working folder, the alarm and descriptors too.
 
-    Everything else is done by calling the object.
+    Everything else is done by calling the object, which looks at handlers of signals as well. A run takes back the ones
+    that matter to it between two steps (`runtime.signals`).
     """
 
     def __init__(self) -> None:
         self._home = _folder()
-        self._folder: str | None = None  # the environment's own, if that is another
+        #: The environment's own, if that is another; seconds to its alarm and between further ones, if it has set one.
+        self._folder: str | None = None
+        self._alarm: tuple[float, float] | None = None
         self._recursion_limit, self._filters = sys.getrecursionlimit(), warnings.filters[:]
         self._context = contextvars.copy_context()  # where numpy keeps how it treats errors
+        _keep_spares()
 
-    def step(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        if self._folder is not None:
-            return self(function, *args, **kwargs)
+    def step(self, function: Callable[..., T], *args: Any) -> T:
+        if self._folder is not None or self._alarm is not None:
+            return self.reset(function, *args)
         stdout, stderr, generation = sys.stdout, sys.stderr, _generation
         try:
-            return self._context.run(function, *args, **kwargs)
+            return self._context.run(function, *args)
         except Exception:
             raise
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) and _by_signal(error):
                 raise
-            raise EscapeError(f"{type(error).__name__}: {error}") from error
+            raise EscapeError(f"it raised {type(error).__name__}") from error
         finally:
             if generation != _generation:
                 os._exit(1)  # a child that the environment forked, and let return as if it were this process
             sys.stdout, sys.stderr = stdout, stderr
+            if getattr(stdout, "closed", False) or getattr(stderr, "closed", False):
+                _open_again()
             if sys.getrecursionlimit() < self._recursion_limit:
                 sys.setrecursionlimit(self._recursion_limit)
             if warnings.filters != self._filters:
                 self._drop_new_errors()
 
-    def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        handlers, folder = _handlers(), self._folder
+    def reset(self, function: Callable[..., T], *args: Any) -> T:
+        our_alarm = signal.getitimer(signal.ITIMER_REAL)[0] > 0
+        folder, self._folder = self._folder, None
+        alarm, self._alarm = self._alarm, None
         _enter(folder)
-        self._folder = None
         try:
-            return self.step(function, *args, **kwargs)
+            if alarm is not None:
+                signal.setitimer(signal.ITIMER_REAL, *alarm)
+            return self.step(function, *args)
         finally:
-            _put_back_handlers(handlers)
+            if not our_alarm:
+                left = signal.setitimer(signal.ITIMER_REAL, 0)
+                self._alarm = left if left[0] > 0 else None
+            _fill_descriptors()
             folder = _folder()
             if folder != self._home:
                 self._folder = folder
                 _enter(self._home)
+
+    def __call__(self, function: Callable[..., T], *args: Any) -> T:
+        handlers = _handlers()
+        try:
+            return self.reset(function, *args)
+        finally:
+            _put_back_handlers(handlers)
 
     def _drop_new_errors(self) -> None:
         """Filters that ignore or show warnings do no harm here, and may be meant for the environment's later calls."""
@@ -135,9 +154,9 @@ def _jax_options() -> dict[str, Any]:
     return {} if jax is None else dict(jax.config.values)
 
 
-def fenced(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def fenced(function: Callable[..., T], *args: Any) -> T:
     """A single call."""
-    return Fence()(function, *args, **kwargs)
+    return Fence()(function, *args)
 
 
 def close(fence: Fence, function: Callable[[], object]) -> None:
@@ -180,6 +199,35 @@ def _put_back_handlers(handlers: list[Any]) -> None:
     for number, handler in zip(SIGNALS, handlers, strict=True):
         if handler is not None:  # one that Python has not installed and cannot install
             signal.signal(number, handler)
+
+
+#: Copies of the descriptors 1 and 2, for environments that close them: the next file that is opened would get their
+#: numbers, and then what is printed.
+_spares: dict[int, int] = {}
+
+
+def _keep_spares() -> None:
+    for descriptor in {1, 2} - _spares.keys():
+        with contextlib.suppress(OSError):  # it was closed before
+            _spares[descriptor] = os.dup(descriptor)
+
+
+def _fill_descriptors() -> None:
+    for descriptor, spare in _spares.items():
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.dup2(spare, descriptor)
+
+
+def _open_again() -> None:
+    """The standard streams that an environment has closed."""
+    _fill_descriptors()
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        closed = getattr(sys, name)
+        if getattr(closed, "closed", False):
+            encoding, errors = getattr(closed, "encoding", None), getattr(closed, "errors", None)
+            setattr(sys, name, open(descriptor, "w", 1, encoding, errors, closefd=False))  # noqa: SIM115
 
 
 def _folder() -> str | None:

@@ -140,18 +140,15 @@ class InlineVectorEnv:
         self._recovery.finished(batch["is_last"])
         return batch
 
-    def _try(self, index: int, advance: Callable[[AutoReset, int], Transition], batch: Batch) -> bool:
+    def _try(
+        self, index: int, advance: Callable[[AutoReset, int], Transition], batch: Batch, making: bool = False
+    ) -> bool:
         """Put the environment's next transition into the batch; False if it failed, and is closed now."""
         runner, fence = self._runners[index], self._fences[index]
-
-        def play() -> None:
-            result = advance(runner, index)
-            for key, array in batch.items():
-                array[index] = result[key]
-
+        # The step after the last one is a reset.
+        call = fence if making else fence.reset if runner.over else fence.step
         try:
-            # The step after the last one is a reset.
-            (fence if runner.over else fence.step)(play)
+            call(_play, advance, runner, index, batch)
         except Exception as error:
             fault = fault_of(self.task, index, error)
             # One that is not what it declares would fail alike if it were made anew.
@@ -161,7 +158,6 @@ class InlineVectorEnv:
                 raise never_began(fault) from error
             self._recovery.note(fault)
             close(fence, self._runners[index].env.close)
-            runner.over = True
             return False
         return True
 
@@ -175,11 +171,18 @@ class InlineVectorEnv:
             self._recovery.pause(failed)
             for index in failed:
                 self._fences[index] = Fence()
-            failed = [index for index in failed if not self._try(index, renewed, batch)]
+            failed = [index for index in failed if not self._try(index, renewed, batch, making=True)]
             if not failed:
                 return
         self.close()
         raise give_up(self._recovery.last_fault())
+
+
+def _play(advance: Callable[[AutoReset, int], Transition], runner: AutoReset, index: int, batch: Batch) -> None:
+    """Let the environment advance, and copy its transition into the batch."""
+    result = advance(runner, index)
+    for key, array in batch.items():
+        array[index] = result[key]
 
 
 def check_actions(actions: Mapping[str, np.ndarray], spaces: Spaces, num_envs: int) -> None:
