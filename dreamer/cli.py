@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Sequence
 
 from dreamer import __version__
@@ -65,8 +66,14 @@ def user_errors() -> tuple[type[Exception], ...]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Exit codes: 0 done, 2 a mistake in what was asked, 3 numbers that are not finite, 130 Ctrl-C."""
+    threads = set(threading.enumerate())
     try:
-        return run_command(sys.argv[1:] if arguments is None else arguments)
+        code = run_command(sys.argv[1:] if arguments is None else arguments)
+        if arguments is None:  # the process is ours
+            from dreamer.runtime.signals import end_without
+
+            end_without([one for one in threading.enumerate() if one not in threads], code)
+        return code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `dreamer envs | head`: nobody reads on; keep Python from complaining at its end

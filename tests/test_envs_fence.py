@@ -313,6 +313,26 @@ def test_an_alarm_rings_only_while_its_environment_runs() -> None:
         signal.setitimer(signal.ITIMER_REAL, *timer)
 
 
+THREADS = """
+import sys, threading, time
+from dreamer import cli
+from dreamer.runtime import signals
+def command(arguments):
+    threading.Thread(target=time.sleep, args=(60,), name="server").start()
+    threading.Thread(target=time.sleep, args=(0.01,), name="quick").start()
+    print("done")
+    return 4
+signals.GRACE, cli.run_command = 0.3, command
+sys.exit(cli.main())
+"""
+
+
+def test_threads_that_are_left_running_do_not_keep_the_process() -> None:
+    found = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, timeout=50)
+    assert (found.returncode, found.stdout) == (4, "done\n")
+    assert "ended without server, left running" in found.stderr
+
+
 CLOSES = """
 import os, sys
 from dreamer.envs.fence import Fence

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
+import time
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
+
+#: Seconds that threads have for ending by themselves once everything else is done.
+GRACE = 5.0
 
 
 class StopRequest:
@@ -49,3 +56,23 @@ class StopRequest:
         if number == signal.SIGINT and self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
+
+
+def end_without(threads: Sequence[threading.Thread], code: int) -> None:
+    """When the main thread has ended, wait no longer than `GRACE` for these, which environments have left running, but
+    end the process with this exit code. Python itself would wait for ever."""
+    waited_for = [one for one in threads if not one.daemon]
+    if waited_for:
+        threading.Thread(target=_end, args=(waited_for, code), daemon=True).start()
+
+
+def _end(threads: Sequence[threading.Thread], code: int) -> None:
+    threading.main_thread().join()
+    end = time.monotonic() + GRACE
+    for one in threads:
+        one.join(max(0.0, end - time.monotonic()))
+    if left := [one.name for one in threads if one.is_alive()]:
+        print(f"dreamer: ended without {', '.join(left)}, left running by an environment", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
