@@ -323,9 +323,13 @@ def test_a_request_to_stop_ends_an_evaluation(run_here: Callable[..., int], tmp_
     assert not any("eval/score" in record for record in lines(tmp_path / "run" / "metrics.jsonl"))
 
 
-def test_an_attempt_without_a_checkpoint_leaves_no_records(run_here: Callable[..., int], tmp_path: Path) -> None:
+def test_an_attempt_without_a_checkpoint_leaves_no_records(
+    run_here: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     logdir = tmp_path / "run"
-    logdir.mkdir()
+    with monkeypatch.context() as cut_off:
+        cut_off.setattr(Run, "loop", lambda run, stop: None)
+        run_here(run__agent_steps=20)
     (logdir / "scores.jsonl").write_text('{"step": 77, "episode/score": 1.0, "episode/length": 3}\n')
     (logdir / "metrics.jsonl").write_text('{"step": 77, "agent_steps": 77, "updates": 0}\n')
     run_here(run__agent_steps=20)

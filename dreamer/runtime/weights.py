@@ -36,7 +36,7 @@ def check_source(config: Config) -> None:
         source = Checkpointer(config.from_checkpoint, read_only=True)
         if source.best_score() is None and source.latest() is None:
             raise CheckpointError(
-                f"--from_checkpoint: expected the folder of a run with a checkpoint, found none in {source.logdir}"
+                f"--from_checkpoint: expected a checkpoint in {source.logdir}, found none; name the folder of a run"
             )
 
 
