@@ -6,14 +6,18 @@ happens to the working folder afterwards (an environment that changes it, say) t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 #: Starts this very program in a process of its own, whatever modules lie in the working folder.
 PROGRAM = (sys.executable, "-P", str(Path(__file__).resolve().with_name("__main__.py")))
+#: The variable for what -P asks of Python: import nothing from the working folder.
+SAFE_PATH = "PYTHONSAFEPATH"
 
 
 class PathError(ValueError):
@@ -45,6 +49,20 @@ def working_folder(wanted: str = "it") -> Path:
     except OSError as error:
         text = f"expected a working folder for a relative path, but it is gone ({error.strerror}), got {wanted!r}"
         raise PathError(f"{text}; change to another one, or give the path in full") from None
+
+
+@contextlib.contextmanager
+def safe_path() -> Iterator[None]:
+    """Processes of Python that start within import nothing from the working folder: a random.py there, say, would be
+    taken for the standard library's."""
+    before = os.environ.get(SAFE_PATH)
+    os.environ[SAFE_PATH] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[SAFE_PATH]
+        if before is not None:
+            os.environ[SAFE_PATH] = before
 
 
 def make_folder(folder: Path) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cloudpickle
 import numpy as np
 import pytest
 
@@ -23,6 +24,7 @@ from dreamer.runtime.checkpoint import Checkpointer, CheckpointError, DamagedChe
 from dreamer.runtime.lock import LogdirInUseError, LogdirLock
 from dreamer.runtime.setup import prepare_logdir, resolve_logdir
 from dreamer.runtime.train import train
+from dreamer.sweeps.on_ray import on_a_machine
 
 ODD_NAMES = ("[lr=1e-4]", "a[0-9]b?*", "größe 🙂 #1 %20 '{0}'", "-x,$HOME", "two\nlines")
 
@@ -349,6 +351,19 @@ def test_this_program_starts_itself_whatever_lies_around(traps):
 def test_modules_of_the_working_folder_come_last(here):
     (here / "argparse.py").write_text(WRONG)
     assert output(sys.executable, "-m", "dreamer", "plot", "--help").startswith("usage: dreamer plot")
+
+
+def test_a_task_of_ray_runs_this_program_though_the_working_folder_comes_first(traps):
+    (traps / "task").write_bytes(cloudpickle.dumps(on_a_machine(str(traps))))
+    script = (
+        f"import sys, cloudpickle\nsys.path.insert(0, {str(traps)!r})\ntask = cloudpickle.load(open('task', 'rb'))\n"
+    )
+    words = [sys.executable, "-P", "-c", "print('ran')"]
+    assert (
+        output(sys.executable, "-P", "-c", f"{script}print(task({words!r}, __import__('pathlib').Path('.'), {{}}))")
+        == "0\n"
+    )
+    assert (traps / "sweep.log").read_text() == "ran\n"
 
 
 def test_a_module_is_found_by_either_suite_and_in_workers(traps):

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from dreamer.envs import guard, worker
 from dreamer.envs.faults import never_began
 from dreamer.envs.interface import EnvError, Fault, TaskError
+from dreamer.paths import safe_path
 from dreamer.types import Spaces
 
 #: Seconds that a worker has for closing its environment.
@@ -235,20 +236,16 @@ def _clean_start() -> Iterator[None]:
     """Keep multiprocessing from importing the main script in workers, and what lies in the working folder.
 
     The script would cost every worker its imports (JAX among them) and, without a ``__name__ == "__main__"`` guard,
-    start again. Its functions reach workers by value (cloudpickle). From the working folder a random.py, say, would be
-    taken for the standard library's by the server that workers come from, if Python were not told to leave it.
+    start again. Its functions reach workers by value (cloudpickle).
     """
     try:
         os.getcwd()
     except FileNotFoundError:  # workers begin in it, and multiprocessing cannot do without
         os.chdir("/")
-    main, safe = sys.modules["__main__"], os.environ.get(worker.SAFE_PATH)
+    main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
-    os.environ[worker.SAFE_PATH] = "1"
     try:
-        yield
+        with safe_path():
+            yield
     finally:
         sys.modules["__main__"] = main
-        del os.environ[worker.SAFE_PATH]
-        if safe is not None:
-            os.environ[worker.SAFE_PATH] = safe

@@ -31,6 +31,7 @@ from dreamer.envs.faults import in_words, trace
 from dreamer.envs.fence import Fence, close
 from dreamer.envs.interface import TaskError, TransitionError, batch_fields
 from dreamer.envs.wrappers import AutoReset
+from dreamer.paths import SAFE_PATH
 from dreamer.types import Spaces
 
 Fields = Mapping[str, tuple[tuple[int, ...], np.dtype]]
@@ -39,8 +40,6 @@ STEP, RESET, RENDER, CAN_RESTORE, SAVE, RESTORE, BLOCK, CLOSE = (bytes([code]) f
 DONE, HERE, REFUSED, FAILED = (bytes([code]) for code in b"dhrf")
 #: Makes a worker write down where it is, whatever it is doing.
 WHERE_SIGNAL = signal.SIGUSR1
-#: Variable that keeps Python from importing out of the working folder.
-SAFE_PATH = "PYTHONSAFEPATH"
 
 
 ExcuseKind = Literal["raised", "garbage", "task"]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dreamer.paths import safe_path
 from dreamer.schema import ConfigError
 from dreamer.sweeps.expand import Planned
 from dreamer.sweeps.local import command
@@ -49,6 +50,8 @@ class SlurmBackend:
             import submitit
         except ImportError as error:
             raise ConfigError(f"--backend slurm needs submitit ({error}); `pip install 'dreamer[slurm]'`") from None
+        if "%" in str(folder):
+            raise ConfigError(f"expected a --logdir without %, which stands for numbers of jobs there, got {folder}")
         asked = dict(settings)
         safe = f"{shlex.quote(sys.executable)} -P"  # a job begins in the working folder, whatever modules lie there
         pythons = {"slurm_python": safe, "local_python": safe}
@@ -62,7 +65,8 @@ class SlurmBackend:
     def start(self, run: Planned, slot: int) -> SlurmJob:
         words, folder = command(run, self._program), run.folder.absolute()
         (folder / STOP_FILE).unlink(missing_ok=True)
-        return SlurmJob(self._executor.submit(run_program, words, folder, {}), folder)
+        with safe_path():  # for what submitit starts here
+            return SlurmJob(self._executor.submit(run_program, words, folder, {}), folder)
 
     def close(self) -> None:
         """Nothing is held between jobs."""
