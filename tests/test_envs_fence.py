@@ -592,11 +592,15 @@ def test_one_object_for_training_and_evaluation_is_refused_at_the_start(
         train(config, lambda index, seed: one)
 
 
-def test_states_that_are_not_taken_back_cost_their_episodes(
+def test_states_that_are_not_given_or_taken_back_cost_their_episodes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     share_agents(monkeypatch)
     make = lambda index, seed: Chatty({"set_state": sys.exit})  # noqa: E731
+    unsaved = lambda index, seed: Chatty({"get_state": sys.exit})  # noqa: E731
+    assert train(tiny_config(logdir=str(tmp_path / "unsaved"), run__agent_steps=8, **QUICK), unsaved) == 0
+    assert "the environments' states cannot be saved" in " ".join(capsys.readouterr().out.split())
+    assert not Checkpointer(tmp_path / "unsaved", read_only=True).restore(parts=())[2]["exact"]
     assert train(tiny_config(logdir=str(tmp_path), run__agent_steps=20, **QUICK), make) == 0
     assert Checkpointer(tmp_path, read_only=True).restore(parts=())[2]["exact"]
     capsys.readouterr()

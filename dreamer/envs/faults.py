@@ -52,7 +52,7 @@ class FaultBudget:
             raise EnvError(
                 f"expected at most {self._limit} failures of environments within {self._minutes:g} minutes, got "
                 f"{len(self._times)}; repair the environment, or raise env.failure_limit (null: no limit). "
-                f"The last one: {describe(fault)}"
+                f"The last one: {fault.message} ({place(fault.traceback)})"
             )
 
     def check_end(self, episodes: int) -> None:
@@ -60,7 +60,7 @@ class FaultBudget:
         if self._last is not None and not episodes:
             raise EnvError(
                 f"expected episodes that end by themselves, got none, and {self._all} that ended because an "
-                f"environment failed; repair it. The last failure: {describe(self._last)}"
+                f"environment failed; repair it. The last failure: {self._last.message} ({place(self._last.traceback)})"
             )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from dreamer.agent import Agent, stream_key
 from dreamer.envs import EnvError, VectorEnv
+from dreamer.envs.faults import place
 from dreamer.envs.interface import Batch, Fault
 from dreamer.runtime import transfer
 from dreamer.runtime.nonfinite import NonFiniteActionError, not_finite
@@ -185,7 +186,9 @@ class Collector:
 
 
 def _refuse(fault: Fault) -> None:
-    raise EnvError(f"environment {fault.env} {fault.kind}: {fault.message}\n{fault.traceback}")
+    raise EnvError(
+        f"expected environments that play to the end, got {fault.message} ({place(fault.traceback)}); correct them"
+    )
 
 
 def run_episodes(

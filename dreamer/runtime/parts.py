@@ -111,6 +111,7 @@ class RunParts:
         self.system = SystemMeter(self.logdir)
         self.agent_steps = self.updates = 0
         self.failed: str | None = None
+        self._unsaved = False  # whether it was told that the environments' states cannot be saved
         self.dream_video: Path | None = None
         self.metrics, self.watch = Aggregator(), Stopwatch()
         self.faults = FaultBudget(config.env)
@@ -163,7 +164,9 @@ class RunParts:
     def save(self) -> None:
         """Save a checkpoint in the background. It changes no number: what is on its way stays so."""
         with self.watch.section("checkpoint"):
-            files = pack_progress(self.learner, self.collector, self.metrics, self.envs, self.evaluator)
+            files = pack_progress(
+                self.learner, self.collector, self.metrics, self.envs, self.evaluator, self._tell_unsaved
+            )
             meta = {
                 "agent_steps": self.agent_steps,
                 "updates": self.updates,
@@ -183,6 +186,13 @@ class RunParts:
             state = self.agent.devices.one_copy(self.learner.state) if jax.process_index() == 0 else {}
             replay = self.replay
             self._try_saving(lambda: self.checkpointer.save(self.agent_steps, state, meta, replay, files))
+
+    def _tell_unsaved(self, error: EnvError) -> None:
+        """Once in a run."""
+        if not self._unsaved:
+            text = f"a resume begins new episodes: the environments' states cannot be saved, {error}"
+            self.console.print(f"[bold red]{escape(self.config.task)}[/]", escape(text), soft_wrap=True)
+        self._unsaved = True
 
     def _try_saving(self, save: Callable[[], object]) -> None:
         """A disk that refuses is reported, training goes on, and the checkpoint is tried again soon."""

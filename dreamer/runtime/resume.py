@@ -7,8 +7,7 @@ user's: a pickle can do whatever a program can.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,9 +34,18 @@ class Progress(NamedTuple):
 
 
 def pack_progress(
-    learner: Learner, collector: Collector | None, metrics: Aggregator, envs: VectorEnv, evaluator: Evaluator
+    learner: Learner,
+    collector: Collector | None,
+    metrics: Aggregator,
+    envs: VectorEnv,
+    evaluator: Evaluator,
+    on_unsaved: Callable[[EnvError], object],
 ) -> dict[str, bytes]:
-    """The files, by name. collector: None for a run that does not collect."""
+    """The files, by name.
+
+    collector   None for a run that does not collect.
+    on_unsaved  Told why the environments' states are not among them, although they could be saved at first.
+    """
     loop = {
         "learner": learner.progress(),
         "collector": None if collector is None else collector.state(),
@@ -45,9 +53,11 @@ def pack_progress(
     }
     files = {LOOP: serialization.msgpack_serialize(loop)}
     if can_be_put_back(envs):
-        with contextlib.suppress(EnvError):  # A state that could be saved at first may not be later.
+        try:
             states = {"training": envs.get_state() if collector else None, "evaluation": evaluator.state()}
             files[ENVIRONMENTS] = serialization.msgpack_serialize(states)
+        except EnvError as error:
+            on_unsaved(error)
     return files
 
 
