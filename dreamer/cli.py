@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 import threading
 from collections.abc import Sequence
 
 from dreamer import __version__
 from dreamer.commands.arguments import USAGE_ERROR
+from dreamer.process import unfailing_output
 from dreamer.schema import ConfigError, suggestion
 from dreamer.values import one_line
 
@@ -64,6 +64,7 @@ def user_errors() -> tuple[type[Exception], ...]:
     return tuple(getattr(sys.modules[module], name) for module, name in USER_ERRORS if module in sys.modules)
 
 
+@unfailing_output()
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Exit codes: 0 done, 2 a mistake in what was asked, 3 numbers that are not finite, 130 Ctrl-C."""
     threads = set(threading.enumerate())
@@ -76,9 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # `dreamer envs | head`: nobody reads on; keep Python from complaining at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except user_errors() as error:
         print(f"dreamer: error: {one_line(str(error))}", file=sys.stderr)
         return USAGE_ERROR

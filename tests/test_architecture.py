@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dreamer"
 
 # Each row may import from rows at or above it. A folder counts as one module.
 LAYERS = [
-    ["paths", "types", "values", "contradictions", "config", "yaml_files"],
+    ["paths", "types", "values", "contradictions", "config", "yaml_files", "process", "terminal"],
     ["networks", "distributions", "optimizer", "sharding", "compiler"],
     ["coders", "rssm"],
     ["objectives"],
@@ -31,6 +31,7 @@ LAYERS = [
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 CLOSED = {"envs", "replay"}  # these know only the vocabulary
 VOCABULARY = {"paths", "types", "values", "contradictions", "config"}
+PRINTING = {"process", "terminal"}
 SEE_WHOLE_CONFIG = {"agent", "schema", "presets", "runtime", "diagnostics", "sweeps", "commands", "__init__"}
 OPTIONAL = {"dm_control", "mujoco", "crafter", "Box2D", "pygame", "tensorflow", "torch", "moviepy", "minerl", "minari"}
 OPTIONAL |= {
@@ -102,7 +103,7 @@ def rooms_imported(path: Path) -> set[str]:
 def test_imports_point_one_way(path):
     own, others = room(path), rooms_imported(path) - {room(path)}
     if own in CLOSED:
-        assert others <= VOCABULARY
+        assert others <= VOCABULARY | PRINTING
         return
     assert own in RANK, f"{path} has no place in the picture of the house: add it to LAYERS"
     for other in others:
@@ -115,7 +116,7 @@ def test_imports_point_one_way(path):
 
 
 def test_the_vocabulary_stands_alone():
-    for name in VOCABULARY:
+    for name in VOCABULARY | PRINTING:
         path = PACKAGE / f"{name}.py"
         assert rooms_imported(path) <= VOCABULARY
         assert not {"jax", "flax"} & {module.split(".")[0] for module, _ in imports(path)}
@@ -163,6 +164,18 @@ def test_optional_packages_load_when_they_are_needed():
     for path in FILES:
         top = {module.split(".")[0] for module, _ in imports(path, top_level=True)}
         assert not OPTIONAL & top, path
+
+
+def test_text_for_people_goes_through_the_terminal():
+    """rich's own console and tables take brackets in names for markup; so does everything that speaks of markup."""
+    for path in FILES:
+        if room(path) == "terminal":
+            continue
+        taken = {(module, name) for module, names in imports(path) for name in (names or ("",))}
+        assert not {found for found in taken if found[0] in ("rich.markup", "rich.table")}, path
+        assert not {("rich", "print"), ("rich.console", "Console"), ("rich.console", "")} & taken, path
+        text = path.read_text()
+        assert "from_markup" not in text and "[/]" not in text, path
 
 
 def test_names_say_what_is_inside():

@@ -4,11 +4,11 @@ import io
 import re
 
 import pytest
-from rich.console import Console
 
 from dreamer.runtime import display
 from dreamer.runtime.display import Display, Evaluation, Row
 from dreamer.runtime.logging import Steps
+from dreamer.terminal import Console
 
 
 class Clock:

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from rich.console import Console
 
 from dreamer import cli
 from dreamer.diagnostics import doctor, machine_checks, program_checks
 from dreamer.diagnostics.findings import Finding, Request
 from dreamer.diagnostics.probe import ProbeError, ask, run_limited
 from dreamer.envs.registry import SUITES
+from dreamer.terminal import Console
 
 Usage = collections.namedtuple("Usage", "total used free")
 GB = 10**9

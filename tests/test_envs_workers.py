@@ -29,6 +29,7 @@ from dreamer.envs import (
     make_vector_env,
     suites,
 )
+from dreamer.process import STOP_SIGNALS
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = [(1.0, False, False)] * 50
@@ -171,12 +172,18 @@ def test_a_worker_killed_before_its_first_transition_is_an_error_that_names_it()
         env.reset()
 
 
-def test_workers_ignore_ctrl_c_and_sigterm(process_env: ProcessVectorEnv) -> None:
-    """Both reach the whole process group; the run's own process decides what then happens."""
-    for worker in process_env._workers.values():
-        os.kill(worker.pid, signal.SIGINT)
-        os.kill(worker.pid, signal.SIGTERM)
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
+def test_signals_to_stop_reach_no_worker(process_env: ProcessVectorEnv, number: signal.Signals) -> None:
+    """They often go to the whole tree of processes, among them the server that workers come from; the run's own
+    process decides what then happens."""
+    pids = [worker.pid for worker in process_env._workers.values()]
+    server = psutil.Process(pids[0]).ppid()
+    for pid in (*pids, server):
+        os.kill(pid, number)
+    with pytest.raises(psutil.TimeoutExpired):
+        psutil.Process(server).wait(0.1)
     assert step(process_env)["reward"].tolist() == [1, 1]
+    assert process_env.take_faults() == [] and [worker.pid for worker in process_env._workers.values()] == pids
 
 
 def test_close_ends_all_workers() -> None:

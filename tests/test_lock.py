@@ -70,8 +70,9 @@ def test_holders_children_do_not_keep_the_lock(tmp_path):
         child.communicate(b"\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_first_signal_sets_the_flag(number):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU"], ids=str)
+def test_first_signal_sets_the_flag(name):
+    number = signal.Signals[name]
     before = signal.getsignal(number)
     with StopRequest() as stop:
         assert not stop
@@ -80,10 +81,27 @@ def test_first_signal_sets_the_flag(number):
     assert signal.getsignal(number) == before
 
 
-def test_second_interrupt_raises():
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGQUIT])
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGQUIT])
+def test_a_second_one_from_the_keyboard_raises(first, second):
     with pytest.raises(KeyboardInterrupt), StopRequest():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), first)
+        os.kill(os.getpid(), second)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_what_is_ignored_or_means_something_else_stays_so(number):
+    """nohup ignores SIGHUP; another program around has signals of its own."""
+    heard = []
+    for handler in (signal.SIG_IGN, lambda *_: heard.append(number)):
+        former = signal.signal(number, handler)
+        try:
+            with StopRequest() as stop:
+                os.kill(os.getpid(), number)
+                assert not stop and signal.getsignal(number) is handler
+        finally:
+            signal.signal(number, former)
+    assert heard == [number]
 
 
 def test_repeated_terminate_only_asks_again():

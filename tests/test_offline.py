@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from dreamer.envs.spaces import action_leaves, flatten, observation_leaves, unfl
 from dreamer.presets import ConfigError
 from dreamer.replay import Replay
 from dreamer.replay.episodes import EpisodeFolder, EpisodeWriter
+from dreamer.runtime.collect_episodes import random_steps
 from dreamer.runtime.minari import MinariSource
 from dreamer.runtime.preload import PreloadWarning, check_trainable, find_preload, task_spaces
 from dreamer.runtime.setup import replay_capacity
@@ -106,6 +109,22 @@ def test_the_seed_decides_what_is_collected(tmp_path: Path) -> None:
 
     first = actions("a", "1")
     assert first == actions("b", "1") and first != actions("c", "2")
+
+
+@pytest.mark.parametrize("after", [0, 30])
+def test_collecting_that_is_asked_to_stop_keeps_what_was_played(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    def hung_up(*arguments: Any) -> Iterator[Any]:
+        for number, step in enumerate(random_steps(*arguments)):
+            if number == after:
+                os.kill(os.getpid(), signal.SIGHUP)
+            yield step
+
+    monkeypatch.setattr("dreamer.runtime.collect_episodes.random_steps", hung_up)
+    assert main(["collect", TASK, str(tmp_path), "--steps", "900", "--env.num_envs", "1"]) == 0
+    # The end is cut, of at least two steps: an episode that has only begun is none.
+    assert max(2, after) <= sum(len(episode["reward"]) for episode in read(tmp_path)) <= after + 2
 
 
 def test_what_goes_on_when_collecting_ends_is_cut(tmp_path: Path) -> None:

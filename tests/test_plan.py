@@ -11,7 +11,6 @@ import types
 import jax
 import pytest
 from learner_data import CHEAP
-from rich.console import Console
 from tiny_runs import tiny_config
 
 from dreamer import cli, compiler
@@ -22,6 +21,7 @@ from dreamer.replay import Replay
 from dreamer.runtime.devices import choose_device
 from dreamer.runtime.preload import task_spaces
 from dreamer.runtime.setup import make_agent, make_replay
+from dreamer.terminal import Console
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ from dreamer.diagnostics.lines import nice
 from dreamer.diagnostics.plot import Request, make_comparison
 from dreamer.diagnostics.published import published
 from dreamer.diagnostics.scales import scale_of
-from dreamer.diagnostics.table import number
+from dreamer.diagnostics.table import as_table, number
 from dreamer.presets import load_config, save_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -246,6 +246,19 @@ def test_one_panel_names_its_seeds_and_other_axes_their_unit(tmp_path, monkeypat
     (axes,) = drawn(monkeypatch, found, tmp_path, "hours").axes
     assert axes.get_xlabel() == "hours of training"
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["x, 3 seeds"]
+
+
+def test_names_are_drawn_and_tabled_as_they_are(tmp_path, monkeypatch):
+    """Neither formulas between dollars, nor hidden for an underscore at the beginning, nor two cells of a table."""
+    task, names = r"gym_$\nonsense{$", ["_mine", r"$\x$ [b]"]
+    found = compare([line(task, name, seed, 1.0) for name in names for seed in range(2)], {}, bins=5)
+    figure = drawn(monkeypatch, found, tmp_path)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    assert axes.get_title() == task
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [f"{name}, 2 seeds" for name in names]
+    rows = as_table(["a", "b"], [["one|two", "three\nfour"]]).splitlines()
+    assert len(rows) == 3 and all(row.count("|") == 3 for row in rows)
 
 
 def test_more_curves_than_colours_stay_apart(tmp_path, monkeypatch):

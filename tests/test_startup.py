@@ -11,12 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from tiny_runs import share_agents, tiny_config
 
 from dreamer.runtime.loop import Run
 from dreamer.runtime.signals import StopRequest
 from dreamer.runtime.startup import Startup, process_start
+from dreamer.terminal import Console
 
 
 class Clock:

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from dreamer.cli import main
 from dreamer.sweeps.estimate import Need, dry_run, kind_of, needs, totals
@@ -17,6 +16,7 @@ from dreamer.sweeps.report import write_report
 from dreamer.sweeps.schedule import Entry
 from dreamer.sweeps.state import FAILED, FINISHED, RUNNING, RunState, save_state
 from dreamer.sweeps.table import SweepDisplay, counts, time_left
+from dreamer.terminal import Console
 
 FILE = """
 configs: [debug]

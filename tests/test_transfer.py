@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.array import ArrayImpl
-from rich.console import Console
 from tiny_runs import share_agents, tiny_config
 
 from dreamer.config import Config
@@ -23,6 +22,7 @@ from dreamer.runtime.loop import Run
 from dreamer.runtime.meters import Aggregator, Packed
 from dreamer.runtime.seeds import SeedRuns
 from dreamer.runtime.signals import StopRequest
+from dreamer.terminal import Console
 
 Door = collections.Counter[str]
 

@@ -48,6 +48,7 @@ def hide_accelerators() -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_platform_name", "cpu")
 
 
 class Parser(argparse.ArgumentParser):

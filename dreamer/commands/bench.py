@@ -141,6 +141,9 @@ def _checked(config: Config) -> Config:
     check_task(config.task)
     if config.run.platform == "cpu":
         hide_accelerators()
+    from dreamer.runtime.devices import find_devices
+
+    find_devices(config.run.platform)
     return config
 
 

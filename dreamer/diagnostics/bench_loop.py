@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from rich.console import Console
 
 from dreamer.config import Config
 from dreamer.diagnostics.alone import EnvsAlone, PolicyAlone, UpdateAlone
@@ -34,6 +33,7 @@ from dreamer.runtime.learner import Learner
 from dreamer.runtime.loop import Run
 from dreamer.runtime.setup import training_envs
 from dreamer.runtime.signals import StopRequest
+from dreamer.terminal import Console
 
 #: Passes with updates before anything is timed: each program has been compiled by then.
 _WARM_UP = 3

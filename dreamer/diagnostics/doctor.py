@@ -8,13 +8,12 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from rich import box
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from dreamer.diagnostics import machine_checks as machine
 from dreamer.diagnostics import program_checks as program
 from dreamer.diagnostics.findings import Finding, Request
+from dreamer.terminal import Console, Table
 
 Check = Callable[[Request], Finding | list[Finding]]
 
@@ -57,7 +56,7 @@ def _run(name: str, check: Check, request: Request) -> list[Finding]:
 
 def table(findings: Iterable[Finding]) -> Table:
     """One row per finding, the remedy below what was seen."""
-    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title_justify="left")
+    shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     shown.add_column("", no_wrap=True)
     shown.add_column("check", style="bold", no_wrap=True)
     shown.add_column("seen", overflow="fold")
@@ -72,7 +71,7 @@ def table(findings: Iterable[Finding]) -> Table:
 
 def doctor_command(request: Request, as_json: bool) -> int:
     """Examines this machine and prints what was found. Exit code 0: ok, perhaps with warnings; 1: something fails."""
-    console = Console(highlight=False)
+    console = Console()
     with console.status("examining this machine ..."):
         findings = examine(request)
     counts = {level: sum(f.level == level for f in findings) for level in STYLES}

@@ -14,12 +14,12 @@ import jax
 import numpy as np
 import psutil
 from rich import box
-from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from dreamer.runtime.display import format_number
 from dreamer.runtime.provenance import versions
 from dreamer.schema import ConfigError
+from dreamer.terminal import Console, Table
 
 T = TypeVar("T")
 
@@ -130,24 +130,24 @@ def read_report(path: Path, part: str) -> Report:
 
 def show(report: Report, other: Report | None = None, console: Console | None = None) -> None:
     """The machine, the table and, beside its figures, their ratios to those of another report."""
-    console = console or Console(highlight=False)
+    console = console or Console()
     if not console.is_terminal:
         console.width = _WIDTH
     found = report.machine
     packages = ", ".join(f"{name} {found[name]}" for name in ("python", "jax", "jaxlib", "dreamer"))
-    console.print(f"{found['processor']}, {found['cores']} cores; {found['device']}; {packages}", soft_wrap=True)
+    console.print(f"{found['processor']}, {found['cores']} cores; {found['device']}; {packages}")
     console.print(_table(report, {} if other is None else other.rows))
     if report.note:
-        console.print(report.note, soft_wrap=True)
+        console.print(report.note)
     if other is not None:
         console.print("n x: here over there", style="dim")
         for what in ("machine", "request"):
             for line in _differences(getattr(report, what), getattr(other, what)):
-                console.print(f"[yellow]not the same {what}[/]: {line}", soft_wrap=True)
+                console.print(Text(f"not the same {what}:", "yellow"), line)
 
 
 def _table(report: Report, others: Rows) -> Table:
-    table = Table(title=f"dreamer bench {report.part}", title_justify="left", title_style="bold", box=box.ROUNDED)
+    table = Table(title=f"dreamer bench {report.part}", box=box.ROUNDED)
     table.add_column("")
     for column in report.columns:
         table.add_column(column.replace("_", " "), justify="right")
@@ -156,20 +156,20 @@ def _table(report: Report, others: Rows) -> Table:
     return table
 
 
-def _cell(column: str, row: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+def _cell(column: str, row: Mapping[str, Any], other: Mapping[str, Any]) -> Text:
     """A figure, below it its quartiles, and its ratio to the one of the other report."""
     if (value := row.get(column)) is None:
-        return ""
+        return Text()
     if isinstance(value, str):
-        return value
+        return Text(value)
     shape = next((shape for end, shape in _FORMATS.items() if column.endswith(end)), None)
     write = format_number if shape is None else shape.format
-    parts = [write(value)]
+    cell = Text(write(value))
     if (spread := row.get(column + _QUARTILES)) is not None:
-        parts.append(f"[dim]{write(spread[0])}..{write(spread[1])}[/]")
+        cell.append(f"\n{write(spread[0])}..{write(spread[1])}", "dim")
     if other.get(column):
-        parts.append(f"[cyan]{value / other[column]:.2f} x[/]")
-    return "\n".join(parts)
+        cell.append(f"\n{value / other[column]:.2f} x", "cyan")
+    return cell
 
 
 def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:

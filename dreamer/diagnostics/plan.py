@@ -9,8 +9,6 @@ from pathlib import Path
 
 import jax
 from rich import box
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from dreamer.agent import Agent
@@ -25,6 +23,7 @@ from dreamer.runtime.display import format_bytes, format_count, format_duration
 from dreamer.runtime.preload import find_preload, task_spaces
 from dreamer.runtime.schedule import UpdateSchedule
 from dreamer.runtime.setup import free_device_bytes, make_agent, module_sizes, replay_capacity, resolve_logdir
+from dreamer.terminal import Console, Table
 from dreamer.types import replay_fields
 
 #: Seconds that a trial of the environments, the policy and the update takes, compiling not counted.
@@ -181,8 +180,9 @@ def make_plan(config: Config, seconds: float | None = TRIAL_SECONDS, say: Say = 
     done.
     """
     say("tracing the update")
+    device = choose_device(config.run.platform)
     observations, actions = task_spaces(config)
-    agent, device = make_agent(config, observations, actions), choose_device(config.run.platform)
+    agent = make_agent(config, observations, actions)
     found = find_preload(config, observations, actions)
     preloaded = found.room(config.env.num_envs) if found else 0
     update, whole = Update(config, agent), schedule(config, preloaded)
@@ -215,9 +215,9 @@ def plan_command(config: Config) -> int:
     """Prints the plan of a run. Exit code 0, also where the run cannot work: then its lines say so."""
     reuse_freed_memory()
     keep_compiled_programs()
-    console = Console(highlight=False)
+    console = Console()
     with console.status("planning") as status:
-        lines = make_plan(config, say=lambda text: status.update(f"{text} ..."))
+        lines = make_plan(config, say=lambda text: status.update(Text(f"{text} ...")))
     console.print(table(lines))
     return 0
 

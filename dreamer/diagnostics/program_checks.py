@@ -21,6 +21,8 @@ DEVICE_LIMIT, RENDERER_LIMIT, SUITE_LIMIT, TOOL_LIMIT = 180.0, 60.0, 120.0, 20.0
 DRIVERS = {"12": (525, 60), "13": (580, 0)}
 #: Memory in use by others above which a run may not find enough, as a share.
 BUSY = 0.3
+#: What JAX is told which devices to use by.
+_TOLD = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")
 #: Do not take most of a GPU's memory, which a run may be using, only to look at it.
 _MODEST = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 _NO_DRIVER = "install NVIDIA's driver; a container needs NVIDIA's container toolkit and docker run --gpus all"
@@ -99,8 +101,8 @@ def devices(request: Request) -> list[Finding]:
     try:
         report = ask("devices", limit=DEVICE_LIMIT, environment=_MODEST)
     except ProbeError as error:
-        chosen = os.environ.get("JAX_PLATFORMS")
-        remedy = f"unset JAX_PLATFORMS (it is {chosen!r}), or {wanted}" if chosen else f"reinstall JAX: {wanted}"
+        told = [f"{name} (it is {os.environ[name]!r})" for name in _TOLD if os.environ.get(name)]
+        remedy = f"unset {' and '.join(told)}, or {wanted}" if told else f"reinstall JAX: {wanted}"
         return [Finding("devices", "fail", f"JAX cannot use its devices: {error}", f"{remedy}; --run.platform cpu")]
     found = report["devices"]
     shown = _counted([device["kind"] for device in found])

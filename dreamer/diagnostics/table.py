@@ -24,9 +24,10 @@ def interval(value: float, low: float, high: float) -> str:
     return number(value) if math.isnan(low) else f"{number(value)} [{number(low)}, {number(high)}]"
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def as_table(head: list[str], rows: list[list[str]]) -> str:
+    """Markdown, whatever the cells hold."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(' '.join(cell.split()).replace('|', '/') for cell in line)} |" for line in lines)
 
 
 def _final_row(final: Final, references: bool) -> list[str]:
@@ -65,12 +66,12 @@ def markdown(found: Comparison, axis: str) -> str:
     parts = [
         f"Scores: means over the last tenth of what every run of a curve has reached (the column {AXES[axis]}), then "
         "over seeds; in brackets the 95 % interval by a bootstrap over seeds, within tasks. Of one seed there is none.",
-        _table(head, [_final_row(final, references) for final in found.finals]),
+        as_table(head, [_final_row(final, references) for final in found.finals]),
     ]
     if found.totals:
         rows = [row for total in found.totals for row in _total_rows(total)]
         head = ["over tasks", "tasks", "curve", "aggregate", "score [95 %]", "published, same spans"]
-        parts.append(_table(head, rows))
+        parts.append(as_table(head, rows))
     if found.notes:
         parts.append("\n".join(f"- {note}" for note in found.notes))
     return "\n\n".join(parts) + "\n"

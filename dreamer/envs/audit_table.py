@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from rich import box
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from dreamer.envs.audit import Report
+from dreamer.terminal import Console, Table
 from dreamer.types import Space, Spaces
 
 MEGABYTE = 1e6
@@ -15,7 +14,7 @@ MEGABYTE = 1e6
 
 def show(task: str, report: Report, console: Console | None = None) -> None:
     """Prints it."""
-    console = console or Console(highlight=False)
+    console = console or Console()
     table = Table(box=box.SIMPLE, show_header=False, title=f"{task}, {report.steps:,} agent steps of random actions")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -27,7 +26,7 @@ def show(task: str, report: Report, console: Console | None = None) -> None:
         return
     console.print(Text(f"{len(report.violations)} violations of the contract:", "bold red"))
     for line in report.violations:
-        console.print(Text(f"  - {line}"), soft_wrap=True)
+        console.print(Text(f"  - {line}"))
 
 
 def rows(report: Report) -> list[tuple[str, str]]:

@@ -23,11 +23,12 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from dreamer.envs.interface import EnvError, TaskError
+from dreamer.process import STOP_SIGNALS, UnfailingStream
 
 T = TypeVar("T")
 
 #: Signals that end a process or ask it to end.
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
+SIGNALS = (*STOP_SIGNALS, signal.SIGPIPE)
 #: Seconds that an environment has for closing.
 CLOSING = 5.0
 _RAISE = opcode.opmap["RAISE_VARARGS"]
@@ -227,7 +228,8 @@ def _open_again() -> None:
         closed = getattr(sys, name)
         if getattr(closed, "closed", False):
             encoding, errors = getattr(closed, "encoding", None), getattr(closed, "errors", None)
-            setattr(sys, name, open(descriptor, "w", 1, encoding, errors, closefd=False))  # noqa: SIM115
+            again = open(descriptor, "w", 1, encoding, errors, closefd=False)  # noqa: SIM115
+            setattr(sys, name, UnfailingStream(again) if isinstance(closed, UnfailingStream) else again)
 
 
 def _folder() -> str | None:

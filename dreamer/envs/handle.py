@@ -6,10 +6,12 @@ import contextlib
 import multiprocessing
 import os
 import select
+import signal
 import sys
 import time
 import types
 from collections.abc import Iterable, Iterator
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import send_handle
 from typing import Any, Literal
@@ -18,6 +20,7 @@ from dreamer.envs import guard, worker
 from dreamer.envs.faults import never_began
 from dreamer.envs.interface import EnvError, Fault, TaskError
 from dreamer.paths import safe_path
+from dreamer.process import STOP_SIGNALS
 from dreamer.types import Spaces
 
 #: Seconds that a worker has for closing its environment.
@@ -72,7 +75,7 @@ class Worker:
         args = (theirs, trace, pickled, attempt, index, num_envs, dict(os.environ))
         self.process: BaseProcess = context.Process(target=worker.run, args=args, name=name)
         try:
-            with _clean_start():
+            with _stops_held(), _clean_start():
                 self.process.start()
         except OSError as error:
             self.conn.close()
@@ -193,7 +196,7 @@ class Guard:
         context = _context()
         self._conn, theirs = context.Pipe()
         self._process = context.Process(target=guard.run, args=(theirs,), name="guard")
-        with _clean_start():
+        with _stops_held(), _clean_start():
             self._process.start()
         theirs.close()
 
@@ -229,6 +232,22 @@ def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dreamer.envs"])
     return context
+
+
+@contextlib.contextmanager
+def _stops_held() -> Iterator[None]:
+    """Signals to stop wait in what is started meanwhile, and in this thread until it is over.
+
+    The server that workers come from has no handlers for them: one that reaches the whole tree of processes would end
+    it, and with it all word of its workers. A worker lets them through once it ignores them.
+    """
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        resource_tracker.ensure_running()  # where it has to be started, that lets some of them through again
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 @contextlib.contextmanager

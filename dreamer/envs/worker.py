@@ -32,6 +32,7 @@ from dreamer.envs.fence import Fence, close
 from dreamer.envs.interface import TaskError, TransitionError, batch_fields
 from dreamer.envs.wrappers import AutoReset
 from dreamer.paths import SAFE_PATH
+from dreamer.process import STOP_SIGNALS, unfailing_output
 from dreamer.types import Spaces
 
 Fields = Mapping[str, tuple[tuple[int, ...], np.dtype]]
@@ -81,6 +82,7 @@ def _bytes(shape: tuple[int, ...], dtype: np.dtype, num_envs: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
+@unfailing_output()
 def run(
     conn: Connection,
     trace: Connection,
@@ -120,11 +122,12 @@ def run(
 def own_group() -> None:
     """Leave the parent's process group, so that what the environment starts can be ended together with it.
 
-    Ctrl-C and SIGTERM often reach whole trees of processes: the parent decides when its environments end.
+    Signals to stop often reach whole trees of processes: the parent decides when its environments end.
     """
     os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def _serve(conn: Connection, fence: Fence, runner: AutoReset, attempt: int, index: int, num_envs: int) -> None:

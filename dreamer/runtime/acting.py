@@ -19,6 +19,7 @@ from dreamer import agent as core
 from dreamer.config import Config
 from dreamer.presets import run_config, runs_inside
 from dreamer.runtime.checkpoint import Checkpointer, CheckpointError
+from dreamer.runtime.devices import find_devices
 from dreamer.runtime.door import Door, EnvDoor, NamedDoor, look, look_at_all, stack
 from dreamer.runtime.setup import make_agent, spaces_from_json
 from dreamer.runtime.weights import load_params
@@ -27,6 +28,7 @@ from dreamer.types import visible
 
 def load_agent(config: Config) -> tuple[core.Agent, Any, np.ndarray]:
     """(agent, best or newest weights on the device, run key) of the run in `config.logdir`, read only."""
+    find_devices(config.run.platform)
     checkpointer = Checkpointer(config.logdir, read_only=True)
     if checkpointer.latest() is None and (inside := runs_inside(Path(config.logdir))):
         raise CheckpointError(

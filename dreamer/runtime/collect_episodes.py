@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from rich.console import Console
 
+from dreamer.agent import Agent
 from dreamer.config import Config
 from dreamer.envs import VectorEnv, make_vector_env
 from dreamer.envs.faults import FaultBudget, describe
@@ -18,10 +20,14 @@ from dreamer.runtime.acting import load_agent
 from dreamer.runtime.collect import Collector
 from dreamer.runtime.export import new_writer, written
 from dreamer.runtime.setup import check_spaces_as_trained
+from dreamer.runtime.signals import StopRequest
+from dreamer.terminal import Console
 from dreamer.types import ACTION_MASK, TRANSITION_FIELDS, masks_actions, visible
 
 #: Names the random stream of `random_steps` among all that are derived from the run's seed.
 RANDOM_STREAM = 0x7A9D0
+#: Steps of an environment that make an episode: it has a first and a last one.
+_FEWEST = 2
 
 
 def collect_command(config: Config, out: Path | str, steps: int, policy: str, console: Console | None = None) -> int:
@@ -31,11 +37,11 @@ def collect_command(config: Config, out: Path | str, steps: int, policy: str, co
     policy  "random": uniform over the actions; "sample" or "mode": the agent that `config.logdir` holds.
 
     Episodes that still go on at the end are closed as cut: `is_last`, not terminal. So are those of environments that
-    fail, which is told. Returns the exit code. EnvError if environments fail too often, ConfigError if `out` holds
-    episodes already, TaskError if the agent was trained with other spaces.
+    fail, which is told. A request to stop is such an end too. Returns the exit code. EnvError if environments fail too
+    often, ConfigError if `out` holds episodes already, TaskError if the agent was trained with other spaces.
     """
-    console = console or Console(highlight=False)
-    fewest = 2 * config.env.num_envs
+    console = console or Console()
+    fewest = _FEWEST * config.env.num_envs
     if steps < fewest:
         raise ConfigError(
             f"--steps: expected at least {fewest}, two in each of {config.env.num_envs} environments, got {steps}; an "
@@ -45,14 +51,20 @@ def collect_command(config: Config, out: Path | str, steps: int, policy: str, co
     failures = FaultBudget(config.env)
 
     def tell(fault: Fault) -> None:
-        console.print(describe(fault), markup=False, soft_wrap=True)
+        console.print(describe(fault))
         failures.add(fault)
 
+    trained = None if policy == "random" else load_agent(config)
     envs = make_vector_env(config.task, config.env, config.env.num_envs, config.seed, training=True)
-    try:
-        source = random_steps(envs, config.seed) if policy == "random" else _agent_steps(config, envs, policy, tell)
+    with contextlib.closing(envs), StopRequest() as stop:
+        if trained is None:
+            source = random_steps(envs, config.seed)
+        else:
+            source = _agent_steps(*trained, envs, policy == "sample", tell)
         cutter = EpisodeCutter(envs.num_envs)
-        for _ in range(-(-steps // envs.num_envs)):
+        for number in range(-(-steps // envs.num_envs)):
+            if stop and number >= _FEWEST:
+                break
             step = next(source)
             for fault in envs.take_faults():
                 tell(fault)
@@ -61,9 +73,7 @@ def collect_command(config: Config, out: Path | str, steps: int, policy: str, co
                     writer.write(episode)
         for episode in cutter.rest():
             writer.write(episode)
-    finally:
-        envs.close()
-    console.print(written(writer), soft_wrap=True)
+    console.print(written(writer))
     return 0
 
 
@@ -93,11 +103,12 @@ def _random_allowed(envs: VectorEnv, rng: np.random.Generator, mask: np.ndarray)
     return {key: np.array(chosen, space.dtype).reshape(-1, *space.shape)}
 
 
-def _agent_steps(config: Config, envs: VectorEnv, policy: str, on_fault: Callable[[Fault], None]) -> Iterator[Batch]:
+def _agent_steps(
+    agent: Agent, params: Any, key: np.ndarray, envs: VectorEnv, sample: bool, on_fault: Callable[[Fault], None]
+) -> Iterator[Batch]:
     """The same with the actions of a trained agent."""
-    agent, params, key = load_agent(config)
     check_spaces_as_trained(agent, envs)
-    collector = Collector(agent, envs, key, "eval", policy == "sample", on_fault)
+    collector = Collector(agent, envs, key, "eval", sample, on_fault)
     while True:
         step = collector.act(params)
         yield {key: value for key, value in step.items() if key not in agent.extras}

@@ -19,17 +19,28 @@ class DeviceError(RuntimeError):
 
 
 def find_devices(platform: str) -> list[jax.Device]:
-    """All devices of the asked kind ("auto": the fastest kind present), those of other processes included."""
-    if platform == "auto":
-        return jax.devices()
+    """All devices of the asked kind ("auto": the fastest kind present), those of other processes included.
+
+    DeviceError if there is none, or none that JAX itself would compute on.
+    """
+    found: list[jax.Device] = []
     try:
-        return jax.devices(_BACKENDS[platform])
-    except RuntimeError as error:
-        found = sorted({d.platform for d in jax.devices()})
-        raise DeviceError(
-            f"expected a device of kind {platform!r} (--run.platform), found {found}; "
-            "install the extra for it, pip install 'dreamer[cuda12]' say, or use --run.platform auto"
-        ) from error
+        found = jax.devices()
+        return found if platform == "auto" else jax.devices(_BACKENDS[platform])
+    except (RuntimeError, AssertionError, ValueError) as error:  # each is what JAX raises for some missing device
+        raise DeviceError(_not_there(platform, found, error)) from error
+
+
+def _not_there(platform: str, found: list[jax.Device], error: Exception) -> str:
+    """What was asked for, what is there, and how to get on."""
+    wanted = "a device" if platform == "auto" else f"a device of kind {platform!r} (--run.platform)"
+    kinds = sorted({device.platform for device in found}) or "none"
+    reason = f" ({str(error).splitlines()[0]})" if not found and str(error) else ""
+    settings = {name: jax.config.values.get(name.lower()) for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")}
+    told = " and ".join(f"{name}={value}" for name, value in settings.items() if value)
+    extra = "install the extra for it, pip install 'dreamer[cuda12]' say"
+    remedy = f"JAX was told {told}: unset that, or {extra}" if told else f"{extra}, or use --run.platform auto"
+    return f"expected {wanted}, found {kinds}{reason}; {remedy}"
 
 
 def choose_device(platform: str) -> jax.Device:

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
-from rich.table import Table
 from rich.text import Text
 
 from dreamer.runtime.logging import Steps
+from dreamer.terminal import Console, Table, can_redraw
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 #: Most points the history of scores is kept in; neighbours are averaged when there are more.
@@ -43,7 +43,7 @@ class Display:
         recent: int = 20,
     ) -> None:
         """total: agent steps of the whole run. recent: episodes that the shown score is the mean of."""
-        self.console = console or Console(highlight=False)
+        self.console = console or Console()
         self._task, self._total, self._clock = task, total, clock
         self._scores: collections.deque[float] = collections.deque(maxlen=recent)
         self._history = _History()
@@ -55,7 +55,7 @@ class Display:
         self._shown = -float("inf")
         self._stale = False
         self._live: Live | None = None
-        if live and self.console.is_terminal:
+        if live and can_redraw(self.console):
             self._live = Live(console=self.console, auto_refresh=False, transient=False)
 
     def __enter__(self) -> Display:
@@ -110,7 +110,7 @@ class Display:
         if self._live is not None:
             self._live.update(self._panel(), refresh=True)
         else:
-            self.console.print(self._line(), soft_wrap=True)
+            self.console.print(self._line())
 
     def print(self, *renderables: RenderableType) -> None:
         """Prints something that stays, above the live part."""
@@ -154,7 +154,8 @@ class Display:
         line = Text.assemble("score ", (score, "bold green"))
         if self._scores:
             line.append(f"  mean of last {episodes}, {self._history.count:,} episodes", "dim")
-        curve = Text(sparkline(self._history.values(), max(8, min(48, self.console.width - 54))), "green")
+        room = 0 if self.console.options.ascii_only else max(8, min(48, self.console.width - 54))
+        curve = Text(sparkline(self._history.values(), room), "green")
         counts = Text.assemble((f"{steps:,}", "bold"), f" / {total:,} agent steps  ")
         counts.append_text(Text.assemble((f"{self._steps.updates:,}", "bold"), f" updates  {speed}"))
         elapsed = Text(format_duration(self._clock() - self._begin), "dim")
@@ -171,7 +172,7 @@ class Display:
         return "  ".join(fact for fact in [self._task, share, *facts, self._status] if fact)
 
 
-def _sides(left: RenderableType, right: RenderableType) -> Table:
+def _sides(left: RenderableType, right: RenderableType) -> RenderableType:
     """One line, its first part to the left, the other to the right."""
     line = Table.grid(padding=(0, 1), expand=True)
     line.add_column(ratio=1, no_wrap=True)
@@ -204,7 +205,7 @@ def parameters_row(modules: Mapping[str, int]) -> Row:
 
 def start_summary(title: str, rows: Iterable[Row]) -> RenderableType:
     """What will run, before it runs."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_header=False)
+    table = Table(title=title, box=box.SIMPLE_HEAD, show_header=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for row in rows:
@@ -231,7 +232,7 @@ def evaluation_table(results: Sequence[Evaluation], title: str = "Evaluation") -
     """Mean, standard deviation, least and largest score of each task, against what is known about it."""
     with_best = any(r.best is not None for r in results)
     with_human = any(r.normalized is not None for r in results)
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.ROUNDED)
+    table = Table(title=title, box=box.ROUNDED)
     table.add_column("task", no_wrap=True)
     columns = ["episodes", "mean", "std", "min", "max"]
     columns += [*(["best possible", "of best"] if with_best else []), *(["of human"] if with_human else [])]

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from rich.console import Console
 
 from dreamer.config import Config, LogConfig, RunConfig
 from dreamer.envs.vector import MakeEnv
@@ -26,6 +25,7 @@ from dreamer.runtime.loop import Run
 from dreamer.runtime.nonfinite import NonFiniteActionError, NonFiniteError
 from dreamer.runtime.signals import StopRequest
 from dreamer.runtime.startup import Startup
+from dreamer.terminal import Console
 
 #: `run.coordinator` of a cluster that tells its processes about each other: SLURM, Open MPI, Kubernetes, TPU pods.
 AUTO = "auto"

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from dreamer.agent import Agent, seed_key
 from dreamer.config import Config
@@ -17,11 +16,13 @@ from dreamer.envs.interface import Fault
 from dreamer.envs.vector import MakeEnv
 from dreamer.paths import absolute, check_file
 from dreamer.presets import run_config
+from dreamer.process import unfailing_output
 from dreamer.runtime.acting import load_agent
 from dreamer.runtime.collect import Collector, Episode, run_episodes
 from dreamer.runtime.display import Evaluation, evaluation_table
 from dreamer.runtime.setup import check_spaces_as_trained, evaluation_envs, is_listed
 from dreamer.runtime.video import save_gif
+from dreamer.terminal import Console
 
 
 class Evaluator:
@@ -88,6 +89,7 @@ def as_evaluation(config: Config, scores: list[float], logs: Sequence[Mapping[st
     return Evaluation(config.task, scores, best, human, further)
 
 
+@unfailing_output()
 def evaluate_command(
     logdir: Path | str,
     episodes: int,
@@ -98,7 +100,7 @@ def evaluate_command(
     console: Console | None = None,
 ) -> int:
     """`dreamer eval`: load weights, play, print a table, write a video if asked. Returns the exit code."""
-    console = console or Console(highlight=False)
+    console = console or Console()
     config = run_config(logdir)
     picture = None if video is None else absolute(video)
     if picture is not None:
@@ -124,7 +126,7 @@ def evaluate_command(
     console.print(evaluation_table([as_evaluation(config, scores, [episode.logs for episode in played])]))
     frames = next((np.stack(e.frames) for e in played if e.frames), None)
     if picture is not None and frames is not None:
-        console.print(f"video: {save_gif(picture, frames, config.log.video_fps)}", soft_wrap=True)
+        console.print(f"video: {save_gif(picture, frames, config.log.video_fps)}")
     elif picture is not None:
         console.print(f"no video: {config.task} gives no images")
     return 0

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from dreamer.paths import absolute, make_folder
 from dreamer.presets import ConfigError
@@ -15,6 +14,7 @@ from dreamer.replay import Replay, ReplayError, Selection
 from dreamer.replay.episodes import Episode, EpisodeCutter, EpisodeWriter
 from dreamer.runtime.checkpoint import Checkpointer, CheckpointError
 from dreamer.runtime.setup import spaces_from_json
+from dreamer.terminal import Console
 from dreamer.types import Field, replay_fields
 
 #: Rows of an environment that are taken out of the replay at a time.
@@ -32,7 +32,7 @@ def export_command(
     PathError if it cannot be written to.
     Nothing is written to the logdir, and only arrays and JSON are read from it.
     """
-    console = console or Console(highlight=False)
+    console = console or Console()
     writer = new_writer(out)
     checkpointer = Checkpointer(logdir, read_only=True)
     stored: list[Replay] = []
@@ -45,7 +45,7 @@ def export_command(
             f"expected whole episodes in the checkpoint of step {step} in {logdir}, found none; export later, or the "
             "unfinished ones too: --unfinished"
         )
-    console.print(written(writer), soft_wrap=True)
+    console.print(written(writer))
     return 0
 
 

@@ -102,8 +102,7 @@ class Logger:
         """How far all records have got, for a checkpoint; `truncate` goes back there."""
         self.flush()
         found = {_PICTURES: self._pictures.spent}
-        for sink in self._sinks:
-            found |= sink.offsets()
+        self._each(lambda sink: found.update(sink.offsets()))
         return found
 
     def truncate(self, offsets: Mapping[str, int], steps: Steps | None = None) -> None:

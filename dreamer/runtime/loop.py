@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -129,7 +130,7 @@ class Run(RunParts):
         self.metrics.add(metrics, "train/")
         self.updates += count
         if told := self.startup.finish("first update"):
-            self.console.print(told, soft_wrap=True)
+            self.console.print(told)
         self.watch.count(train=count * self.config.run.batch_size * self.config.run.batch_length)
 
     def _log_episodes(self, episodes: list[Episode]) -> None:
@@ -203,7 +204,8 @@ class Run(RunParts):
         if self.config.run.final_eval and (scores := self.evaluate()):
             self.console.print(evaluation_table([as_evaluation(self.config, scores)]))
         if self.dream_video is not None:
-            self.console.print(f"dream video: {self.dream_video}", soft_wrap=True)
+            self.console.print(f"dream video: {self.dream_video}")
         if self.config.log.tensorboard:
-            viewer = Path(sys.executable).with_name("tensorboard")
-            self.console.print(f"curves and videos: {viewer} --logdir {self.logdir}", soft_wrap=True)
+            viewer, folder = Path(sys.executable).with_name("tensorboard"), str(self.logdir)
+            shown = shlex.quote(folder) if " " in folder else folder
+            self.console.print(f"curves and videos: {viewer} --logdir {shown}")

@@ -11,8 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from dreamer.agent import Agent, seed_key
 from dreamer.config import Config
@@ -53,6 +52,7 @@ from dreamer.runtime.sink import Steps
 from dreamer.runtime.startup import Startup
 from dreamer.runtime.system import SystemMeter
 from dreamer.runtime.weights import check_source, warm_start
+from dreamer.terminal import Console
 
 
 class RunParts:
@@ -155,7 +155,7 @@ class RunParts:
     def _evaluation_fault(self, fault: Fault) -> None:
         self.metrics.add({"env/failures_sum": 1})
         text = f"environment {fault.env} {fault.kind} and was started anew: {fault.message}\n{fault.traceback}"
-        self.console.print(f"[bold red]{self.config.task}[/]", escape(text), soft_wrap=True)
+        self.console.print(Text(self.config.task, "bold red"), text)
         try:
             self.faults.add(fault)
         except EnvError as error:
@@ -199,7 +199,7 @@ class RunParts:
         try:
             save()
         except CheckpointError as error:
-            self.console.print(f"[bold red]checkpoint failed:[/] {escape(str(error))}", soft_wrap=True)
+            self.console.print(Text("checkpoint failed:", "bold red"), str(error))
             self.due_save.failed()
 
     def _begin(self, preload: Preload | None) -> tuple[Any, dict[str, Any], None]:
@@ -207,7 +207,7 @@ class RunParts:
         forgotten."""
         self.logger.truncate(dict.fromkeys(self.logger.offsets(), 0), self.steps)
         if preload is not None:
-            self.console.print(f"data to begin with: {preload.fill(self.replay)}", soft_wrap=True)
+            self.console.print(f"data to begin with: {preload.fill(self.replay)}")
         state = warm_start(self.config, self.agent.init(seed_key(self.config.seed)))
         return self.agent.devices.place_state(state), {}, None
 
@@ -229,8 +229,8 @@ class RunParts:
         self.logger.truncate(meta["offsets"], self.steps)
         self.checkpointer.forget_best_after(self.agent_steps)
         if surroundings := changed_surroundings(meta["versions"]):
-            text = "; ".join(surroundings)
-            self.console.print(f"[yellow]not the surroundings of the checkpoint[/], so last digits may differ: {text}")
+            told = Text("not the surroundings of the checkpoint", "yellow")
+            self.console.print(told, f"(last digits may differ): {'; '.join(surroundings)}")
         return self.agent.devices.place_state(from_first(state, template)), meta, found[0]
 
     def _go_on(self, progress: Progress) -> Mapping[str, Any] | None:
@@ -257,7 +257,7 @@ class RunParts:
                 self.envs.set_state(states)
         except EnvError as error:
             text = f"the environments could not be put back, and begin new episodes: {error}"
-            self.console.print(f"[bold red]{escape(self.config.task)}[/]", escape(text), soft_wrap=True)
+            self.console.print(Text(self.config.task, "bold red"), text)
             return False
         return True
 

@@ -51,9 +51,15 @@ def changed(config: Config) -> dict[str, float | str]:
 def as_text(config: Config) -> str:
     """All options, Markdown: those that differ from their defaults first."""
     given = {name: (show(value_of(config, name)), show(option.default)) for name, option in options().items()}
-    changed = [f"| `{name}` | `{now}` | `{default}` |" for name, (now, default) in given.items() if now != default]
-    rest = [f"| `{name}` | `{now}` |" for name, (now, default) in given.items() if now == default]
+    changed = [f"| `{name}` | {_code(now)} | `{default}` |" for name, (now, default) in given.items() if now != default]
+    rest = [f"| `{name}` | {_code(now)} |" for name, (now, default) in given.items() if now == default]
     return "\n".join(
         ["| changed option | value | default |", "| --- | --- | --- |", *changed, ""]
         + ["| option at its default | value |", "| --- | --- |", *rest]
     )
+
+
+def _code(text: str) -> str:
+    """A span of code in a cell: neither its backticks nor its lines end it."""
+    line = " ".join(text.splitlines())
+    return f"`` {line} ``" if "`" in line else f"`{line}`"

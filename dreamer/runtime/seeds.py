@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 
 from dreamer import compiler
 from dreamer.agent import Agent, stream_key
@@ -30,6 +30,7 @@ from dreamer.runtime.loop import Run
 from dreamer.runtime.meters import Packed
 from dreamer.runtime.signals import StopRequest
 from dreamer.runtime.startup import Startup
+from dreamer.terminal import Console
 
 
 def seed_configs(config: Config) -> list[Config]:
@@ -55,7 +56,7 @@ def common_step(folders: list[Path]) -> int | None:
         found = ", ".join(f"{folder.name}: {sorted(have)}" for folder, have in zip(folders, steps, strict=True))
         raise CheckpointError(
             f"expected a checkpoint of the same step in every run, found {found}; go on with each run alone: "
-            f"dreamer train --logdir {folders[0]}"
+            f"dreamer train --logdir {shlex.quote(str(folders[0]))}"
         )
     return max(common)
 
@@ -154,7 +155,7 @@ class SeedRuns:
         runs = self.runs
         names = ", ".join(run.logdir.name for run in runs)
         self._console.print(runs[0].summary)
-        self._console.print(f"{len(runs)} agents in one process, every one as above: {names}", soft_wrap=True)
+        self._console.print(f"{len(runs)} agents in one process, every one as above: {names}")
         for run in runs:
             run.begin(stop)
         with runs[0].display:
@@ -169,7 +170,7 @@ class SeedRuns:
             for run in runs:
                 run.settle()
         for run in runs:
-            self._console.print(f"[bold]{run.logdir.name}[/]")
+            self._console.print(run.logdir.name, style="bold")
             run.finish()
 
     def _act(self) -> None:

@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
+from dreamer.process import STOP_SIGNALS, unfailing_output
+
 #: Seconds that threads have for ending by themselves once everything else is done.
 GRACE = 5.0
+_FROM_THE_KEYBOARD = (signal.SIGINT, signal.SIGQUIT)
 
 
 class StopRequest:
-    """While entered, SIGTERM and the first Ctrl-C only set a flag; a second Ctrl-C raises KeyboardInterrupt.
+    """While entered, each of `STOP_SIGNALS` only sets a flag; a second Ctrl-C raises KeyboardInterrupt.
 
     The loop looks at `requested` (or at the truth of the object) between two steps, saves a checkpoint and
     leaves. Signal handlers belong to the main thread; in any other, signals keep the handlers they have.
@@ -37,8 +40,10 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         self.signal = None
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._former[number] = signal.signal(number, self._handle)
+            for number in STOP_SIGNALS:
+                # What is ignored (SIGHUP under nohup) or means something else to the program around stays so.
+                if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) is signal.SIG_DFL:
+                    self._former[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -53,7 +58,7 @@ class StopRequest:
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal == signal.SIGINT:
+        if number in _FROM_THE_KEYBOARD and self.signal in _FROM_THE_KEYBOARD:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
 
@@ -72,7 +77,6 @@ def _end(threads: Sequence[threading.Thread], code: int) -> None:
     for one in threads:
         one.join(max(0.0, end - time.monotonic()))
     if left := [one.name for one in threads if one.is_alive()]:
-        print(f"dreamer: ended without {', '.join(left)}, left running by an environment", file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with unfailing_output():
+            print(f"dreamer: ended without {', '.join(left)}, left running by an environment", file=sys.stderr)
         os._exit(code)

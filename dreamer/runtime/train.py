@@ -6,12 +6,12 @@ import shlex
 from pathlib import Path
 
 import jax
-from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from dreamer.config import Config
 from dreamer.envs.vector import MakeEnv
 from dreamer.presets import check_resume, stored_config
+from dreamer.process import unfailing_output
 from dreamer.runtime.allocator import reuse_freed_memory
 from dreamer.runtime.devices import find_devices, keep_compiled_programs
 from dreamer.runtime.distributed import SharedRun, join, own_part
@@ -22,13 +22,16 @@ from dreamer.runtime.seeds import SeedRuns
 from dreamer.runtime.setup import name_own_task, prepare_logdir, resolve_logdir
 from dreamer.runtime.signals import StopRequest
 from dreamer.runtime.startup import Startup
+from dreamer.terminal import Console
 
 #: Exit code of a run whose numbers were not finite.
 NON_FINITE = 3
 #: Exit code of a run whose environments failed too often.
 ENVIRONMENTS_FAILED = 4
+STOPPED = Text("stopped:", "bold red")
 
 
+@unfailing_output()
 def train(config: Config, make_env: MakeEnv | None = None, begun: float | None = None) -> int:
     """Run, or resume, the training that `config` describes; returns the exit code.
 
@@ -51,23 +54,27 @@ def train(config: Config, make_env: MakeEnv | None = None, begun: float | None =
     if stored is not None:
         check_resume(stored, config)
     prepare_logdir(logdir)
-    console = Console(highlight=False)
+    console = Console()
     kind = SharedRun if jax.process_count() > 1 else Run if config.run.seeds is None else SeedRuns
     with LogdirLock(logdir), StopRequest() as stop:
         run: Run | SeedRuns = kind(config, make_env, console, startup=startup)
         try:
             run.loop(stop)
         except NonFiniteError as error:
-            console.print(f"[bold red]stopped:[/] {error} (after {run.updates} updates).", soft_wrap=True)
-            console.print(f"Its numbers are in {error.dump(logdir)}; checkpoints are as they were.", soft_wrap=True)
+            console.print(STOPPED, f"{error} (after {run.updates} updates).")
+            try:
+                where = f"are in {error.dump(logdir)}"
+            except OSError as refused:
+                where = f"could not be written ({refused})"
+            console.print(f"Its numbers {where}; checkpoints are as they were.")
             return NON_FINITE
         finally:
             run.close()
         if run.failed:
-            console.print(f"[bold red]stopped:[/] {escape(run.failed)}", soft_wrap=True)
+            console.print(STOPPED, run.failed)
             return ENVIRONMENTS_FAILED
         if stop:
             again = f"dreamer train --logdir {shlex.quote(str(logdir))}"
             alone = make_env is None and jax.process_count() == 1
-            console.print(f"\nstopped; go on with: {again if alone else 'the same call'}", soft_wrap=True)
+            console.print(f"\nstopped; go on with: {again if alone else 'the same call'}")
     return 0

@@ -8,8 +8,6 @@ import math
 from collections.abc import Callable, Sequence
 
 from rich import box
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from dreamer.config import Config
@@ -17,6 +15,7 @@ from dreamer.runtime.display import format_bytes, format_count, format_duration
 from dreamer.sweeps.expand import Planned
 from dreamer.sweeps.schedule import Entry
 from dreamer.sweeps.spec import Sweep
+from dreamer.terminal import Console, Table
 
 #: Runs that are printed one by one; of more, the first.
 _PRINTED = 200
@@ -139,11 +138,11 @@ def dry_run(sweep: Sweep, runs: Sequence[Planned], jobs: int, console: Console) 
         console.print(f"{sweep.name}: {trials} trials, each with {seeds} seeds; their options are chosen as they go")
         return 0
     entries = [Entry(run) for run in runs]
-    console.print(f"{sweep.name}: {len(entries)} runs, {jobs} at once\n", soft_wrap=True)
+    console.print(f"{sweep.name}: {len(entries)} runs, {jobs} at once\n")
     for entry in entries[:_PRINTED]:
         at = f", {entry.state.status} at {entry.progress.agent_steps:,}" if entry.state.starts else ""
         length = f"{entry.run.config.task}, {format_count(entry.length)} agent steps"
-        console.print(f"  {entry.run.name}: {length}{at}", soft_wrap=True)
+        console.print(f"  {entry.run.name}: {length}{at}")
     if len(entries) > _PRINTED:
         console.print(f"  and {len(entries) - _PRINTED} more")
     quiet = console.status("planning") if console.is_terminal else contextlib.nullcontext()

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
+from dreamer.process import STOP_SIGNALS
 from dreamer.sweeps.local import LocalJob
 from dreamer.sweeps.state import LOG_FILE
 
@@ -18,7 +19,7 @@ GRACE_SECONDS = 60.0
 
 
 def run_program(words: Sequence[str], folder: Path, settings: Mapping[str, str], poll_seconds: float = 1.0) -> int:
-    """Runs a program to its end; returns its exit code. SIGTERM and the file STOP_FILE are handed on as SIGTERM.
+    """Runs a program to its end; returns its exit code. Signals to stop, and the file STOP_FILE, reach it as SIGTERM.
 
     Where the cluster ends this function itself, the program is asked to leave too, and has a minute to do so.
     """
@@ -30,7 +31,9 @@ def run_program(words: Sequence[str], folder: Path, settings: Mapping[str, str],
         job.stop()
 
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, hand_on)
+        for number in STOP_SIGNALS:  # but not where the cluster's own program hears them
+            if number == signal.SIGTERM or signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, hand_on)
     asked = False
     try:
         while (code := job.poll()) is None:

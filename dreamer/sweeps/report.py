@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dreamer.diagnostics import plot
-from dreamer.diagnostics.table import markdown, number
+from dreamer.diagnostics.table import as_table, markdown, number
 from dreamer.runtime.display import format_duration
 from dreamer.schema import ConfigError
 from dreamer.sweeps.schedule import Entry
@@ -20,23 +20,20 @@ LAST = 0.1
 
 def runs_table(entries: Sequence[Entry]) -> str:
     """Markdown: one row per run."""
-    rows = [
-        "| run | state | agent steps | score, last tenth | time | starts | |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    rows = []
     for entry in entries:
         score, state = entry.progress.score(share=LAST), entry.state
-        cells = [
+        row = [
             entry.run.name,
             state.status,
             f"{entry.progress.agent_steps:,} of {entry.length:,}",
             "-" if score is None else number(score),
             format_duration(state.seconds),
             str(state.starts),
-            state.reason.replace("|", "/"),
+            state.reason,
         ]
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+        rows.append(row)
+    return as_table(["run", "state", "agent steps", "score, last tenth", "time", "starts", ""], rows)
 
 
 def comparison(folder: Path, runs: Sequence[str]) -> tuple[str, list[str], list[Path]]:

@@ -7,7 +7,6 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.text import Text
 
 from dreamer.paths import absolute, make_folder
@@ -24,6 +23,7 @@ from dreamer.sweeps.schedule import Entry, Scheduler
 from dreamer.sweeps.spec import Sweep
 from dreamer.sweeps.state import FAILED
 from dreamer.sweeps.table import SweepDisplay, counts
+from dreamer.terminal import Console
 
 #: Exit code of a sweep of which runs failed.
 RUNS_FAILED = 5
@@ -55,7 +55,7 @@ def sweep_command(request: Request, program: Sequence[str] = TRAIN, poll_seconds
     """
     sweep = load_sweep(find_sweep(request.file))
     folder = absolute(request.logdir or Path("runs") / sweep.name)
-    console = Console(highlight=False)
+    console = Console()
     runs = [] if sweep.search else expand(sweep, folder)
     source = None
     if sweep.search:
@@ -82,7 +82,7 @@ def sweep_command(request: Request, program: Sequence[str] = TRAIN, poll_seconds
             backend.close()
         if stop:
             again = f"dreamer sweep {shlex.quote(request.file)} --logdir {shlex.quote(str(folder))}"
-            console.print(f"stopped: {counts(scheduler.entries)}; go on with: {again}", soft_wrap=True)
+            console.print(f"stopped: {counts(scheduler.entries)}; go on with: {again}")
             return 0
         return tell(sweep, folder, scheduler.entries, console)
 
@@ -125,6 +125,6 @@ def make_backend(sweep: Sweep, folder: Path, request: Request, runs: list[Planne
 def tell(sweep: Sweep, folder: Path, entries: list[Entry], console: Console) -> int:
     """Writes and prints the report; the exit code."""
     text, paths = write_report(sweep.name, folder, entries)
-    console.print(Text(text), soft_wrap=True)
-    console.print(f"Written: {', '.join(map(str, paths))}", soft_wrap=True)
+    console.print(Text(text))
+    console.print(f"Written: {', '.join(map(str, paths))}")
     return RUNS_FAILED if any(entry.state.status == FAILED for entry in entries) else 0

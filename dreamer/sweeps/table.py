@@ -6,14 +6,13 @@ import collections
 import time
 
 from rich import box
-from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from dreamer.runtime.display import format_count, format_duration, format_number
 from dreamer.sweeps.schedule import Entry
 from dreamer.sweeps.state import FAILED, FINISHED, HOPELESS, RUNNING, WAITING
+from dreamer.terminal import Console, Table, can_redraw
 
 _LINE_SECONDS = 60.0
 _STYLES = {RUNNING: "cyan", FINISHED: "green", FAILED: "bold red", HOPELESS: "yellow", WAITING: "dim"}
@@ -51,10 +50,10 @@ class SweepDisplay:
     """A context manager. In a terminal a live table; elsewhere a line for each event and one a minute for the whole."""
 
     def __init__(self, name: str, slots: int, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False)
+        self.console = console or Console()
         self._name, self._slots = name, slots
         self._shown = -float("inf")
-        self._live = Live(console=self.console, auto_refresh=False) if self.console.is_terminal else None
+        self._live = Live(console=self.console, auto_refresh=False) if can_redraw(self.console) else None
 
     def __enter__(self) -> SweepDisplay:
         if self._live is not None:
@@ -67,7 +66,7 @@ class SweepDisplay:
 
     def event(self, entry: Entry, text: str) -> None:
         """Something happened to a run; stays above the table."""
-        self.console.print(Text(f"{time.strftime('%H:%M:%S')}  {entry.run.name}: {text}"), soft_wrap=True)
+        self.console.print(Text(f"{time.strftime('%H:%M:%S')}  {entry.run.name}: {text}"))
 
     def update(self, entries: list[Entry], now: float) -> None:
         if self._live is not None:
@@ -75,14 +74,14 @@ class SweepDisplay:
             self._live.update(self._table(entries, now, room), refresh=True)
         elif now - self._shown >= _LINE_SECONDS:
             self._shown = now
-            self.console.print(Text(f"{self._name}: {self._summary(entries)}"), soft_wrap=True)
+            self.console.print(Text(f"{self._name}: {self._summary(entries)}"))
 
     def _summary(self, entries: list[Entry]) -> str:
         left = time_left(entries, self._slots)
         return counts(entries) + (f"; about {format_duration(left)} left" if left else "")
 
     def _table(self, entries: list[Entry], now: float, room: int) -> Table:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=self._name, title_justify="left", title_style="bold")
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=self._name)
         table.add_column("run", overflow="ellipsis", no_wrap=True, ratio=1)
         table.add_column("state", no_wrap=True)
         for column in ("steps", "", "score", "steps/s", "time", "left"):
@@ -91,7 +90,8 @@ class SweepDisplay:
         for entry in ordered[:room]:
             table.add_row(*self._cells(entry, now))
         hidden = len(entries) - room
-        table.caption = self._summary(entries) + (f"; {hidden} runs not shown" if hidden > 0 else "")
+        summary = self._summary(entries) + (f"; {hidden} runs not shown" if hidden > 0 else "")
+        table.caption = Text(summary, "table.caption")
         table.caption_justify = "left"
         return table
 
