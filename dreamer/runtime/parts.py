@@ -191,7 +191,7 @@ class RunParts:
         """Once in a run."""
         if not self._unsaved:
             text = f"a resume begins new episodes: the environments' states cannot be saved, {error}"
-            self.console.print(f"[bold red]{escape(self.config.task)}[/]", escape(text), soft_wrap=True)
+            self.console.print(Text(self.config.task, "bold red"), text)
         self._unsaved = True
 
     def _try_saving(self, save: Callable[[], object]) -> None:
