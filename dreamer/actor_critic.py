@@ -105,6 +105,20 @@ def return_range(scale: ReturnScale, config: ActorCriticConfig) -> jax.Array:
     return jnp.maximum(config.return_limit, scale["high"] - scale["low"])
 
 
+def return_metrics(returns: jax.Array, advantage: jax.Array, low: jax.Array, span: jax.Array) -> dict[str, jax.Array]:
+    """Of all returns R and of all advantages (R - v) / S. low: the lower percentile; span: S."""
+    normed = (returns - low) / span
+    return {
+        "adv": advantage.mean(),
+        "adv_std": advantage.std(),
+        "adv_mag": jnp.abs(advantage).mean(),
+        "ret": normed.mean(),
+        "ret_min": normed.min(),
+        "ret_max": normed.max(),
+        "ret_rate": (jnp.abs(normed) >= 1).astype(jnp.float32).mean(),
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Dream:
     """What the heads say of an imagined batch: the start and H states after it, M times.
@@ -126,18 +140,28 @@ class Dream:
     allowed: jax.Array | None = None
 
 
-def critic_loss(dist: TwoHot, target: jax.Array, slow_value: jax.Array) -> jax.Array:
+def critic_loss(dist: TwoHot, target: jax.Array, slow_value: jax.Array, slow_scale: float) -> jax.Array:
     """Cross entropy with the return, plus cross entropy with the slow critic's prediction as a regulariser."""
-    return dist.loss(sg(target)) + dist.loss(sg(slow_value))
+    return dist.loss(sg(target)) + slow_scale * dist.loss(sg(slow_value))
 
 
 class ActorCritic(nnx.Module):
-    """Policy and critic. The slow critic's weights are kept outside, in the training state."""
+    """Policy and critic. The slow critic's weights are kept outside, in the training state.
+
+    discount: what a predicted probability to continue is multiplied by, 1 where it holds the discount already.
+    """
 
     def __init__(
-        self, feature: int, actions: Spaces, model: ModelConfig, config: ActorCriticConfig, *, rngs: nnx.Rngs
+        self,
+        feature: int,
+        actions: Spaces,
+        model: ModelConfig,
+        config: ActorCriticConfig,
+        discount: float = 1.0,
+        *,
+        rngs: nnx.Rngs,
     ) -> None:
-        self.config = nnx.static(config)
+        self.config, self.discount = nnx.static(config), discount
         self.policy = Policy(feature, actions, model, rngs=rngs)
         self.value = TwoHotHead(feature, model.units, model.value_layers, model.bins, rngs=rngs)
 
@@ -157,44 +181,40 @@ class ActorCritic(nnx.Module):
         return {"critic": self.value(x, axis).logits, "log_prob": sum_of(log_prob), "entropy": entropy}
 
     def imagination_loss(
-        self, dream: Dream, scale: ReturnScale
+        self, dream: Dream, scale: ReturnScale, factor: jax.Array | None = None
     ) -> tuple[dict[str, jax.Array], jax.Array, ReturnScale, dict[str, jax.Array]]:
         """Losses {policy, value: (M, H)}, returns (M, H), new return scale, metrics.
 
         Policy (REINFORCE with return normalisation, paper v2, eq. 6), value (eq. 5)::
 
-            -w (ln π(a|z) sg((R - v) / S) + η H[π])
+            -w (ln π(a|z) sg(R - v) / S + η H[π])
              w (CE(v, twohot(R)) + CE(v, twohot(slow v)))
+
+        factor: stands for 1/S, where the dream is only a part of those that S is taken over.
         """
         config = self.config
         value, slow_value = dream.value, dream.slow_value
-        weight = sg(jnp.cumprod(dream.cont, 1))
-        returns = sg(lambda_return(dream.reward, value, dream.cont, config.lambda_))
+        discounts = self.discount * dream.cont
+        weight = sg(jnp.cumprod(discounts, 1) / self.discount)
+        returns = sg(lambda_return(dream.reward, value, discounts, config.lambda_))
         scale = update_return_scale(scale, returns, config)
+        advantage = sg(returns - value[:, :-1])
         span = return_range(scale, config)
-        advantage = sg((returns - value[:, :-1]) / span)
+        advantage = advantage / span if factor is None else advantage * factor
 
         entropy = sum_of(list(dream.entropy.values()))
         losses = {"policy": -weight[:, :-1] * (dream.log_prob * advantage + config.entropy * entropy)}
         turned = jnp.transpose if dream.critic.axis == COLUMNS else lambda x: x
-        cross_entropy = critic_loss(dream.critic, turned(returns), turned(slow_value[:, :-1]))
+        cross_entropy = critic_loss(dream.critic, turned(returns), turned(slow_value[:, :-1]), config.slow_scale)
         losses["value"] = weight[:, :-1] * turned(cross_entropy)
 
-        normed = (returns - scale["low"]) / span
-        metrics = {
-            "adv": advantage.mean(),
-            "adv_std": advantage.std(),
-            "adv_mag": jnp.abs(advantage).mean(),
+        metrics = return_metrics(returns, advantage, scale["low"], span) | {
             "rew": dream.reward.mean(),
             "con": dream.cont.mean(),
             "val": value.mean(),
             "slowval": slow_value.mean(),
             "weight": weight.mean(),
             "tar": returns.mean(),
-            "ret": normed.mean(),
-            "ret_min": normed.min(),
-            "ret_max": normed.max(),
-            "ret_rate": (jnp.abs(normed) >= 1).astype(jnp.float32).mean(),
         }
         metrics.update({f"ent/{key}": entropy.mean() for key, entropy in dream.entropy.items()})
         return losses, returns, scale, metrics
@@ -214,4 +234,4 @@ class ActorCritic(nnx.Module):
         returns = lambda_return(at_least_float32(batch["reward"]), bootstrap, live, (1 - last) * config.lambda_)
         slow_value = slow_critic(sg(features)).mode()
         dist = TwoHot(self.value(features).logits[:, :-1])
-        return (1 - last)[:, :-1] * critic_loss(dist, returns, slow_value[:, :-1])
+        return (1 - last)[:, :-1] * critic_loss(dist, returns, slow_value[:, :-1], config.slow_scale)

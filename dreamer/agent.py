@@ -14,8 +14,8 @@ import optax
 from flax import nnx, serialization
 
 from dreamer import compiler, imagination
-from dreamer.actor_critic import ActorCritic, Dream
-from dreamer.coders import one_hot
+from dreamer.actor_critic import ActorCritic, Dream, return_metrics, return_range, update_return_scale
+from dreamer.coders import join_actions, split_actions
 from dreamer.config import Config
 from dreamer.distributions import sum_of
 from dreamer.insight import look, norms
@@ -67,8 +67,10 @@ class DreamerModel(nnx.Module):
         width = config.model.deter + config.model.stoch * config.model.classes
         action = sum(space.flat_width for space in actions.values())
         discount = 1 - 1 / config.actor_critic.discount_horizon
-        self.world_model = WorldModel(observations, action, config.model, config.loss, discount, rngs=rngs)
-        self.actor_critic = ActorCritic(width, actions, config.model, config.actor_critic, rngs=rngs)
+        # In what the continue head learns, or beside what it predicts.
+        learned, beside = (discount, 1.0) if config.loss.discount_in_cont else (1.0, discount)
+        self.world_model = WorldModel(observations, action, config.model, config.loss, learned, rngs=rngs)
+        self.actor_critic = ActorCritic(width, actions, config.model, config.actor_critic, beside, rngs=rngs)
 
 
 class Agent:
@@ -136,7 +138,7 @@ class Agent:
         allowed = obs[ACTION_MASK] > 0 if self.masked else None
         flat = model.actor_critic.policy.sample(feature(state), act_key, allowed)
         carry = {**state, "action": flat.astype(self.dtype)}
-        return carry, self._split_action(flat), rssm.pack(state)
+        return carry, split_actions(flat, self.actions), rssm.pack(state)
 
     # Learning
 
@@ -222,27 +224,53 @@ class Agent:
         return self.devices.divided(grads), outputs
 
     def _accumulate(self, state: TrainState, parts: Batch, keys: jax.Array) -> tuple[Any, tuple]:
-        """Gradients averaged over equal slices (slices, B/slices, T+1, ...), one in memory at a time.
+        """The same gradients from equal slices (slices, B/slices, T+1, ...), one in memory at a time.
 
-        Each slice takes its own return percentiles, and the new return scale is their mean; all else is exact.
+        The return scale S is taken over all returns, so it is known after the last slice. But the loss is affine in
+        1/S, the factor of the advantages, and so is its gradient. Summed up are its value at 0 and its slope, which is
+        0 but for the policy.
         """
+        params, slow_value = self.devices.gathered((state["params"], state["slow_value"]))
 
         def step(total: Any, inputs: tuple) -> tuple[Any, tuple]:
-            grads, outputs = self._gradients(state, *inputs)
-            return jax.tree.map(jnp.add, total, grads), outputs
+            gradients = jax.grad(self._loss, has_aux=True)
+            at = lambda factor: gradients(params, slow_value, state["return_scale"], *inputs, factor)  # noqa: E731
+            (grads, (_, latents, metrics, *seen)), (slopes, (_, _, changes, *_)) = jax.jvp(at, (0.0,), (1.0,))
+            found = self.devices.divided(grads), slopes["actor_critic"]["policy"]
+            changes = {name: changes[name] for name in ("loss/policy", "opt/loss")}
+            return jax.tree.map(jnp.add, total, found), (latents, metrics, changes, seen)
 
-        count = keys.shape[0]
-        total, (scale, latents, metrics) = jax.lax.scan(
-            step, jax.tree.map(jnp.zeros_like, state["params"]), (parts, keys)
-        )
-        grads = jax.tree.map(lambda g: g / count, total)
+        zeros = jax.tree.map(jnp.zeros_like, (state["params"], state["params"]["actor_critic"]["policy"]))
+        total, (latents, metrics, changes, seen) = jax.lax.scan(step, zeros, (parts, keys))
+        grads, slopes = jax.tree.map(lambda x: x / keys.shape[0], total)
+        metrics, changes = jax.tree.map(lambda x: x.mean(0), (metrics, changes))
+        returns, advantages = (x.reshape(-1, x.shape[-1]) for x in seen)
+        scale = update_return_scale(state["return_scale"], returns, self.config.actor_critic)
+        span = return_range(scale, self.config.actor_critic)
+        behaviour = grads["actor_critic"]
+        behaviour["policy"] = jax.tree.map(lambda g, slope: g + slope / span, behaviour["policy"], slopes)
+        metrics |= {name: metrics[name] + change / span for name, change in changes.items()}
+        metrics |= return_metrics(returns, advantages / span, scale["low"], span)
         latents = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), latents)
-        return grads, (jax.tree.map(lambda x: x.mean(0), scale), latents, jax.tree.map(lambda x: x.mean(0), metrics))
+        return grads, (scale, latents, metrics)
 
     def loss(
         self, params: Any, slow_value: Any, return_scale: dict[str, jax.Array], batch: Batch, key: jax.Array | None
     ) -> tuple[jax.Array, tuple]:
         """The one weighted sum of all loss terms, and (new return scale, latents to write back, metrics)."""
+        total, (*outputs, _, _) = self._loss(params, slow_value, return_scale, batch, key)
+        return total, tuple(outputs)
+
+    def _loss(
+        self,
+        params: Any,
+        slow_value: Any,
+        return_scale: dict[str, jax.Array],
+        batch: Batch,
+        key: jax.Array | None,
+        factor: jax.Array | None = None,
+    ) -> tuple[jax.Array, tuple]:
+        """`loss`, its outputs followed by returns R and R - v (M, H). factor: see `ActorCritic.imagination_loss`."""
         config, model = self.config, self._merge(params)
         world_key, dream_key = (None, None) if key is None else jax.random.split(key)
         slow_critic = self.slow_critic(slow_value)
@@ -256,7 +284,7 @@ class Agent:
         recent = jax.tree.map(lambda x: x[:, length - last :], (observed.states, dict(trained)))
         starts = jax.tree.map(lambda x: sg(x).reshape(-1, *x.shape[2:]), recent[0])
         dream = self.dream(model, slow_critic, starts, dream_key)
-        losses, returns, return_scale, metrics = behaviour.imagination_loss(dream, return_scale)
+        losses, returns, return_scale, metrics = behaviour.imagination_loss(dream, return_scale, factor)
         bootstrap = returns[:, 0].reshape(-1, last)
         losses["repval"] = behaviour.replay_loss(feature(recent[0]), slow_critic, recent[1], bootstrap)
         losses.update(observed.losses)
@@ -276,7 +304,7 @@ class Agent:
         written = rssm.pack(sg(observed.states))
         if config.replay.selection.prioritised:
             written["priority"] = sg(sum_of([scales[name] * term for name, term in observed.losses.items()]))
-        return total, (return_scale, written, metrics)
+        return total, (return_scale, written, metrics, returns, returns - dream.value[:, :-1])
 
     def dream(self, model: DreamerModel, slow_critic: nnx.Module, starts: State, key: jax.Array | None) -> Dream:
         """Imagine from `starts` (M, ...) and read the states; see `imagination`."""
@@ -310,9 +338,9 @@ class Agent:
                                        a1 ----> t=1
         """
         context = rssm.unpack({k: batch[k][:, 0] for k in self.extras}, self.dtype)
-        taken = {k: batch[k][:, :-1] for k in self.actions}
+        taken = join_actions({k: batch[k][:, :-1] for k in self.actions}, self.actions, self.dtype)
         skip = (*self.extras, *self.actions)
-        return context, self._join_action(taken), {k: v[:, 1:] for k, v in batch.items() if k not in skip}
+        return context, taken, {k: v[:, 1:] for k, v in batch.items() if k not in skip}
 
     def _loss_scales(self, model: DreamerModel) -> dict[str, float]:
         """Scale of every loss term by name; one per reconstructed observation key."""
@@ -355,28 +383,3 @@ class Agent:
     def slow_critic(self, slow_value: Any) -> nnx.Module:
         """The critic's module with the slow weights in it."""
         return nnx.merge(self.critic_graph, like_keys(self.numbered["actor_critic"]["value"], slow_value))
-
-    def _join_action(self, actions: Mapping[str, jax.Array]) -> jax.Array:
-        """Actions by name -> (..., A): one-hot where discrete, side by side in key order."""
-        parts = []
-        for key, space in self.actions.items():
-            value = actions[key]
-            if space.kind == "discrete":
-                parts.append(one_hot(value, space, self.dtype))
-            else:
-                batch = value.shape[: value.ndim - len(space.shape)]
-                parts.append(value.reshape(*batch, -1).astype(self.dtype))
-        return jnp.concatenate(parts, -1)
-
-    def _split_action(self, flat: jax.Array) -> dict[str, jax.Array]:
-        """(..., A) -> actions by name, as the environments take them: class indices int32, vectors float32."""
-        actions, offset = {}, 0
-        for key, space in self.actions.items():
-            part = flat[..., offset : offset + space.flat_width]
-            offset += space.flat_width
-            if space.classes is not None:
-                cuts = [sum(space.classes[:i]) for i in range(1, len(space.classes))]
-                index = [piece.argmax(-1) for piece in jnp.split(part, cuts, -1)]
-                part = jnp.stack(index, -1).astype(jnp.int32)
-            actions[key] = part.reshape(*flat.shape[:-1], *space.shape).astype(space.dtype)
-        return actions

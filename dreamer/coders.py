@@ -1,4 +1,4 @@
-"""Encoder and decoder: observations to tokens, features to predicted observations."""
+"""Encoder and decoder: observations to tokens, features to predicted observations; actions for networks."""
 
 from __future__ import annotations
 
@@ -57,6 +57,33 @@ def flatten_vectors(observations: Observations, spaces: Spaces) -> jax.Array:
             batch = value.shape[: value.ndim - len(space.shape)]
             parts.append(symlog(at_least_float32(value)).reshape(*batch, -1))
     return jnp.concatenate(parts, -1)
+
+
+def join_actions(actions: Mapping[str, jax.Array], spaces: Spaces, dtype: jnp.dtype) -> jax.Array:
+    """Actions by name -> (..., A): one-hot where discrete, side by side in the order of `spaces`."""
+    parts = []
+    for key, space in spaces.items():
+        value = actions[key]
+        if space.kind == "discrete":
+            parts.append(one_hot(value, space, dtype))
+        else:
+            batch = value.shape[: value.ndim - len(space.shape)]
+            parts.append(value.reshape(*batch, -1).astype(dtype))
+    return jnp.concatenate(parts, -1)
+
+
+def split_actions(flat: jax.Array, spaces: Spaces) -> dict[str, jax.Array]:
+    """(..., A) -> actions by name, as the environments take them: class indices int32, vectors float32."""
+    actions, offset = {}, 0
+    for key, space in spaces.items():
+        part = flat[..., offset : offset + space.flat_width]
+        offset += space.flat_width
+        if space.classes is not None:
+            cuts = [sum(space.classes[:i]) for i in range(1, len(space.classes))]
+            index = [piece.argmax(-1) for piece in jnp.split(part, cuts, -1)]
+            part = jnp.stack(index, -1).astype(jnp.int32)
+        actions[key] = part.reshape(*flat.shape[:-1], *space.shape).astype(space.dtype)
+    return actions
 
 
 def rematerialised(stage: Callable[[jax.Array], jax.Array], remat: bool) -> Callable[[jax.Array], jax.Array]:

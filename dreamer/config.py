@@ -393,6 +393,9 @@ class LossConfig:
     value: float = option(1.0, "Scale of the imagined value loss", **SCALE)
     replay_value: float = option(0.3, "Scale of the replayed value loss", **SCALE)
     free_nats: float = option(1.0, "KL below which no gradient flows", "nats", **SCALE)
+    discount_in_cont: bool = option(
+        True, "The continue head learns the discount too; false: it stands beside the predictions, in the returns"
+    )
 
 
 @group
@@ -414,6 +417,7 @@ class ActorCriticConfig:
     return_high: float = option(95.0, "Upper percentile of returns", "%", ge=0, le=100)
     return_limit: float = option(1.0, "Least return scale", ge=1e-6, le=1e6)
     slow_rate: float = option(0.02, "EMA rate of the slow critic", "per update", gt=0, le=1)
+    slow_scale: float = option(1.0, "Scale of the slow critic's part in both critic losses; 0: without it", **SCALE)
 
 
 @group
@@ -428,7 +432,10 @@ class OptimizerConfig:
     beta2: float = option(0.999, "Decay of the second moment", ge=0, le=0.999999)
     eps: float = option(1e-20, "Added to the root of the second moment", ge=1e-30, le=1)
     accumulate: int = option(
-        1, "Equal slices of a batch whose gradients are averaged, for small memories", ge=1, le=65_536
+        1,
+        "Equal slices in which a batch is worked on, for small memories: the same update, a little slower",
+        ge=1,
+        le=65_536,
     )
 
 

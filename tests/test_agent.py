@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +26,7 @@ from learner_data import (
 
 from dreamer import distributions
 from dreamer.agent import Agent
+from dreamer.sharding import OneDevice
 from dreamer.types import TAKEN, TRANSITION_FIELDS, Space
 
 OBSERVATIONS = {
@@ -332,15 +335,11 @@ def test_a_broken_number_shows_in_the_losses_it_touches(
 
 @pytest.mark.usefixtures("fixed")
 def test_rematerialisation_and_accumulation_change_no_number() -> None:
-    """Three agents, one batch. Each slice of an accumulated batch takes its own return percentiles.
-
-    So the return scale is kept still here; all else is the same mean of the same numbers.
-    """
-    still: dict[str, Any] = dict(return_rate=1e-30)
+    """Three agents, one batch whose sequences differ: the same gradients, latents, return scale and metrics."""
     agents = {
-        "plain": Agent(VECTOR, DISCRETE, small_config(actor_critic=still)),
-        "remat": Agent(VECTOR, DISCRETE, small_config(dict(remat=True), actor_critic=still)),
-        "accumulate": Agent(VECTOR, DISCRETE, small_config(actor_critic=still, optimizer=dict(accumulate=2))),
+        "plain": Agent(VECTOR, DISCRETE, small_config()),
+        "remat": Agent(VECTOR, DISCRETE, small_config(dict(remat=True))),
+        "accumulate": Agent(VECTOR, DISCRETE, small_config(optimizer=dict(accumulate=2))),
     }
     state = agents["plain"].init(0)
     state |= {"params": perturb(state["params"]), "slow_value": perturb(state["slow_value"], 1)}
@@ -361,9 +360,59 @@ def test_rematerialisation_and_accumulation_change_no_number() -> None:
         other, (other_scale, other_latents, other_metrics) = update(agents[name])
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads, other)
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), latents, other_latents)
-        assert scale == other_scale
-        for key in (k for k in metrics if k.startswith(("loss/", "opt/", "ent/"))):
-            np.testing.assert_allclose(other_metrics[key], metrics[key], rtol=1e-4, atol=1e-6)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), scale, other_scale)
+        assert metrics.keys() == other_metrics.keys()
+        for key in metrics:
+            np.testing.assert_allclose(other_metrics[key], metrics[key], rtol=1e-4, atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("slices", [1, 2, 4, 8, 16])
+def test_spread_between_sequences_is_in_the_return_scale_however_a_batch_is_sliced(slices: int) -> None:
+    """Returns that spread by 5 between sequences and by 1 within: percentiles, gradient and metrics of the whole."""
+    rng = np.random.default_rng(0)
+    returns = (rng.normal(0, 5, (16, 1)) + rng.normal(0, 1, (16, 30))).astype(np.float32)
+    value, score = (rng.normal(0, 1, (16, 30)).astype(np.float32) for _ in range(2))
+    config = small_config(actor_critic=dict(return_rate=1))
+    state = {
+        "params": {
+            "actor_critic": {"policy": jnp.float32(0.5), "value": jnp.float32(2)},
+            "world_model": jnp.float32(1),
+        },
+        "slow_value": jnp.float32(0),
+        "return_scale": {"low": jnp.float32(0), "high": jnp.float32(0)},
+    }
+
+    def loss(params: Any, slow: Any, scale: Any, batch: Any, key: Any, factor: Any) -> tuple:
+        """One weight for each network: log-probability w x, entropy w, other losses without return scale."""
+        policy, advantages = params["actor_critic"]["policy"], batch["returns"] - batch["value"]
+        actor = -(policy * batch["score"] * advantages * factor + 0.1 * policy).mean()
+        total = actor + (params["actor_critic"]["value"] * params["world_model"] * batch["value"]).mean()
+        metrics = {"loss/policy": actor, "opt/loss": total, "tar": batch["returns"].mean()}
+        return total, (scale, {"latent": batch["value"]}, metrics, batch["returns"], advantages)
+
+    agent = types.SimpleNamespace(config=config, devices=OneDevice(), _loss=loss)
+    parts = {"returns": returns, "value": value, "score": score}
+    parts = {k: v.reshape(-1, slices, 30).swapaxes(0, 1) for k, v in parts.items()}
+    grads, (scale, latents, metrics) = jax.jit(functools.partial(Agent._accumulate, agent))(
+        state, parts, jax.random.split(jax.random.key(0), slices)
+    )
+    low, high = np.percentile(np.float64(returns), (5, 95))
+    assert high - low > 12
+    np.testing.assert_allclose([scale["low"], scale["high"]], [low, high], rtol=1e-5)
+    advantages = (np.float64(returns) - value) / (high - low)
+    np.testing.assert_allclose(grads["actor_critic"]["policy"], -(score * advantages).mean() - 0.1, rtol=1e-5)
+    np.testing.assert_allclose(grads["actor_critic"]["value"], value.mean(), rtol=1e-4)
+    np.testing.assert_allclose(grads["world_model"], 2 * value.mean(), rtol=1e-4)
+    np.testing.assert_array_equal(latents["latent"], value)
+    normed = (returns - low) / (high - low)
+    expected = {"adv": advantages.mean(), "adv_std": advantages.std(), "adv_mag": np.abs(advantages).mean()}
+    expected |= {"ret": normed.mean(), "ret_min": normed.min(), "ret_max": normed.max()}
+    expected |= {"ret_rate": (np.abs(normed) >= 1).mean(), "tar": returns.mean()}
+    expected["loss/policy"] = -0.5 * (score * advantages).mean() - 0.05
+    expected["opt/loss"] = expected["loss/policy"] + 2 * value.mean()
+    assert metrics.keys() == expected.keys()
+    for name in expected:
+        np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
 def test_an_accumulated_update_can_be_built() -> None:
