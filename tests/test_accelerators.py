@@ -45,6 +45,7 @@ MINECRAFT = {
 TASKS: dict[str, tuple[Spaces, Spaces]] = {
     "atari": (image(96, 1), classes(18)),
     "atari100k": (image(64), classes(6)),
+    "atari100k_official": (image(64), classes(6)),
     "bsuite": (vector(observation=50), classes(3)),
     "carracing": (image(64), box(3)),
     "crafter": (image(64), classes(17)),
@@ -56,7 +57,7 @@ TASKS: dict[str, tuple[Spaces, Spaces]] = {
     "memory_maze": (image(64), classes(6)),
     "minecraft": (MINECRAFT, classes(25)),
     "minigrid": (image(64), classes(7)),
-    "procgen": (image(64), classes(15)),
+    "procgen": (image(96), classes(15)),
     "quickstart": (image(32), classes(3)),
     "vizdoom": (image(64), classes(3)),
 }

@@ -276,6 +276,80 @@ def test_policy_gradient_by_hand(slopes: Any, evaluate: Any) -> None:
     np.testing.assert_allclose(ours, -(weight * score).sum((0, 1)), rtol=1e-3, atol=1e-4)
 
 
+# Discount and slow critic
+
+
+def loss_of_numbers(seed: int = 0, discount: float = 1.0, inside: float = 1.0, **options: float) -> tuple:
+    """Imagination loss, and all that goes into it, of numbers from nowhere; inside: a factor of the continues."""
+    rng = np.random.default_rng(seed)
+    numbers = {k: rng.normal(0, 2, (M, H + 1)).astype(np.float32) for k in ("reward", "value", "slow_value")}
+    numbers["cont"] = rng.uniform(0.5, 1, (M, H + 1)).astype(np.float32)
+    numbers["log_prob"], entropy = (rng.normal(0, 1, (M, H)).astype(np.float32) for _ in range(2))
+    logits = rng.normal(0, 1, (M, H, MODEL.bins)).astype(np.float32)
+    config = ActorCriticConfig(horizon=H, **options)
+    actor_critic = ActorCritic(F, {"act": ACTIONS["act"]}, MODEL, config, discount, rngs=weights())
+
+    def loss(numbers: dict[str, Any]) -> tuple:
+        rest: dict[str, Any] = {"critic": TwoHot(logits), "entropy": {"act": entropy}, "actions": jnp.zeros((M, H, 3))}
+        return actor_critic.imagination_loss(Dream(**numbers, **rest), SCALE)
+
+    found = jax.jit(loss)({**numbers, "cont": numbers["cont"] * np.float32(inside)})
+    return (*found, {**numbers, "entropy": entropy}, TwoHot(logits))
+
+
+def test_a_discount_beside_the_continues_spelled_out() -> None:
+    """Product and recursion in slow Python: the discount of a step is gamma c, but nothing discounts the start."""
+    gamma = 0.9
+    losses, returns, _, metrics, numbers, critic = loss_of_numbers(discount=gamma)
+    cont, value = np.float64(numbers["cont"]), np.float64(numbers["value"])
+    expected = slow_returns(numbers["reward"], value, gamma * cont, np.full((M, H + 1), 0.95))
+    np.testing.assert_allclose(returns, expected, rtol=1e-5)
+    weight = np.zeros((M, H + 1))
+    for m in range(M):
+        alive = 1.0
+        for t in range(H + 1):
+            alive *= cont[m, t] * (gamma if t else 1)
+            weight[m, t] = alive
+    cross = critic.loss(returns) + critic.loss(jnp.asarray(numbers["slow_value"][:, :-1]))
+    np.testing.assert_allclose(losses["value"], weight[:, :-1] * np.float64(cross), rtol=1e-5)
+    span = max(1, 0.01 * (np.percentile(expected, 95) - np.percentile(expected, 5)))
+    bonus = 3e-4 * np.float64(numbers["entropy"])
+    policy = -weight[:, :-1] * (numbers["log_prob"] * (expected - value[:, :-1]) / span + bonus)
+    np.testing.assert_allclose(losses["policy"], policy, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(metrics["con"], cont.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["weight"], weight.mean(), rtol=1e-5)
+
+
+def test_a_discount_beside_the_continues_is_the_one_inside_them_but_for_the_start() -> None:
+    (inside, one, *_), (beside, two, *_) = loss_of_numbers(inside=0.9), loss_of_numbers(discount=0.9)
+    np.testing.assert_allclose(one, two, rtol=1e-5)
+    for name in ("policy", "value"):
+        np.testing.assert_allclose(inside[name], 0.9 * np.asarray(beside[name]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("slow_scale", [0.0, 2.0])
+def test_the_slow_critic_regularises_by_its_scale(slow_scale: float) -> None:
+    """In imagination and on replayed sequences; at 0 there is the cross entropy with the return alone."""
+    losses, returns, _, _, numbers, critic = loss_of_numbers(slow_scale=slow_scale)
+    weight = np.cumprod(np.float64(numbers["cont"]), 1)[:, :-1]
+    slow_part = np.float64(critic.loss(jnp.asarray(numbers["slow_value"][:, :-1])))
+    expected = weight * (np.float64(critic.loss(returns)) + slow_scale * slow_part)
+    np.testing.assert_allclose(losses["value"], expected, rtol=1e-5)
+
+    actor_critic, regulariser = build(slow_scale=slow_scale), slow()
+    batch = {k: v[:1, -3:] for k, v in replay_batch().items()}  # within an episode
+    features = jnp.asarray(np.random.default_rng(3).normal(0, 1, (1, 3, F)), jnp.float32)
+    bootstrap = jnp.ones((1, 3))
+    loss = actor_critic.replay_loss(features, regulariser, batch, bootstrap)
+    reward, gamma = np.float64(batch["reward"][0]), 1 - 1 / 333
+    second = reward[2] + gamma
+    first = reward[1] + gamma * (0.05 + 0.95 * second)
+    dist = TwoHot(actor_critic.value(features).logits[:, :-1])
+    expected = np.float64(dist.loss(jnp.asarray([[first, second]], jnp.float32)))
+    expected += slow_scale * np.float64(dist.loss(regulariser(features).mode()[:, :-1]))
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+
+
 # Several actions
 
 

@@ -71,6 +71,7 @@ def test_every_size_has_its_file():
 
 BENCHMARKS = {  # environments, train ratio, agent steps, action repeat
     "atari100k": (1, 256, 110_000, 4),
+    "atari100k_official": (1, 256, 110_000, 4),
     "atari": (16, 32, 51_000_000, 4),
     "crafter": (1, 512, 1_100_000, 1),
     "dmc_proprio": (16, 1024, 1_100_000, 1),
@@ -93,6 +94,8 @@ def test_the_two_atari_protocols():
     full, short = load_config(["atari"]).env.atari, load_config(["atari100k"]).env.atari
     assert (full.size, full.gray, full.actions, full.sticky, full.noops) == ((96, 96), True, "all", 0.25, 30)
     assert (short.size, short.gray, short.actions, short.sticky, short.noops) == ((64, 64), False, "minimal", 0, 30)
+    changes = diff(load_config(["atari100k"]), load_config(["atari100k_official"]))
+    assert [str(change) for change in changes] == ["env.atari.sticky: 0.0 -> 0.25"]
 
 
 def test_dmc_presets_differ_in_what_is_seen():

@@ -76,9 +76,11 @@ def test_caveats_are_kept():
     sources = published.sources()
     assert all(word in sources["dmc_proprio"].caveat for word in ("May 2023", "size S", "1e-4", "repeat 1", "size1m"))
     assert all(word in sources["dmc_vision"].caveat for word in ("12M", "512", "8 to 10 seeds"))
-    assert all(word in sources["atari100k"].caveat for word in ("200M", "128", "256"))
+    assert all(word in sources["atari100k"].caveat for word in ("200M", "128", "256", "sticky actions (0.25)"))
     page = (published.FOLDER / "README.md").read_text()
-    assert all(word in page for word in ("e3f0224", "2411f7d", "2024-04-26", "population", "right edge", "Crafter"))
+    assert all(
+        word in page for word in ("e3f0224", "2411f7d", "2024-04-26", "population", "right edge", "Crafter", "sticky")
+    )
     for file in published.FOLDER.glob("*.csv"):
         assert f"`{file.name}`" in page
         with file.open() as stream:

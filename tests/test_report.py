@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -125,6 +126,22 @@ def test_a_report_has_numbers_videos_and_a_page(agent: Agent, state: Any, batch:
     again = make_report(agent, state, batch, random_batch(agent, seed=4), metrics)
     assert again.scalars == found.scalars
     assert not {"report/return_gap", "report/bias/value"} & set(make_report(agent, state, batch, None, {}).scalars)
+
+
+def test_a_discount_beside_the_continue_head_changes_no_figure(agent: Agent, views: Any, batch: Any) -> None:
+    """A head that learns it and one that leaves it to the returns, both with the same idea of the world."""
+    bare = {name: view / (1 - 1 / 333) if name.endswith("cont") else view for name, view in views.items()}
+
+    def figures(views: Any, **loss: bool) -> dict[str, float]:
+        stand_in = mock.Mock(report=lambda *inputs: views, config=small_config(loss=loss))
+        return make_report(
+            stand_in, {"key": np.zeros(2, np.uint32), "updates": 0, "params": {}}, batch, batch, {}
+        ).scalars
+
+    whole = figures(views)
+    assert {"report/bias/cont", "report/seen_error/cont", "report/imagined_return"} <= set(whole)
+    assert figures(bare, discount_in_cont=False) == pytest.approx(whole, rel=1e-5)
+    assert figures(bare)["report/bias/cont"] != pytest.approx(whole["report/bias/cont"], rel=1e-3)
 
 
 def test_the_newest_sequences_of_replay() -> None:

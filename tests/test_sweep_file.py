@@ -230,7 +230,7 @@ RUNS = {
     "tiny": 4,
     "atari100k": 26 * 5,
     "dmc": 18 * 5,
-    "ablations": 7 * 3 * 5,
+    "ablations": 8 * 3 * 5,
     "sizes": 6 * 5,
     "replay_ratios": 5 * 5,
 }
@@ -270,7 +270,7 @@ def test_ablations_each_change_what_they_say():
     runs = {run.name: run.config for run in shipped("ablations")}
     base = runs["baseline-dmc_walker_walk-seed0"]
     names = {name.split("-")[0] for name in runs}
-    assert len(names) == 7
+    assert len(names) == 8
     for name in names - {"baseline"}:
         config = runs[f"{name}-dmc_walker_walk-seed0"]
         changed = [o for o in options() if o != "logdir" and _value(base, o) != _value(config, o)]

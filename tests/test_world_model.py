@@ -82,20 +82,27 @@ def test_free_nats_are_for_each_state_and_not_for_the_mean(agent: Agent, params:
     assert (kl < middle).any() and losses["dyn"].mean() > max(kl.mean(), middle)
 
 
-def test_continue_target_and_first_predictions(agent: Agent) -> None:
-    """Before training the reward is exactly 0; the continue loss is a cross entropy with (1 - terminal) gamma."""
+@pytest.mark.parametrize("inside", [True, False])
+def test_continue_target_and_first_predictions(agent: Agent, inside: bool) -> None:
+    """Before training the reward is exactly 0; the continue loss is a cross entropy with (1 - terminal) gamma.
+
+    Without gamma where the discount stands beside the head's predictions.
+    """
     params = agent.init(0)["params"]
     cont = params["world_model"]["cont"]["out"]
     cont["kernel"], cont["bias"] = jnp.zeros_like(cont["kernel"]), jnp.full_like(cont["bias"], 1.5)
     batch = random_batch(agent)
     batch["is_terminal"][0, 1] = True
+    if not inside:
+        agent = Agent(OBSERVATIONS, ACTIONS, small_config(loss=dict(free_nats=0, discount_in_cont=False)))
     losses = observe(agent, params, batch)["losses"]
-    target = np.where(batch["is_terminal"][:, 1:], 0, 1 - 1 / 333)
+    target = np.where(batch["is_terminal"][:, 1:], 0, 1 - 1 / 333 if inside else 1)
     assert target[0, 0] == 0 and (target != 0).sum() == B * T - 1
     expected = target * np.log1p(np.exp(-1.5)) + (1 - target) * np.log1p(np.exp(1.5))
     np.testing.assert_allclose(losses["con"], expected, rtol=1e-5)
     # Uniform logits: ln 31 wherever the target lies.
     np.testing.assert_allclose(losses["rew"], math.log(31), rtol=1e-5)
+    assert agent._merge(params).actor_critic.discount == (1 if inside else 1 - 1 / 333)
 
 
 PARTS = {

@@ -7,12 +7,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from dreamer.config import LARGEST_SEED
+from dreamer.config import LARGEST_SEED, Config
 from dreamer.paths import PathError, absolute
-from dreamer.schema import ConfigError, mismatch, options
+from dreamer.presets import Setting, preset_names, settings_of, value_of
+from dreamer.schema import ConfigError, mismatch, options, show
 from dreamer.values import brief
 
 USAGE_ERROR = 2
+#: Presets that say nothing of their task's suite.
+NO_SETTING = ("debug",)
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -41,6 +44,33 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]
             value = "true"
         overrides[name] = value
     return configs, overrides
+
+
+def presets_left_out(configs: Sequence[str], config: Config, environment: bool = False) -> str | None:
+    """One line where settings of the task's suite stand in presets of which none is among `configs`; None otherwise.
+
+    A file of the user's among them is taken to say all it should. environment: only what the environment shows and
+    does matters, and not what is learned from it.
+    """
+    known = preset_names()
+    if not set(configs) <= set(known):
+        return None
+    suite, found = config.task.partition("_")[0], dict[str, list[str]]()
+    for name, path in known.items():
+        if path.parent.name != "presets" or name in NO_SETTING:
+            continue
+        settings = settings_of([Setting(name, str(path))], path.parent)
+        if settings["task"].value.partition("_")[0] == suite:
+            inside = [
+                (option, s.value) for option, s in settings.items() if option.startswith("env.") and "." in option[4:]
+            ]
+            found[name] = [f"{option} {show(new)}" for option, new in inside if value_of(config, option) != new]
+    if not found or set(found) & set(configs) or environment and not all(found.values()):
+        return None
+    presets = " or ".join(
+        f"--configs {name}" + (f" ({', '.join(told)})" if told else "") for name, told in found.items()
+    )
+    return f"no preset of its suite is given: {config.task} has the defaults; its suite's settings are in {presets}"
 
 
 def hide_accelerators() -> None:

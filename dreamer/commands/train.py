@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 
-from dreamer.commands.arguments import hide_accelerators, split_arguments
+from dreamer.commands.arguments import hide_accelerators, presets_left_out, split_arguments
 from dreamer.config import Config
 from dreamer.presets import check_resume, config_file, load_config, preset_names, stored_config
 from dreamer.schema import help_text
@@ -25,6 +25,12 @@ Presets and YAML files apply in order, then the options: --run.train_ratio 128, 
 
 presets: {presets}
 """
+
+
+def without_preset(arguments: Sequence[str], config: Config) -> str | None:
+    """What to say where a new run was asked for by its task, and no preset of the task's suite was."""
+    configs, overrides = split_arguments([word for word in arguments if word != PLAN])
+    return presets_left_out(configs, config) if configs or "task" in overrides else None
 
 
 def train_config(arguments: Sequence[str]) -> Config:
@@ -56,6 +62,8 @@ def run(arguments: Sequence[str]) -> int:
     changes = check_resume(stored, config) if stored else []
     if changes:
         print("Resuming with changed options:", *(f"  {change}" for change in changes), sep="\n")
+    if stored is None and (line := without_preset(arguments, config)):
+        print(line)
     if config.run.platform == "cpu":
         hide_accelerators()
     if PLAN in arguments:

@@ -18,6 +18,8 @@ from dreamer.runtime.video import dream_grid
 _HAPPENED = ("reward", "is_first", "is_last", "is_terminal")
 #: Of the newest sequences, what is used of `Agent.report`.
 _OF_NEWEST = ("value", "dream_reward", "dream_cont")
+#: Predicted probabilities to continue, which are compared with the discount in them.
+_CONTINUES = ("cont", "open_cont", "dream_cont")
 _GRADIENTS = "opt/module_grad_norm/"
 
 
@@ -41,10 +43,13 @@ def make_report(
     views = agent.report(params, dict(batch), key)
     recent = None if newest is None else agent.report(params, dict(newest), key)
     views, happened = jax.device_get((dict(views), {name: batch[name] for name in _HAPPENED}))
+    discount = 1 - 1 / agent.config.actor_critic.discount_horizon
+    missing = 1.0 if agent.config.loss.discount_in_cont else discount
     found = None
     if newest is not None and recent is not None:
-        found = jax.device_get(({k: recent[k] for k in _OF_NEWEST}, {k: newest[k] for k in _HAPPENED}))
-    discount = 1 - 1 / agent.config.actor_critic.discount_horizon
+        seen, followed = jax.device_get(({k: recent[k] for k in _OF_NEWEST}, {k: newest[k] for k in _HAPPENED}))
+        found = _discounted(seen, missing), followed
+    views = _discounted(views, missing)
     health = measure(views, happened, found, discount, agent.config.loss.free_nats)
     gradients = {
         name.removeprefix(_GRADIENTS): float(np.ravel(value)[-1])
@@ -54,6 +59,10 @@ def make_report(
     updates = int(np.asarray(state["updates"]))
     scalars = {f"report/{name}": value for name, value in health.scalars().items()}
     return Report(scalars, _videos(views), functools.partial(draw, health, gradients, f"{updates:,} updates"))
+
+
+def _discounted(views: Arrays, factor: float) -> dict[str, Any]:
+    return {name: view * factor if name in _CONTINUES else view for name, view in views.items()}
 
 
 def _videos(views: Arrays) -> dict[str, Callable[[], np.ndarray]]:
