@@ -232,16 +232,19 @@ class Agent:
         """
         params, slow_value = self.devices.gathered((state["params"], state["slow_value"]))
 
-        def step(total: Any, inputs: tuple) -> tuple[Any, tuple]:
+        def at(factor: jax.Array, batch: Batch, key: jax.Array) -> tuple[Any, tuple]:
+            """What has a slope, and what is summed up or collected beside it."""
             gradients = jax.grad(self._loss, has_aux=True)
-            at = lambda factor: gradients(params, slow_value, state["return_scale"], *inputs, factor)  # noqa: E731
-            (grads, (_, latents, metrics, *seen)), (slopes, (_, _, changes, *_)) = jax.jvp(at, (0.0,), (1.0,))
-            found = self.devices.divided(grads), slopes["actor_critic"]["policy"]
-            changes = {name: changes[name] for name in ("loss/policy", "opt/loss")}
-            return jax.tree.map(jnp.add, total, found), (latents, metrics, changes, seen)
+            grads, outputs = gradients(params, slow_value, state["return_scale"], batch, key, factor)
+            sloping = {name: outputs[2][name] for name in ("loss/policy", "opt/loss")}
+            return (grads["actor_critic"]["policy"], sloping), (self.devices.divided(grads), outputs[1:])
+
+        def step(total: Any, inputs: tuple) -> tuple[Any, tuple]:
+            _, (slopes, changes), (grads, outputs) = jax.jvp(lambda x: at(x, *inputs), (0.0,), (1.0,), has_aux=True)
+            return jax.tree.map(jnp.add, total, (grads, slopes)), (*outputs, changes)
 
         zeros = jax.tree.map(jnp.zeros_like, (state["params"], state["params"]["actor_critic"]["policy"]))
-        total, (latents, metrics, changes, seen) = jax.lax.scan(step, zeros, (parts, keys))
+        total, (latents, metrics, *seen, changes) = jax.lax.scan(step, zeros, (parts, keys))
         grads, slopes = jax.tree.map(lambda x: x / keys.shape[0], total)
         metrics, changes = jax.tree.map(lambda x: x.mean(0), (metrics, changes))
         returns, advantages = (x.reshape(-1, x.shape[-1]) for x in seen)

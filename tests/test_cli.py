@@ -12,6 +12,7 @@ import pytest
 
 import dreamer
 from dreamer import cli, schema
+from dreamer.commands.arguments import presets_left_out
 from dreamer.envs.interface import TaskError
 from dreamer.presets import load_config, preset_names, save_config
 
@@ -93,6 +94,61 @@ def test_train_passes_presets_and_overrides_in_order(capsys, trained):
     config = trained[0]
     assert (config.task, config.seed, config.run.train_ratio) == ("gym_Acrobot-v1", 3, 64)
     assert (config.run.batch_size, config.model.deter, config.logdir) == (8, 512, "/nowhere/x")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (
+            "--task atari_pong",
+            ["atari_pong goes without the settings of ", "--configs atari (env.atari.size 96,96, env.atari.gray true"],
+        ),
+        ("--task atari_pong --env.atari.size 96,96", ["--configs atari (env.atari.gray true, env.atari.sticky 0.25"]),
+        ("--configs size1m cpu --task atari_pong", ["--configs atari ("]),
+        (
+            "--configs atari --task atari100k_pong",
+            ["--configs atari100k (", "or --configs atari100k_official"],
+        ),
+        ("--task dmc_walker_walk", ["--configs dmc_proprio or --configs dmc_vision (env.dmc.pixels true)"]),
+        ("--task memorymaze_9x9 --configs gym", ["--configs memory_maze"]),
+        ("--task toy_catch", ["--configs quickstart"]),
+        ("", []),
+        ("--configs atari", []),
+        ("--configs atari cpu --task atari_breakout", []),
+        ("--configs mine.yaml --task atari_pong", []),
+        ("--task py_tests/fake_envs.py:Anything", []),
+    ],
+)
+def test_a_line_where_no_preset_of_the_task_s_suite_is_given(capsys, trained, monkeypatch, tmp_path, line, words):
+    """A task alone changes no default: it says so once, and names what the suite's presets would set."""
+    monkeypatch.setattr("dreamer.envs.registry.check_task", lambda task: None)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("run: {log_every: 7}")
+    code, out, _ = run(capsys, "train", *line.split())
+    assert code == 0 and out.count("\n") == bool(words) and len(trained) == 1
+    assert all(word in out for word in words), out
+
+
+def test_commands_that_only_play_name_a_preset_whose_environment_is_another(capsys, monkeypatch):
+    load = lambda *names, **options: load_config(names, options)  # noqa: E731
+    pong = presets_left_out([], load(task="atari_pong"), environment=True)
+    assert pong is not None and "--configs atari (env.atari.size 96,96" in pong
+    for task in ("crafter_reward", "atari100k_pong", "dmc_walker_walk", "py_mine:Env"):
+        assert presets_left_out([], load(task=task), environment=True) is None, task
+    # Played without a word more than that: both commands say it.
+    said = []
+    monkeypatch.setattr("dreamer.envs.registry.check_task", lambda task: None)
+    fake = types.SimpleNamespace(collect_command=lambda *inputs: said.append("played") or 0)
+    monkeypatch.setitem(sys.modules, "dreamer.runtime.collect_episodes", fake)
+    assert run(capsys, "collect", "atari_pong", "out")[:2] == (0, pong + "\n") and said == ["played"]
+    assert run(capsys, "collect", "atari_pong", "out", "--configs", "atari")[:2] == (0, "")
+
+
+def test_a_run_that_goes_on_is_not_told_of_presets(capsys, trained, tmp_path):
+    overrides = {"task": "gym_CartPole-v1", "logdir": str(tmp_path)}
+    save_config(load_config([], overrides), tmp_path / "config.yaml")
+    assert run(capsys, "train", "--task", "gym_CartPole-v1", "--logdir", str(tmp_path))[:2] == (0, "")
+    assert trained == [load_config([], overrides)]
 
 
 def test_exit_code_of_training_is_the_program_s(capsys, monkeypatch):

@@ -61,16 +61,13 @@ def presets_left_out(configs: Sequence[str], config: Config, environment: bool =
             continue
         settings = settings_of([Setting(name, str(path))], path.parent)
         if settings["task"].value.partition("_")[0] == suite:
-            inside = [
-                (option, s.value) for option, s in settings.items() if option.startswith("env.") and "." in option[4:]
-            ]
-            found[name] = [f"{option} {show(new)}" for option, new in inside if value_of(config, option) != new]
+            of_suite = [option for option in settings if option.startswith("env.") and option.count(".") > 1]
+            other = [option for option in of_suite if value_of(config, option) != settings[option].value]
+            found[name] = [f"{option} {show(settings[option].value)}" for option in other]
     if not found or set(found) & set(configs) or environment and not all(found.values()):
         return None
-    presets = " or ".join(
-        f"--configs {name}" + (f" ({', '.join(told)})" if told else "") for name, told in found.items()
-    )
-    return f"no preset of its suite is given: {config.task} has the defaults; its suite's settings are in {presets}"
+    named = [f"--configs {name}" + (f" ({', '.join(other)})" if other else "") for name, other in found.items()]
+    return f"no preset of its suite is given: {config.task} goes without the settings of {' or '.join(named)}"
 
 
 def hide_accelerators() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from dreamer.commands.arguments import Parser, count, hide_accelerators, place, split_arguments
+from dreamer.commands.arguments import Parser, count, hide_accelerators, place, presets_left_out, split_arguments
 from dreamer.config import Config
 from dreamer.presets import config_file, load_config, run_config
 from dreamer.schema import ConfigError
@@ -46,6 +46,9 @@ def run(arguments: Sequence[str]) -> int:
     from dreamer.envs.registry import check_task
 
     check_task(config.task)
+    configs, _ = split_arguments(options)
+    if given.source is None and (line := presets_left_out(configs, config, environment=True)):
+        print(line)
     if config.run.platform == "cpu":
         hide_accelerators()
 

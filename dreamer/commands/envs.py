@@ -9,7 +9,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 
-from dreamer.commands.arguments import USAGE_ERROR, Parser, count, split_arguments
+from dreamer.commands.arguments import USAGE_ERROR, Parser, count, presets_left_out, split_arguments
 from dreamer.presets import load_config
 from dreamer.schema import ConfigError, suggestion
 from dreamer.values import brief
@@ -38,6 +38,8 @@ def check(arguments: Sequence[str]) -> int:
     except argparse.ArgumentTypeError as error:
         raise ConfigError(f"--steps: {error}") from None
     config = load_config(configs, {**overrides, "task": task})
+    if line := presets_left_out(configs, config, environment=True):
+        print(line)
 
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # networks are only drawn up: leave accelerators to whoever trains
     from dreamer.envs.audit import audit
