@@ -38,8 +38,6 @@ def check(arguments: Sequence[str]) -> int:
     except argparse.ArgumentTypeError as error:
         raise ConfigError(f"--steps: {error}") from None
     config = load_config(configs, {**overrides, "task": task})
-    if line := presets_left_out(configs, config, environment=True):
-        print(line)
 
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # networks are only drawn up: leave accelerators to whoever trains
     from dreamer.envs.audit import audit
@@ -50,6 +48,8 @@ def check(arguments: Sequence[str]) -> int:
     anywhere = dataclasses.replace(config, run=dataclasses.replace(config.run, platform="auto"))
     fits = functools.partial(make_agent, anywhere)
     report = audit(lambda seed: make_env(config.task, config.env, seed), steps, fits)
+    if line := presets_left_out(configs, config, environment=True):
+        print(line)
     show(config.task, report)
     return 1 if report.violations else 0
 
