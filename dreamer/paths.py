@@ -51,6 +51,15 @@ def working_folder(wanted: str = "it") -> Path:
         raise PathError(f"{text}; change to another one, or give the path in full") from None
 
 
+def brief(path: Path) -> str:
+    """The path as people write it: from the working folder, if it lies below it."""
+    try:
+        short = str(path.relative_to(os.getcwd()))
+    except (OSError, ValueError):  # there is none any more, or it lies elsewhere
+        return str(path)
+    return f"./{short}" if short.startswith(("-", "~")) else short
+
+
 @contextlib.contextmanager
 def safe_path() -> Iterator[None]:
     """Processes of Python that start within import nothing from the working folder: a random.py there, say, would be

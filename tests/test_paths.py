@@ -18,7 +18,7 @@ from dreamer.diagnostics import plot
 from dreamer.diagnostics.curves import find
 from dreamer.envs import TaskError, check_task
 from dreamer.envs.interface import restorable
-from dreamer.paths import PROGRAM, PathError, absolute, check_file, make_folder
+from dreamer.paths import PROGRAM, PathError, absolute, brief, check_file, make_folder
 from dreamer.presets import ConfigError, check_resume, load_config, save_config
 from dreamer.runtime.checkpoint import Checkpointer, CheckpointError, DamagedCheckpointError
 from dreamer.runtime.lock import LogdirInUseError, LogdirLock
@@ -65,6 +65,15 @@ def test_a_path_begins_at_the_root(here, given, path):
 
 def test_a_relative_path_may_begin_beside_a_file(here):
     assert absolute("x", Path("/there")) == Path("/there/x") and absolute("~/x", Path("/there")) == here / "home" / "x"
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [("r/[exp1]", "r/[exp1]"), (".", "."), ("--x", "./--x"), ("./~x", "./~x"), ("/elsewhere/r", "/elsewhere/r")],
+)
+def test_a_path_is_printed_as_people_write_it_and_leads_back(here, given, shown):
+    path = absolute(given)
+    assert brief(path) == shown and absolute(shown) == path
 
 
 @pytest.mark.parametrize("home", [None, ""])

@@ -12,6 +12,7 @@ import numpy as np
 
 from dreamer.envs import EnvError, TaskError
 from dreamer.envs.interface import Batch
+from dreamer.paths import brief
 from dreamer.runtime import transfer
 from dreamer.runtime.collect import Episode
 from dreamer.runtime.display import evaluation_table
@@ -206,6 +207,6 @@ class Run(RunParts):
         if self.dream_video is not None:
             self.console.print(f"dream video: {self.dream_video}")
         if self.config.log.tensorboard:
-            viewer, folder = Path(sys.executable).with_name("tensorboard"), str(self.logdir)
+            viewer, folder = Path(sys.executable).with_name("tensorboard"), brief(self.logdir)
             shown = shlex.quote(folder) if " " in folder else folder
             self.console.print(f"curves and videos: {viewer} --logdir {shown}")

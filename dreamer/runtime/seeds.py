@@ -22,6 +22,7 @@ from dreamer import compiler
 from dreamer.agent import Agent, stream_key
 from dreamer.config import Config
 from dreamer.envs.vector import MakeEnv
+from dreamer.paths import brief
 from dreamer.presets import CONFIG_FILE, save_config
 from dreamer.runtime import transfer
 from dreamer.runtime.checkpoint import Checkpointer, CheckpointError
@@ -56,7 +57,7 @@ def common_step(folders: list[Path]) -> int | None:
         found = ", ".join(f"{folder.name}: {sorted(have)}" for folder, have in zip(folders, steps, strict=True))
         raise CheckpointError(
             f"expected a checkpoint of the same step in every run, found {found}; go on with each run alone: "
-            f"dreamer train --logdir {shlex.quote(str(folders[0]))}"
+            f"dreamer train --logdir {shlex.quote(brief(folders[0]))}"
         )
     return max(common)
 

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from dreamer.config import Config
 from dreamer.envs.vector import MakeEnv
+from dreamer.paths import brief
 from dreamer.presets import check_resume, stored_config
 from dreamer.process import unfailing_output
 from dreamer.runtime.allocator import reuse_freed_memory
@@ -74,7 +75,7 @@ def train(config: Config, make_env: MakeEnv | None = None, begun: float | None =
             console.print(STOPPED, run.failed)
             return ENVIRONMENTS_FAILED
         if stop:
-            again = f"dreamer train --logdir {shlex.quote(str(logdir))}"
+            again = f"dreamer train --logdir {shlex.quote(brief(logdir))}"
             alone = make_env is None and jax.process_count() == 1
             console.print(f"\nstopped; go on with: {again if alone else 'the same call'}")
     return 0

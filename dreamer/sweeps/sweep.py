@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.text import Text
 
-from dreamer.paths import absolute, make_folder
+from dreamer.paths import absolute, brief, make_folder
 from dreamer.presets import check_resume, stored_config
 from dreamer.runtime.lock import LogdirLock
 from dreamer.runtime.signals import StopRequest
@@ -81,7 +81,7 @@ def sweep_command(request: Request, program: Sequence[str] = TRAIN, poll_seconds
         finally:
             backend.close()
         if stop:
-            again = f"dreamer sweep {shlex.quote(request.file)} --logdir {shlex.quote(str(folder))}"
+            again = f"dreamer sweep {shlex.quote(request.file)} --logdir {shlex.quote(brief(folder))}"
             console.print(f"stopped: {counts(scheduler.entries)}; go on with: {again}")
             return 0
         return tell(sweep, folder, scheduler.entries, console)
