@@ -8,11 +8,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from dreamer import features
 from dreamer.config import ActorCriticConfig, ModelConfig
 from dreamer.distributions import Distribution, MaskedOneHot, MultiOneHot, Normal, OneHot, TwoHot, sum_of
-from dreamer.networks import COLUMNS, MLP, ROWS, Linear, at_least_float32
+from dreamer.networks import MLP, Linear, at_least_float32
 from dreamer.types import Space, Spaces
 from dreamer.world_model import TwoHotHead
 
@@ -33,14 +35,14 @@ class ActionHead(nnx.Module):
             self.mean = Linear(units, space.flat_width, scale=0.01, rngs=rngs)
             self.std = Linear(units, space.flat_width, scale=0.01, rngs=rngs)
 
-    def __call__(self, x: jax.Array, allowed: jax.Array | None = None, axis: int = ROWS) -> Distribution:
+    def __call__(self, x: jax.Array, allowed: jax.Array | None = None) -> Distribution:
         """allowed: bool (..., classes) of a single discrete action, None where every class is."""
         if self.classes is None:
-            return Normal.bounded(self.mean(x, axis), self.std(x, axis), *self.limits, axis)
-        logits = self.logits(x, axis)
+            return Normal.bounded(self.mean(x), self.std(x), *self.limits)
+        logits = self.logits(x)
         if allowed is not None:
-            return MaskedOneHot(logits, allowed, axis)
-        return OneHot(logits, axis=axis) if len(self.classes) == 1 else MultiOneHot(logits, self.classes, axis)
+            return MaskedOneHot(logits, allowed)
+        return OneHot(logits) if len(self.classes) == 1 else MultiOneHot(logits, self.classes)
 
 
 class Policy(nnx.Module):
@@ -54,25 +56,23 @@ class Policy(nnx.Module):
         self.keys = tuple(sorted(actions))
         self.heads = nnx.Dict({k: ActionHead(config.units, actions[k], config, rngs=rngs) for k in self.keys})
 
-    def __call__(self, x: jax.Array, allowed: jax.Array | None = None, axis: int = ROWS) -> dict[str, Distribution]:
-        x = self.mlp(x, axis)
-        return {key: self.heads[key](x, allowed, axis) for key in self.keys}
+    def __call__(self, x: jax.Array, allowed: jax.Array | None = None) -> dict[str, Distribution]:
+        x = self.mlp(x)
+        return {key: self.heads[key](x, allowed) for key in self.keys}
 
-    def sample(
-        self, x: jax.Array, key: jax.Array | None, allowed: jax.Array | None = None, axis: int = ROWS
-    ) -> jax.Array:
+    def sample(self, x: jax.Array, key: jax.Array | None, allowed: jax.Array | None = None) -> jax.Array:
         """Actions (..., A), see `sample_actions`."""
-        return sample_actions(self(x, allowed, axis), key, axis)
+        return sample_actions(self(x, allowed), key)
 
 
-def sample_actions(dists: Mapping[str, Distribution], key: jax.Array | None, axis: int = ROWS) -> jax.Array:
+def sample_actions(dists: Mapping[str, Distribution], key: jax.Array | None) -> jax.Array:
     """Actions (..., A) at least float32, one-hot where discrete; no gradient. The mode where key is None."""
     keys = [None] * len(dists) if key is None else jax.random.split(key, len(dists))
-    return sg(jnp.concatenate([d.sample(k) for d, k in zip(dists.values(), keys, strict=True)], axis))
+    return sg(features.concat([d.sample(k) for d, k in zip(dists.values(), keys, strict=True)]))
 
 
 def lambda_return(rewards: jax.Array, values: jax.Array, discounts: jax.Array, lambdas: jax.Array | float) -> jax.Array:
-    """Returns (M, T-1) of sequences (M, T); entry t looks at rewards, values and discounts from t+1 on.
+    """Returns (T-1, ...) of sequences (T, ...); entry t looks at rewards, values and discounts from t+1 on.
 
     Rₜ = rₜ₊₁ + γₜ₊₁((1-λₜ₊₁)vₜ₊₁ + λₜ₊₁Rₜ₊₁), bootstrapped with the last value (paper v2, eq. 5)::
 
@@ -80,17 +80,16 @@ def lambda_return(rewards: jax.Array, values: jax.Array, discounts: jax.Array, l
         uses         -      r,v,γ  r,v,γ    r,v,γ
         gives        R0     R1     R2  ...  -
     """
-    lambdas = jnp.broadcast_to(jnp.asarray(lambdas, values.dtype), values.shape)[:, 1:]
-    rewards, discounts, last = rewards[:, 1:], discounts[:, 1:], values[:, -1]
-    fixed = rewards + discounts * (1 - lambdas) * values[:, 1:]
+    lambdas = jnp.broadcast_to(jnp.asarray(lambdas, values.dtype), values.shape)[1:]
+    rewards, discounts, last = rewards[1:], discounts[1:], values[-1]
+    fixed = rewards + discounts * (1 - lambdas) * values[1:]
 
     def step(ret: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         fixed, carry_over = inputs
         ret = fixed + carry_over * ret
         return ret, ret
 
-    _, returns = jax.lax.scan(step, last, (fixed.T, (discounts * lambdas).T), reverse=True)
-    return returns.T
+    return jax.lax.scan(step, last, (fixed, discounts * lambdas), reverse=True)[1]
 
 
 def update_return_scale(scale: ReturnScale, returns: jax.Array, config: ActorCriticConfig) -> ReturnScale:
@@ -123,10 +122,10 @@ def return_metrics(returns: jax.Array, advantage: jax.Array, low: jax.Array, spa
 class Dream:
     """What the heads say of an imagined batch: the start and H states after it, M times.
 
-    reward, cont, slow_value, value: (M, H+1) predicted at each state; without gradient.
-    critic: the distributions of these values at the first H states, (M, H) or as columns (H, M).
-    log_prob: (M, H) of the actions taken there; entropy: (M, H) of each action by its name.
-    actions: (M, H, A); allowed: bool (M, H, A), what the dream offers in these states; None where it offers all.
+    reward, cont, slow_value, value: (H+1, M) predicted at each state; without gradient.
+    critic: the distributions of these values at the first H states, (H, M).
+    log_prob: (H, M) of the actions taken there; entropy: (H, M) of each action by its name.
+    actions: (H, M, A); allowed: bool (H, M, A), what the dream offers in these states; None where it offers all.
     """
 
     reward: jax.Array
@@ -165,25 +164,21 @@ class ActorCritic(nnx.Module):
         self.policy = Policy(feature, actions, model, rngs=rngs)
         self.value = TwoHotHead(feature, model.units, model.value_layers, model.bins, rngs=rngs)
 
-    def judge(
-        self, x: jax.Array, dists: Mapping[str, Distribution], actions: jax.Array, axis: int = ROWS
-    ) -> dict[str, Any]:
+    def judge(self, x: jax.Array, dists: Mapping[str, Distribution], actions: jax.Array) -> dict[str, Any]:
         """What training needs of features x (..., F) where `actions` (..., A) were drawn from the policy's `dists`.
 
         critic: the value's logits (..., bins); log_prob (...): of the actions; entropy (...) of each, by name.
         """
-        log_prob, offset = [], 0
-        for dist in dists.values():
-            width = dist.mode().shape[axis]
-            log_prob.append(dist.log_prob(jax.lax.slice_in_dim(actions, offset, offset + width, axis=axis)))
-            offset += width
+        cuts = np.cumsum([features.size(dist.mode()) for dist in dists.values()])[:-1]
+        parts = zip(dists.values(), features.split(actions, cuts), strict=True)
+        log_prob = [dist.log_prob(part) for dist, part in parts]
         entropy = {key: dist.entropy() for key, dist in dists.items()}
-        return {"critic": self.value(x, axis).logits, "log_prob": sum_of(log_prob), "entropy": entropy}
+        return {"critic": self.value(x).logits, "log_prob": sum_of(log_prob), "entropy": entropy}
 
     def imagination_loss(
         self, dream: Dream, scale: ReturnScale, factor: jax.Array | None = None
     ) -> tuple[dict[str, jax.Array], jax.Array, ReturnScale, dict[str, jax.Array]]:
-        """Losses {policy, value: (M, H)}, returns (M, H), new return scale, metrics.
+        """Losses {policy, value: (H, M)}, returns (H, M), new return scale, metrics.
 
         Policy (REINFORCE with return normalisation, paper v2, eq. 6), value (eq. 5)::
 
@@ -195,18 +190,16 @@ class ActorCritic(nnx.Module):
         config = self.config
         value, slow_value = dream.value, dream.slow_value
         discounts = self.discount * dream.cont
-        weight = sg(jnp.cumprod(discounts, 1) / self.discount)
+        weight = sg(jnp.cumprod(discounts, 0) / self.discount)
         returns = sg(lambda_return(dream.reward, value, discounts, config.lambda_))
         scale = update_return_scale(scale, returns, config)
-        advantage = sg(returns - value[:, :-1])
+        advantage = sg(returns - value[:-1])
         span = return_range(scale, config)
         advantage = advantage / span if factor is None else advantage * factor
 
         entropy = sum_of(list(dream.entropy.values()))
-        losses = {"policy": -weight[:, :-1] * (dream.log_prob * advantage + config.entropy * entropy)}
-        turned = jnp.transpose if dream.critic.axis == COLUMNS else lambda x: x
-        cross_entropy = critic_loss(dream.critic, turned(returns), turned(slow_value[:, :-1]), config.slow_scale)
-        losses["value"] = weight[:, :-1] * turned(cross_entropy)
+        losses = {"policy": -weight[:-1] * (dream.log_prob * advantage + config.entropy * entropy)}
+        losses["value"] = weight[:-1] * critic_loss(dream.critic, returns, slow_value[:-1], config.slow_scale)
 
         metrics = return_metrics(returns, advantage, scale["low"], span) | {
             "rew": dream.reward.mean(),
@@ -231,7 +224,8 @@ class ActorCritic(nnx.Module):
         config = self.config
         last, terminal = batch["is_last"].astype(jnp.float32), batch["is_terminal"].astype(jnp.float32)
         live = (1 - terminal) * (1 - 1 / config.discount_horizon)
-        returns = lambda_return(at_least_float32(batch["reward"]), bootstrap, live, (1 - last) * config.lambda_)
+        sequences = at_least_float32(batch["reward"]), bootstrap, live, (1 - last) * config.lambda_
+        returns = jax.vmap(lambda_return)(*sequences)
         slow_value = slow_critic(sg(features)).mode()
         dist = TwoHot(self.value(features).logits[:, :-1])
         return (1 - last)[:, :-1] * critic_loss(dist, returns, slow_value[:, :-1], config.slow_scale)

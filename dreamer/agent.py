@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +13,13 @@ import numpy as np
 import optax
 from flax import nnx, serialization
 
-from dreamer import compiler, imagination
+from dreamer import compiler, imagination, kernels
 from dreamer.actor_critic import ActorCritic, Dream, return_metrics, return_range, update_return_scale
 from dreamer.coders import join_actions, split_actions
 from dreamer.config import Config
 from dreamer.distributions import sum_of
 from dreamer.insight import look, norms
-from dreamer.networks import COLUMNS, Draws
+from dreamer.networks import Draws
 from dreamer.optimizer import make_optimizer, root_mean_square, update_slow
 from dreamer.rssm import RSSM, State, feature
 from dreamer.sharding import BATCH, BATCHES, STATE, WEIGHTS, WHOLE, make_devices
@@ -31,6 +31,7 @@ sg = jax.lax.stop_gradient
 #: Nested plain dicts of arrays: params, slow_value, opt, return_scale {low, high}, updates, key (raw uint32 data).
 TrainState = dict[str, Any]
 Batch = Mapping[str, jax.Array]
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 #: Named random streams: every key is fold_in(fold_in(run_key, stream), counter).
 STREAMS = {"init": 0, "policy": 1, "train": 2, "eval": 3, "report": 4, "process": 5}
@@ -60,6 +61,17 @@ def like_keys(template: Any, tree: Any) -> Any:
     return {k: like_keys(v, tree[str(k)]) for k, v in template.items()} if isinstance(template, dict) else tree
 
 
+def for_target(method: Method) -> Method:
+    """Traces a method of an `Agent` for the agent's own devices."""
+
+    @functools.wraps(method)
+    def traced(agent: Agent, *arguments: Any) -> Any:
+        with kernels.traced_for(agent.target):
+            return method(agent, *arguments)
+
+    return traced  # type: ignore[return-value]
+
+
 class DreamerModel(nnx.Module):
     """All trained networks."""
 
@@ -80,9 +92,6 @@ class Agent:
     compute on, as far as the options ask for them, none for JAX's default device. ValueError if they do not fit.
     """
 
-    #: How dreams lie.
-    layout = COLUMNS
-
     def __init__(
         self,
         observations: Spaces,
@@ -93,7 +102,6 @@ class Agent:
     ) -> None:
         self.observations, self.actions, self.config = dict(observations), dict(sorted(actions.items())), config
         self.dtype = jnp.dtype(dtype)
-        self.reads_inside = imagination.reads_inside((devices or jax.devices())[0].platform)
         self.optimizer = make_optimizer(config.optimizer)
         model = nnx.eval_shape(lambda: DreamerModel(self.observations, self.actions, config, rngs=nnx.Rngs(params=0)))
         self.extras: dict[str, Field] = model.world_model.rssm.stored()
@@ -108,7 +116,8 @@ class Agent:
         self.opt_template = jax.eval_shape(self.optimizer.init, text_keys(self.numbered))
         shapes = functools.partial(jax.eval_shape, self._init, 0)
         self.devices = over = make_devices(devices, config.run, config.optimizer.accumulate, shapes)
-        options = {"donate_argnums": 0, "compiler_options": compiler.options()}
+        self.target = kernels.target((devices or jax.devices())[0].platform, math.prod(over.shape))
+        options = {"donate_argnums": 0, "compiler_options": compiler.options(self.target)}
         self.init = over.jit(self._init, [WHOLE], STATE)
         self.train_step = over.jit(self._train_step, [STATE, BATCH], [STATE, BATCH, WHOLE], **options)
         self.train_steps = over.jit(self._train_steps, [STATE, BATCH], [STATE, BATCHES, WHOLE], **options)
@@ -122,6 +131,7 @@ class Agent:
         width = sum(space.flat_width for space in self.actions.values())
         return {**self._initial_state(envs, self.dtype), "action": jnp.zeros((envs, width), self.dtype)}
 
+    @for_target
     def _policy(
         self, params: Any, carry: dict[str, jax.Array], obs: Batch, key: jax.Array | None
     ) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, jax.Array]]:
@@ -264,6 +274,7 @@ class Agent:
         total, (*outputs, _, _) = self._loss(params, slow_value, return_scale, batch, key)
         return total, tuple(outputs)
 
+    @for_target
     def _loss(
         self,
         params: Any,
@@ -288,7 +299,7 @@ class Agent:
         starts = jax.tree.map(lambda x: sg(x).reshape(-1, *x.shape[2:]), recent[0])
         dream = self.dream(model, slow_critic, starts, dream_key)
         losses, returns, return_scale, metrics = behaviour.imagination_loss(dream, return_scale, factor)
-        bootstrap = returns[:, 0].reshape(-1, last)
+        bootstrap = returns[0].reshape(-1, last)
         losses["repval"] = behaviour.replay_loss(feature(recent[0]), slow_critic, recent[1], bootstrap)
         losses.update(observed.losses)
 
@@ -307,19 +318,20 @@ class Agent:
         written = rssm.pack(sg(observed.states))
         if config.replay.selection.prioritised:
             written["priority"] = sg(sum_of([scales[name] * term for name, term in observed.losses.items()]))
-        return total, (return_scale, written, metrics, returns, returns - dream.value[:, :-1])
+        return total, (return_scale, written, metrics, returns, returns - dream.value[:-1])
 
+    @for_target
     def dream(self, model: DreamerModel, slow_critic: nnx.Module, starts: State, key: jax.Array | None) -> Dream:
         """Imagine from `starts` (M, ...) and read the states; see `imagination`."""
-        dreamer = imagination.Dreamer(
+        return imagination.imagine(
             model.world_model,
             model.actor_critic,
             slow_critic,
+            starts,
+            self.config.actor_critic.horizon,
+            key,
             masked=self.dreams_masks,
-            axis=self.layout,
-            read_inside=self.reads_inside,
         )
-        return dreamer.dream(starts, self.config.actor_critic.horizon, key)
 
     def _dreams_masks(self, model: DreamerModel) -> bool:
         """Whether masks hold in imagination too. ValueError if they should, and the decoder does not predict them."""
@@ -360,6 +372,7 @@ class Agent:
 
     # Looking
 
+    @for_target
     def _report(self, params: Any, batch: Batch, key: jax.Array) -> dict[str, Any]:
         """What the model makes of a batch (B, T+1, ...): see `insight.look`, and from the filtered states
 
@@ -375,7 +388,7 @@ class Agent:
         starts = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), states)
         dream = self.dream(model, model.actor_critic.value, starts, dream_key)
         for name in ("reward", "cont"):
-            views[f"dream_{name}"] = getattr(dream, name).reshape(*actions.shape[:2], -1)
+            views[f"dream_{name}"] = jnp.moveaxis(getattr(dream, name), 0, -1).reshape(*actions.shape[:2], -1)
         return views | {"param_norm": norms(params)}
 
     # Plumbing

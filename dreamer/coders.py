@@ -13,15 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dreamer import features
 from dreamer.config import ModelConfig
 from dreamer.distributions import MultiOneHot, Output, SquaredError, symlog
-from dreamer.networks import MLP, BlockLinear, Conv, Dense, Linear, RMSNorm, at_least_float32, for_cpu
+from dreamer.kernels import in_parts
+from dreamer.networks import MLP, BlockLinear, Conv, Dense, Linear, RMSNorm, at_least_float32
 from dreamer.types import Space, Spaces, visible
 
 Observations = Mapping[str, jax.Array]
-
-#: Where `in_parts` divides: what a layer's activations may take up, in bytes, and the number of parts it stops at.
-PART_BYTES, MOST_PARTS = 2**24, 8
 
 
 def select_keys(spaces: Spaces, pattern: str, option: str) -> dict[str, Space]:
@@ -89,19 +88,6 @@ def split_actions(flat: jax.Array, spaces: Spaces) -> dict[str, jax.Array]:
 def rematerialised(stage: Callable[[jax.Array], jax.Array], remat: bool) -> Callable[[jax.Array], jax.Array]:
     """`stage`, recomputed in the backward pass if `remat`: less memory, more time, the same numbers."""
     return jax.checkpoint(stage) if remat else stage
-
-
-def in_parts(function: Callable[[jax.Array], jax.Array], x: jax.Array, each: int) -> jax.Array:
-    """``function(x)`` for x (M, ...), of which every item is computed for itself; on one CPU part by part.
-
-    There the activations between layers, `each` bytes an item at most, stay in the processor's cache. Side by side in
-    the program, because a loop would copy what it keeps for the backward pass. Elsewhere, and on several devices, all
-    at once.
-    """
-    parts = min(MOST_PARTS, x.shape[0], -(-x.shape[0] * each // PART_BYTES))
-    if parts < 2 or not for_cpu() or jax.device_count() > 1:
-        return function(x)
-    return jnp.concatenate([function(part) for part in jnp.array_split(x, parts)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +279,7 @@ class Decoder(nnx.Module):
         """The same for some of the keys that are no images."""
         if self.mlp is None:
             return {}
-        x = self.mlp(jnp.concatenate([deter, stoch.reshape(*deter.shape[:-1], -1)], -1))
+        x = self.mlp(features.concat([deter, features.ungroup(stoch)]))
         return {key: self._vector_output(self.heads[key](x), self.spaces[key]) for key in keys}
 
     def targets(self, observations: Observations) -> dict[str, jax.Array]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from dreamer.kernels import Target
+
 #: How XLA compiles an update, by kind of device, where its defaults are not the best.
 OPTIONS: dict[str, dict[str, Any]] = {
     # The defaults hand every sum to a library, which keeps the arithmetic around it from being fused, and use half the
@@ -22,12 +24,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @functools.cache
-def options() -> dict[str, Any] | None:
-    """How XLA should compile an update on this machine; None (its defaults) where it does not know these options, or
-    where XLA_FLAGS has some of its own for this kind of device.
+def options(target: Target) -> dict[str, Any] | None:
+    """How XLA should compile an update; None (its defaults) where it does not know these options, where XLA_FLAGS has
+    some of its own for this kind of device, and for plain programs.
     """
-    kind = jax.default_backend()
-    found = OPTIONS.get(kind)
+    kind = target.platform
+    found = OPTIONS.get(kind) if target.rewrites else None
     if found is None or f"--xla_{kind}_" in os.environ.get("XLA_FLAGS", ""):
         return None
     try:

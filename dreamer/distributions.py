@@ -3,7 +3,7 @@
 Every head output has ``loss(target) -> (...)`` and ``mode()``; those that are sampled also have ``sample(key)``
 (``key=None`` gives the mode), ``log_prob(value)`` and ``entropy()``. All arithmetic is at least float32.
 
-The classes (or bins, or entries) lie along `axis`: the last, or the last but one of columns (see `networks`).
+The classes (or bins, or entries) are the features of what a distribution is made from, and it works `over` them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dreamer.networks import ROWS, along, at_least_float32
+from dreamer import features
+from dreamer.kernels import draw_class
+from dreamer.networks import at_least_float32
 
 sg = jax.lax.stop_gradient
 
@@ -29,14 +31,6 @@ def symlog(x: jax.Array) -> jax.Array:
 def symexp(x: jax.Array) -> jax.Array:
     """symexp(x) = sign(x) (exp(|x|) - 1), the inverse of symlog."""
     return jnp.sign(x) * jnp.expm1(jnp.abs(x))
-
-
-def draw_class(key: jax.Array, probs: jax.Array) -> jax.Array:
-    """Sample class indices (...) from probabilities (..., K) by inverting the CDF at one uniform per variable."""
-    uniform = jax.random.uniform(key, probs.shape[:-1], probs.dtype)
-    below = jnp.cumsum(probs, -1) <= uniform[..., None]
-    # Rounding can leave the last cumulative sum below the uniform: the index must stay a class.
-    return jnp.minimum(below.sum(-1), probs.shape[-1] - 1)
 
 
 def draw_normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
@@ -72,11 +66,11 @@ class OneHot:
     Samples carry straight-through gradients: the value is one-hot, the gradient that of the mixed probabilities.
     """
 
-    def __init__(self, logits: jax.Array, unimix: float = 0.0, axis: int = ROWS) -> None:
-        logits, self.axis = at_least_float32(logits), axis
-        self.log_probs = jax.nn.log_softmax(logits, axis)
+    def __init__(self, logits: jax.Array, unimix: float = 0.0) -> None:
+        logits, self.over = at_least_float32(logits), features.axis()
+        self.log_probs = jax.nn.log_softmax(logits, self.over)
         if unimix:
-            probs = (1 - unimix) * jnp.exp(self.log_probs) + unimix / logits.shape[axis]
+            probs = (1 - unimix) * jnp.exp(self.log_probs) + unimix / logits.shape[self.over]
             self.log_probs = jnp.log(probs)
 
     @property
@@ -85,7 +79,7 @@ class OneHot:
 
     def mode(self) -> jax.Array:
         """Most likely class as a one-hot (..., K), with straight-through gradient."""
-        return self._straight_through(self.log_probs.argmax(self.axis))
+        return self._straight_through(self.log_probs.argmax(self.over))
 
     def sample(self, key: jax.Array | None) -> jax.Array:
         """A one-hot sample (..., K) with straight-through gradient; the mode where key is None."""
@@ -93,25 +87,25 @@ class OneHot:
 
     def log_prob(self, value: jax.Array) -> jax.Array:
         """Log-probability (...) of a one-hot value (..., K)."""
-        return (self.log_probs * value.astype(self.log_probs.dtype)).sum(self.axis)
+        return (self.log_probs * value.astype(self.log_probs.dtype)).sum(self.over)
 
     def loss(self, target: jax.Array) -> jax.Array:
         """Cross entropy (...) with a one-hot target (..., K)."""
         return -self.log_prob(sg(target))
 
     def entropy(self) -> jax.Array:
-        return -(self.probs * self.log_probs).sum(self.axis)
+        return -(self.probs * self.log_probs).sum(self.over)
 
     def kl(self, other: OneHot) -> jax.Array:
         """KL(self || other), (...): one value per variable."""
-        return (self.probs * (self.log_probs - other.log_probs)).sum(self.axis)
+        return (self.probs * (self.log_probs - other.log_probs)).sum(self.over)
 
     def _draw(self, key: jax.Array) -> jax.Array:
-        return draw_class(key, jnp.moveaxis(sg(self.probs), self.axis, -1))
+        return draw_class(key, jnp.moveaxis(sg(self.probs), self.over, -1))
 
     def _straight_through(self, index: jax.Array) -> jax.Array:
         probs = self.probs
-        hot = jax.nn.one_hot(index, probs.shape[self.axis], dtype=probs.dtype, axis=self.axis)
+        hot = jax.nn.one_hot(index, probs.shape[self.over], dtype=probs.dtype, axis=self.over)
         return sg(hot) + (probs - sg(probs))
 
 
@@ -125,15 +119,15 @@ class MaskedOneHot(OneHot):
     #: ln of "never": its exponential is 0 in every float dtype, and 0 times it is 0, which -inf would make NaN.
     NEVER = -1e9
 
-    def __init__(self, logits: jax.Array, allowed: jax.Array, axis: int = ROWS) -> None:
-        self.allowed = allowed | ~allowed.any(axis, keepdims=True)
-        super().__init__(jnp.where(self.allowed, at_least_float32(logits), self.NEVER), axis=axis)
+    def __init__(self, logits: jax.Array, allowed: jax.Array) -> None:
+        self.allowed = allowed | ~allowed.any(features.axis(), keepdims=True)
+        super().__init__(jnp.where(self.allowed, at_least_float32(logits), self.NEVER))
 
     def _draw(self, key: jax.Array) -> jax.Array:
         drawn = super()._draw(key)
         # Rounding of the cumulative sum lets one draw in millions fall on a class of probability 0.
-        fits = jnp.take_along_axis(self.allowed, jnp.expand_dims(drawn, self.axis), self.axis).squeeze(self.axis)
-        return jnp.where(fits, drawn, self.log_probs.argmax(self.axis))
+        fits = jnp.take_along_axis(self.allowed, jnp.expand_dims(drawn, self.over), self.over).squeeze(self.over)
+        return jnp.where(fits, drawn, self.log_probs.argmax(self.over))
 
 
 class MultiOneHot:
@@ -142,19 +136,19 @@ class MultiOneHot:
     Log-probabilities, losses and entropies are summed over the variables.
     """
 
-    def __init__(self, logits: jax.Array, classes: Sequence[int], axis: int = ROWS) -> None:
-        self.cuts, self.axis = list(np.cumsum(classes)[:-1]), axis
-        self.parts = [OneHot(part, axis=axis) for part in jnp.split(logits, self.cuts, axis)]
+    def __init__(self, logits: jax.Array, classes: Sequence[int]) -> None:
+        self.cuts, self.over = list(np.cumsum(classes)[:-1]), features.axis()
+        self.parts = [OneHot(part) for part in jnp.split(logits, self.cuts, self.over)]
 
     def mode(self) -> jax.Array:
-        return jnp.concatenate([part.mode() for part in self.parts], self.axis)
+        return jnp.concatenate([part.mode() for part in self.parts], self.over)
 
     def sample(self, key: jax.Array | None) -> jax.Array:
         keys = [None] * len(self.parts) if key is None else jax.random.split(key, len(self.parts))
-        return jnp.concatenate([part.sample(k) for part, k in zip(self.parts, keys, strict=True)], self.axis)
+        return jnp.concatenate([part.sample(k) for part, k in zip(self.parts, keys, strict=True)], self.over)
 
     def log_prob(self, value: jax.Array) -> jax.Array:
-        values = jnp.split(value, self.cuts, self.axis)
+        values = jnp.split(value, self.cuts, self.over)
         return sum_of([part.log_prob(v) for part, v in zip(self.parts, values, strict=True)])
 
     def loss(self, target: jax.Array) -> jax.Array:
@@ -167,14 +161,14 @@ class MultiOneHot:
 class Normal:
     """Independent normals, mean and std (..., A); log-probabilities and entropies summed over A."""
 
-    def __init__(self, mean: jax.Array, std: jax.Array, axis: int = ROWS) -> None:
-        self.mean, self.std, self.axis = at_least_float32(mean), at_least_float32(std), axis
+    def __init__(self, mean: jax.Array, std: jax.Array) -> None:
+        self.mean, self.std, self.over = at_least_float32(mean), at_least_float32(std), features.axis()
 
     @classmethod
-    def bounded(cls, raw_mean: jax.Array, raw_std: jax.Array, low: float, high: float, axis: int = ROWS) -> Normal:
+    def bounded(cls, raw_mean: jax.Array, raw_std: jax.Array, low: float, high: float) -> Normal:
         """Normal(tanh(m), (high - low) sigmoid(s + 2) + low): the policy of continuous actions."""
         raw_mean, raw_std = at_least_float32(raw_mean), at_least_float32(raw_std)
-        return cls(jnp.tanh(raw_mean), (high - low) * jax.nn.sigmoid(raw_std + 2.0) + low, axis)
+        return cls(jnp.tanh(raw_mean), (high - low) * jax.nn.sigmoid(raw_std + 2.0) + low)
 
     def mode(self) -> jax.Array:
         return self.mean
@@ -184,10 +178,10 @@ class Normal:
 
     def log_prob(self, value: jax.Array) -> jax.Array:
         z = (value.astype(self.mean.dtype) - self.mean) / self.std
-        return (-0.5 * jnp.square(z) - jnp.log(self.std) - 0.5 * jnp.log(2 * jnp.pi)).sum(self.axis)
+        return (-0.5 * jnp.square(z) - jnp.log(self.std) - 0.5 * jnp.log(2 * jnp.pi)).sum(self.over)
 
     def entropy(self) -> jax.Array:
-        return (jnp.log(self.std) + 0.5 * jnp.log(2 * jnp.pi * jnp.e)).sum(self.axis)
+        return (jnp.log(self.std) + 0.5 * jnp.log(2 * jnp.pi * jnp.e)).sum(self.over)
 
 
 class Bernoulli:
@@ -219,9 +213,9 @@ class TwoHot:
     Paper v2, eq. 10-11, with bins and distances in the raw space, not in symlog space.
     """
 
-    def __init__(self, logits: jax.Array, axis: int = ROWS) -> None:
-        self.logits, self.axis = at_least_float32(logits), axis
-        self.bins = jnp.asarray(twohot_bins(logits.shape[axis]), self.logits.dtype)
+    def __init__(self, logits: jax.Array) -> None:
+        self.logits, self.over = at_least_float32(logits), features.axis()
+        self.bins = jnp.asarray(twohot_bins(logits.shape[self.over]), self.logits.dtype)
 
     def mode(self) -> jax.Array:
         """Expected value (...); symmetric logits give exactly 0.
@@ -229,11 +223,11 @@ class TwoHot:
         Bins reach 5e8, so the odds of b and -b are subtracted *before* they are multiplied by anything: a compiler
         may round only one of two products (fused multiply-add), and what that leaves of 5e8 is as large as a reward.
         """
-        axis, middle = self.axis, self.bins.shape[0] // 2
-        odds = jnp.exp(self.logits - sg(self.logits.max(axis, keepdims=True)))
-        below, _, above = jnp.split(odds, (middle, middle + 1), axis)
-        balance = above - jnp.flip(below, axis)
-        return (balance * along(self.bins[middle + 1 :], axis)).sum(axis) / odds.sum(axis)
+        over, middle = self.over, self.bins.shape[0] // 2
+        odds = jnp.exp(self.logits - sg(self.logits.max(over, keepdims=True)))
+        below, _, above = jnp.split(odds, (middle, middle + 1), over)
+        balance = above - jnp.flip(below, over)
+        return (balance * self._along(self.bins[middle + 1 :])).sum(over) / odds.sum(over)
 
     def loss(self, target: jax.Array) -> jax.Array:
         """Cross entropy (...) with the target (...) spread linearly over its two neighbouring bins.
@@ -241,13 +235,17 @@ class TwoHot:
         The weight of a bin is a hat over its neighbours, ``max(0, min(rise, fall))``; beyond the last bin it has all.
         """
         bins = self.bins
-        target = jnp.expand_dims(jnp.clip(sg(target).astype(bins.dtype), bins[0], bins[-1]), self.axis)
+        target = jnp.expand_dims(jnp.clip(sg(target).astype(bins.dtype), bins[0], bins[-1]), self.over)
         # Dense on purpose: gathering two logits would make the gradient a scatter, which is slow everywhere.
         before, after = jnp.append(2 * bins[0], bins[:-1]), jnp.append(bins[1:], 2 * bins[-1])
-        bins, before, after = (along(x, self.axis) for x in (bins, before, after))
+        bins, before, after = map(self._along, (bins, before, after))
         rise, fall = (target - before) / (bins - before), (after - target) / (after - bins)
         weights = jnp.clip(jnp.minimum(rise, fall), 0, 1)
-        return -(weights * jax.nn.log_softmax(self.logits, self.axis)).sum(self.axis)
+        return -(weights * jax.nn.log_softmax(self.logits, self.over)).sum(self.over)
+
+    def _along(self, vector: jax.Array) -> jax.Array:
+        """One number for each bin, ready to meet the logits."""
+        return vector if self.over == -1 else vector[:, None]
 
 
 class SquaredError:

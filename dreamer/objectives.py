@@ -9,6 +9,7 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
+from dreamer import features
 from dreamer.coders import Decoder, Observations
 from dreamer.config import ModelConfig
 from dreamer.distributions import Output
@@ -34,8 +35,9 @@ class Reconstruction(nnx.Module):
 
     def allowed(self, states: State) -> jax.Array:
         """Which actions a masked environment is thought to allow, bool (..., A): those more likely so than not."""
-        entries = self.decoder.vectors(states["deter"], states["stoch"], [ACTION_MASK])[ACTION_MASK].mode()
-        return sg(entries).reshape(*entries.shape[:-1], -1, 2)[..., 1] > 0.5
+        entries = sg(self.decoder.vectors(states["deter"], states["stoch"], [ACTION_MASK])[ACTION_MASK].mode())
+        forbidden, allowed = features.split(features.group(entries, features.size(entries) // 2), 2)
+        return features.single(allowed) > 0.5
 
 
 OBJECTIVES = {"reconstruction": Reconstruction}

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from dreamer import features
 from dreamer.coders import Encoder
 from dreamer.config import LossConfig, ModelConfig
 from dreamer.distributions import Bernoulli, TwoHot
-from dreamer.networks import MLP, ROWS, Linear
+from dreamer.networks import MLP, Linear
 from dreamer.objectives import OBJECTIVES
 from dreamer.rssm import RSSM, State, feature
 from dreamer.types import Spaces
@@ -27,8 +28,8 @@ class TwoHotHead(nnx.Module):
         self.mlp = MLP(inputs, units, layers, rngs=rngs)
         self.out = Linear(units, bins, scale=0.0, rngs=rngs)
 
-    def __call__(self, x: jax.Array, axis: int = ROWS) -> TwoHot:
-        return TwoHot(self.out(self.mlp(x, axis), axis), axis)
+    def __call__(self, x: jax.Array) -> TwoHot:
+        return TwoHot(self.out(self.mlp(x)))
 
 
 class BinaryHead(nnx.Module):
@@ -38,8 +39,8 @@ class BinaryHead(nnx.Module):
         self.mlp = MLP(inputs, units, layers, rngs=rngs)
         self.out = Linear(units, 1, rngs=rngs)
 
-    def __call__(self, x: jax.Array, axis: int = ROWS) -> Bernoulli:
-        return Bernoulli(self.out(self.mlp(x, axis), axis).squeeze(axis))
+    def __call__(self, x: jax.Array) -> Bernoulli:
+        return Bernoulli(features.single(self.out(self.mlp(x))))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,7 +44,7 @@ def named(prefix: str, tree: Any) -> dict[str, np.ndarray]:
 
 def main(folder: Path) -> None:
     learner_data.B = 8
-    compiler.options = lambda: CHEAPER
+    compiler.options = lambda target: CHEAPER
     agents = {name: agent_on(shape) for name, shape in MESHES.items()}
     batches = [random_batch(agents["one"], seed) for seed in range(UPDATES)]
     arrays: dict[str, np.ndarray] = {}

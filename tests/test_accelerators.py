@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from jax import export
 
-from dreamer import coders, compiler, imagination, networks
+from dreamer import compiler, kernels
 from dreamer.agent import Agent
 from dreamer.config import Config
 from dreamer.presets import load_config, preset_names
@@ -67,11 +67,8 @@ QUICK = {"atari", "crafter", "dmc_proprio", "minecraft"}
 
 @pytest.fixture(scope="module", autouse=True)
 def _agents_are_built_for_an_accelerator() -> Iterator[None]:
-    chosen = imagination.reads_inside
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(imagination, "reads_inside", lambda platform: chosen("gpu"))
-        for module in (networks, coders):
-            patch.setattr(module, "for_cpu", lambda: False)
+        patch.setattr(kernels, "target", lambda platform, devices=1: kernels.Target("gpu", devices))
         yield
 
 
@@ -164,17 +161,17 @@ def test_what_is_kept_between_updates_is_float32(traced):
 
 
 @pytest.fixture
-def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As if JAX's default device were a GPU, with nothing said in XLA_FLAGS."""
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[kernels.Target]:
+    """The target, with nothing said in XLA_FLAGS."""
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     compiler.options.cache_clear()
-    yield
+    yield kernels.Target("gpu")
     compiler.options.cache_clear()
 
 
-def test_compiler_options_of_a_gpu_are_known_to_this_xla(on_gpu):
-    assert compiler.options() == compiler.OPTIONS["gpu"]
+def test_compiler_options_of_a_gpu_are_known_to_this_xla(gpu):
+    assert compiler.options(gpu) == compiler.OPTIONS["gpu"]
+    assert compiler.options(kernels.Target("gpu", rewrites=False)) is None
 
 
 @pytest.mark.parametrize(
@@ -182,14 +179,14 @@ def test_compiler_options_of_a_gpu_are_known_to_this_xla(on_gpu):
     [("--xla_gpu_autotune_level=2", False), ("--xla_dump_to=/nowhere --xla_gpu_graph_min_graph_size=3", False)]
     + [("--xla_force_host_platform_device_count=8", True)],
 )
-def test_the_users_flags_come_first(on_gpu, monkeypatch, flags, ours):
+def test_the_users_flags_come_first(gpu, monkeypatch, flags, ours):
     monkeypatch.setenv("XLA_FLAGS", flags)
-    assert (compiler.options() is not None) == ours
+    assert (compiler.options(gpu) is not None) == ours
 
 
-def test_an_option_that_xla_does_not_know_is_left_out(on_gpu, monkeypatch):
+def test_an_option_that_xla_does_not_know_is_left_out(gpu, monkeypatch):
     monkeypatch.setitem(compiler.OPTIONS, "gpu", {"xla_gpu_of_the_future": True})
-    assert compiler.options() is None
+    assert compiler.options(gpu) is None
 
 
 def test_autotuning_is_kept_beside_the_compiled_programs(tmp_path, monkeypatch):

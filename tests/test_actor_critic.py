@@ -73,15 +73,22 @@ def dream_of(actor_critic: ActorCritic, seed: int = 0) -> Imagined:
     return Imagined(features, actions, draw(M, H + 1), cont)
 
 
+def turned(tree: Any) -> Any:
+    """Time first, or items first again."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tree)
+
+
 def loss_of(actor_critic: ActorCritic, imagined: Imagined, critic: TwoHotHead, scale: Any) -> tuple:
-    """The imagination loss of what the heads say of an imagined batch."""
-    x = imagined.features[:, :-1]
+    """The imagination loss of what the heads say of an imagined batch; losses and returns (M, H)."""
+    imagined = Imagined(**turned(vars(imagined)))
+    x = imagined.features[:-1]
     judged = actor_critic.judge(x, actor_critic.policy(x), imagined.actions)
     numbers = {"slow_value": critic(imagined.features).mode(), "value": actor_critic.value(imagined.features).mode()}
     numbers = jax.tree.map(jax.lax.stop_gradient, numbers)
     given = {"reward": imagined.reward, "cont": imagined.cont, "actions": imagined.actions}
     dream = Dream(**given, **numbers, **judged | {"critic": TwoHot(judged["critic"])})
-    return actor_critic.imagination_loss(dream, scale)
+    losses, returns, scale, metrics = actor_critic.imagination_loss(dream, scale)
+    return *turned((losses, returns)), scale, metrics
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +108,12 @@ def evaluate() -> Any:
 # Returns
 
 
+def fast_returns(rewards: Any, values: Any, discounts: Any, lambdas: Any) -> jax.Array:
+    """`lambda_return` of sequences (M, T)."""
+    sequences = jnp.broadcast_arrays(*map(jnp.asarray, (rewards, values, discounts, lambdas)))
+    return turned(lambda_return(*turned(sequences)))
+
+
 def slow_returns(rewards: Any, values: Any, discounts: Any, lambdas: Any) -> np.ndarray:
     """One return at a time, backwards."""
     m, t = np.shape(values)
@@ -115,7 +128,7 @@ def slow_returns(rewards: Any, values: Any, discounts: Any, lambdas: Any) -> np.
 
 
 def test_lambda_return_by_hand() -> None:
-    ours = lambda_return(
+    ours = fast_returns(
         jnp.array([[99.0, 1, 2]]), jnp.array([[99.0, 10, 20]]), jnp.array([[99.0, 0.5, 0.5]]), jnp.float32(0.5)
     )
     # R1 = 2 + 0.5 * 20 = 12;  R0 = 1 + 0.5 * (0.5 * 10 + 0.5 * 12) = 6.5
@@ -127,24 +140,24 @@ def test_lambda_return_against_a_loop(seed: int) -> None:
     rng = np.random.default_rng(seed)
     rewards, values = rng.normal(0, 3, (2, 5, 9))
     discounts, lambdas = rng.uniform(0, 1, (2, 5, 9))
-    ours = lambda_return(*(jnp.asarray(x, jnp.float32) for x in (rewards, values, discounts, lambdas)))
+    ours = fast_returns(*(jnp.asarray(x, jnp.float32) for x in (rewards, values, discounts, lambdas)))
     np.testing.assert_allclose(ours, slow_returns(rewards, values, discounts, lambdas), rtol=1e-4, atol=1e-5)
     with jax.enable_x64(True):
-        ours = lambda_return(*(jnp.asarray(x) for x in (rewards, values, discounts, lambdas)))
+        ours = fast_returns(*(jnp.asarray(x) for x in (rewards, values, discounts, lambdas)))
         np.testing.assert_allclose(ours, slow_returns(rewards, values, discounts, lambdas), rtol=1e-12)
 
 
 def test_lambda_return_at_the_ends_of_lambda() -> None:
     rewards, values = jnp.array([[0.0, 1, 2, 3]]), jnp.array([[5.0, 6, 7, 8]])
     discounts = jnp.full((1, 4), 0.9)
-    np.testing.assert_allclose(lambda_return(rewards, values, discounts, 0.0), [[6.4, 8.3, 10.2]], rtol=1e-6)
+    np.testing.assert_allclose(fast_returns(rewards, values, discounts, 0.0), [[6.4, 8.3, 10.2]], rtol=1e-6)
     monte_carlo = 1 + 0.9 * (2 + 0.9 * (3 + 0.9 * 8))
-    np.testing.assert_allclose(lambda_return(rewards, values, discounts, 1.0)[0, 0], monte_carlo, rtol=1e-6)
+    np.testing.assert_allclose(fast_returns(rewards, values, discounts, 1.0)[0, 0], monte_carlo, rtol=1e-6)
 
 
 def test_nothing_crosses_a_discount_of_zero() -> None:
     rewards, values, discounts = jnp.ones((1, 5)), jnp.full((1, 5), 100.0), jnp.array([[1, 1, 0.0, 1, 1]])
-    np.testing.assert_allclose(lambda_return(rewards, values, discounts, 1.0)[0, :2], [2, 1])
+    np.testing.assert_allclose(fast_returns(rewards, values, discounts, 1.0)[0, :2], [2, 1])
 
 
 # Return scale

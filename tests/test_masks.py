@@ -148,7 +148,7 @@ def test_the_policy_takes_allowed_actions(agent: Agent, params: Any, sampled: bo
 
 
 def dream_of(agent: Agent, params: Any) -> tuple[Any, np.ndarray]:
-    """Allowed actions where one was taken, or None, and the actions taken (200, H) of a dream."""
+    """Allowed actions where one was taken, or None, and the actions taken (H, 200) of a dream."""
 
     def dream(params: Any) -> tuple:
         model = agent._merge(params)
@@ -163,7 +163,7 @@ def dream_of(agent: Agent, params: Any) -> tuple[Any, np.ndarray]:
 
 def test_dreams_keep_to_the_predicted_mask(agent: Agent, params: Any) -> None:
     allowed, actions = dream_of(agent, params)
-    np.testing.assert_array_equal(allowed, np.broadcast_to([False, True, True, False, False], (200, 3, 5)))
+    np.testing.assert_array_equal(allowed, np.broadcast_to([False, True, True, False, False], (3, 200, 5)))
     assert set(np.unique(actions)) == {1, 2}
 
 

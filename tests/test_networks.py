@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dreamer.networks import MLP, BlockLinear, Conv, Dense, Linear, RMSNorm, max_pool, upsample
+from dreamer import kernels
+from dreamer.networks import MLP, BlockLinear, Conv, Dense, Linear, RMSNorm
 
 RNG = np.random.default_rng(0)
 
@@ -64,7 +65,7 @@ def test_block_linear_refuses_widths_that_its_blocks_do_not_divide() -> None:
 
 
 @pytest.mark.parametrize("size", [3, 5])
-def test_conv_against_loops(size: int) -> None:
+def test_convolution_and_maximum_against_loops(size: int) -> None:
     layer, x = Conv(2, 3, size, rngs=rngs()), normal(1, 4, 6, 2)
     layer.bias[...] = jnp.asarray(normal(3))
     kernel, pad = np.asarray(layer.kernel[...]), size // 2
@@ -74,14 +75,17 @@ def test_conv_against_loops(size: int) -> None:
         for column in range(6):
             window = padded[0, row : row + size, column : column + size]
             oracle[0, row, column] = (window[..., None] * kernel).sum((0, 1, 2)) + np.asarray(layer.bias[...])
-    np.testing.assert_allclose(layer(jnp.asarray(x)), oracle, rtol=1e-4, atol=1e-5)
+    oracle = oracle.reshape(1, 2, 2, 3, 2, 3).max((2, 4))
+    np.testing.assert_allclose(layer.pooled(jnp.asarray(x)), oracle, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7])
 def test_upsampled_convolution_is_a_convolution_of_the_upsampled_image(size: int) -> None:
-    layer, x = Conv(2, 3, size, rngs=rngs()), jnp.asarray(normal(2, 3, 4, 2))
+    layer, x = Conv(2, 3, size, rngs=rngs()), normal(2, 3, 4, 2)
     layer.bias[...] = jnp.asarray(normal(3))
-    np.testing.assert_allclose(layer.upsampled(x), layer(upsample(x)), rtol=1e-4, atol=1e-5)
+    grown = np.repeat(np.repeat(x, 2, 1), 2, 2)
+    oracle = kernels.plain_conv(jnp.asarray(grown), layer.kernel[...]) + layer.bias[...]
+    np.testing.assert_allclose(layer.upsampled(jnp.asarray(x)), oracle, rtol=1e-4, atol=1e-5)
 
 
 def test_dense_is_linear_then_rmsnorm_then_silu() -> None:
@@ -122,23 +126,12 @@ def test_layers_keep_the_dtype_of_their_input_and_float32_parameters(dtype: jnp.
     layers = [
         (Dense(4, 4, rngs=rngs()), (2, 4)),
         (BlockLinear(2, 4, 4, rngs=rngs()), (2, 2, 2)),
-        (Conv(2, 2, 3, rngs=rngs()), (1, 4, 4, 2)),
+        (Conv(2, 2, 3, rngs=rngs()).pooled, (1, 4, 4, 2)),
     ]
     for layer, shape in layers:
         with jax.numpy_dtype_promotion("strict"):
             assert layer(jnp.ones(shape, dtype)).dtype == dtype
         assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(layer))} == {jnp.dtype(jnp.float32)}
-
-
-def test_max_pool_and_upsample() -> None:
-    x = jnp.arange(2 * 4 * 6 * 3, dtype=jnp.float32).reshape(2, 4, 6, 3)
-    pooled = np.asarray(max_pool(x))
-    assert pooled.shape == (2, 2, 3, 3)
-    np.testing.assert_array_equal(pooled[1, 1, 2], np.asarray(x)[1, 2:4, 4:6].max((0, 1)))
-    grown = np.asarray(upsample(x))
-    assert grown.shape == (2, 8, 12, 3)
-    for row, column in ((0, 0), (3, 5), (7, 11)):
-        np.testing.assert_array_equal(grown[:, row, column], np.asarray(x)[:, row // 2, column // 2])
 
 
 # Initial weights

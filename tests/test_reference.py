@@ -153,9 +153,9 @@ def test_forward_tensors(reference: Reference) -> None:
     starts = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), observed.states)
     dream = agent.dream(model, slow, starts, key)
     losses, returns, _, _ = model.actor_critic.imagination_loss(dream, state["return_scale"])
-    bootstrap = returns[:, 0].reshape(actions.shape[:2])
+    bootstrap = returns[0].reshape(actions.shape[:2])
     # The reference keeps the imagined losses averaged over the horizon.
-    ours |= {f"losses/{k}": v.mean(1).reshape(actions.shape[:2]) for k, v in losses.items()}
+    ours |= {f"losses/{k}": v.mean(0).reshape(actions.shape[:2]) for k, v in losses.items()}
     ours["losses/repval"] = model.actor_critic.replay_loss(x, slow, trained, bootstrap)
     theirs = {k: v for k, v in expected.items() if not k.startswith("metrics/") and k != "loss"}
     check(ours, theirs)

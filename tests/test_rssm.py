@@ -14,8 +14,8 @@ from flax import nnx
 from hypothesis import strategies as st
 from learner_data import CHEAP, weights
 
+from dreamer import features
 from dreamer.config import ModelConfig
-from dreamer.networks import COLUMNS, ROWS, columns, rows
 from dreamer.rssm import RSSM, State, feature
 
 B, T, ACTION, TOKENS = 3, 6, 3, 5
@@ -138,13 +138,17 @@ def test_observe_is_a_chain_of_steps(rssm: RSSM) -> None:
     key = jax.random.key(3)
     states, logits = jax.jit(rssm.observe)(state, actions, tokens, is_first, key)
     assert states["deter"].shape == (B, T, 8) and states["stoch"].shape == logits.shape == (B, T, 3, 4)
-    step = jax.jit(lambda *args: rssm.observe_step(*args, axis=COLUMNS))
-    state, actions, tokens, is_first = jax.tree.map(columns, (state, actions, tokens, is_first))
+
+    @jax.jit
+    def step(state: State, action: jax.Array, tokens: jax.Array, is_first: jax.Array, key: jax.Array) -> Any:
+        with features.in_scans():
+            return features.leave(rssm.observe_step(*features.enter((state, action, tokens, is_first)), key))
+
     for t, step_key in enumerate(jax.random.split(key, T)):
-        state, step_logits = step(state, actions[t], tokens[t], is_first[t], step_key)
-        np.testing.assert_allclose(states["deter"][:, t], rows(state["deter"]), rtol=1e-5, atol=1e-6)
-        np.testing.assert_array_equal(states["stoch"][:, t], rows(state["stoch"]))
-        np.testing.assert_allclose(logits[:, t], rows(step_logits), rtol=1e-4, atol=1e-5)
+        state, step_logits = step(state, actions[:, t], tokens[:, t], is_first[:, t], step_key)
+        np.testing.assert_allclose(states["deter"][:, t], state["deter"], rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(states["stoch"][:, t], state["stoch"])
+        np.testing.assert_allclose(logits[:, t], step_logits, rtol=1e-4, atol=1e-5)
 
 
 def test_samples_are_one_hot_and_follow_the_posterior(rssm: RSSM) -> None:
@@ -210,18 +214,18 @@ def test_timeline_of_imagination(rssm: RSSM) -> None:
     policy = lambda state, key: (chosen(state), {"seen": state["deter"][:, 0]})  # noqa: E731
     start, horizon = random_state(), 5
     states, actions, notes = jax.jit(lambda s: rssm.imagine(s, policy, horizon, None))(start)
-    assert states["deter"].shape == (B, horizon, 8) and actions.shape == (B, horizon, ACTION)
+    assert states["deter"].shape == (horizon, B, 8) and actions.shape == (horizon, B, ACTION)
     before = start
     step = jax.jit(lambda state, action: rssm.imagine_step(state, action, None))
     for h in range(horizon):
-        np.testing.assert_allclose(actions[:, h], chosen(before), rtol=1e-5, atol=1e-6)
-        np.testing.assert_array_equal(notes["seen"][:, h], before["deter"][:, 0])
-        after = step(before, actions[:, h])
-        np.testing.assert_allclose(states["deter"][:, h], after["deter"], rtol=1e-4, atol=1e-5)
-        np.testing.assert_array_equal(states["stoch"][:, h], after["stoch"])
-        before = {k: v[:, h] for k, v in states.items()}
-    replayed = jax.jit(lambda s, a: rssm.imagine_actions(s, a, None))(start, actions)
-    np.testing.assert_allclose(feature(replayed), feature(states), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(actions[h], chosen(before), rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(notes["seen"][h], before["deter"][:, 0])
+        after = step(before, actions[h])
+        np.testing.assert_allclose(states["deter"][h], after["deter"], rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(states["stoch"][h], after["stoch"])
+        before = {k: v[h] for k, v in states.items()}
+    replayed = jax.jit(lambda s, a: rssm.imagine_actions(s, a, None))(start, actions.swapaxes(0, 1))
+    np.testing.assert_allclose(feature(replayed).swapaxes(0, 1), feature(states), rtol=1e-5, atol=1e-6)
 
 
 def test_imagination_samples_from_the_prior(rssm: RSSM) -> None:
@@ -260,7 +264,7 @@ def test_imagination_does_not_stop_gradients(rssm: RSSM) -> None:
     def end(start: State, weight: jax.Array) -> jax.Array:
         policy = lambda state, key: (state["deter"][:, :ACTION] * weight, None)  # noqa: E731
         states, *_ = rssm.imagine(start, policy, 4, None)
-        return states["deter"][:, -1].sum()
+        return states["deter"][-1].sum()
 
     by_start, by_policy = jax.jit(jax.grad(end, argnums=(0, 1)))(start, jnp.float32(0.5))
     assert by_start["deter"].any() and by_start["stoch"].any() and by_policy != 0
@@ -290,7 +294,7 @@ def test_stored_form_round_trip(classes: int, dtype: type) -> None:
     assert rssm.unpack(packed, jnp.bfloat16)["deter"].dtype == jnp.bfloat16
 
 
-# Layouts
+# Where features lie
 
 
 @hypothesis.settings(max_examples=3)
@@ -300,7 +304,7 @@ def test_stored_form_round_trip(classes: int, dtype: type) -> None:
     unit=st.integers(1, 3),
     shape=st.tuples(st.integers(1, 4), st.integers(2, 5)),
 )
-def test_columns_compute_what_rows_do(batch: int, blocks: int, unit: int, shape: tuple[int, int]) -> None:
+def test_items_last_compute_what_items_first_do(batch: int, blocks: int, unit: int, shape: tuple[int, int]) -> None:
     """One step, prior and posterior of a random model, and the gradient of everything, in float64."""
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
@@ -312,18 +316,15 @@ def test_columns_compute_what_rows_do(batch: int, blocks: int, unit: int, shape:
         inputs = (state, draw(batch, ACTION) * 2, draw(batch, TOKENS))
         is_first = jnp.asarray(rng.random(batch) < 0.3)
 
-        def total(params: Any, inputs: Any, axis: int) -> tuple[jax.Array, Any]:
-            lay = columns if axis == COLUMNS else lambda x: x
-            back = rows if axis == COLUMNS else lambda x: x
-            rssm, (state, action, tokens) = nnx.merge(graph, params), jax.tree.map(lay, inputs)
-            after, posterior = rssm.observe_step(state, action, tokens, is_first, None, axis)
-            dreamed = rssm.imagine_step(after, action, None, axis)
-            logits = rssm.prior(after["deter"], axis)
-            read = (after, posterior, dreamed, logits, feature(dreamed, axis))
-            read = jax.tree.map(back, read)
+        def total(params: Any, inputs: Any, last: bool) -> tuple[jax.Array, Any]:
+            with features.items_last(last):
+                rssm, (state, action, tokens) = nnx.merge(graph, params), features.enter(inputs)
+                after, posterior = rssm.observe_step(state, action, tokens, is_first, None)
+                dreamed = rssm.imagine_step(after, action, None)
+                read = features.leave((after, posterior, dreamed, rssm.prior(after["deter"]), feature(dreamed)))
             return sum((jnp.sin(x) * jnp.arange(x.size).reshape(x.shape)).sum() for x in jax.tree.leaves(read)), read
 
         slopes = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True), static_argnums=2, compiler_options=CHEAP)
-        both = [slopes(params, inputs, axis) for axis in (ROWS, COLUMNS)]
+        both = [slopes(params, inputs, last) for last in (False, True)]
     for one, two in zip(*map(jax.tree.leaves, both), strict=True):
         np.testing.assert_allclose(one, two, rtol=1e-9, atol=1e-9)

@@ -66,7 +66,7 @@ def test_a_run_says_so_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 CACHED = """
 import jax, jax.numpy as jnp
-from dreamer import compiler
+from dreamer import compiler, kernels
 
 events = []
 jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
@@ -79,7 +79,7 @@ def function(x, y):
     return total.sum()
 
 arguments = jnp.ones((4096, 16)), jnp.ones((16, 1024))
-program = jax.jit(function, compiler_options=compiler.options()).lower(*arguments).compile()
+program = jax.jit(function, compiler_options=compiler.options(kernels.current())).lower(*arguments).compile()
 print(program.memory_analysis().temp_size_in_bytes, "/jax/compilation_cache/cache_hits" in events)
 """
 

@@ -90,14 +90,14 @@ def test_binary(arrays: Arrays) -> None:
 def test_lambda_return_of_a_replayed_sequence(arrays: Arrays) -> None:
     last, terminal, reward, bootstrap = (arrays[f"lambda_return/{k}"] for k in ("last", "term", "rew", "boot"))
     live = (1 - np.float32(terminal)) * np.float32(1 - 1 / 333)
-    ours = lambda_return(jnp.asarray(reward), jnp.asarray(bootstrap), jnp.asarray(live), (1 - np.float32(last)) * 0.95)
-    close(ours, arrays["lambda_return/ret"])
+    ours = lambda_return(*map(jnp.transpose, (reward, bootstrap, live, (1 - np.float32(last)) * 0.95)))
+    close(ours.T, arrays["lambda_return/ret"])
 
 
 def test_lambda_return_of_a_dream(arrays: Arrays) -> None:
     reward, value = (jnp.asarray(arrays[f"lambda_return/{k}"]) for k in ("rew", "val"))
-    ours = lambda_return(reward, value, jnp.asarray(arrays["lambda_return_imag/con"]), 0.95)
-    close(ours, arrays["lambda_return_imag/ret"])
+    ours = lambda_return(reward.T, value.T, jnp.asarray(arrays["lambda_return_imag/con"]).T, 0.95)
+    close(ours.T, arrays["lambda_return_imag/ret"])
 
 
 def test_return_scale_over_four_updates(arrays: Arrays) -> None:

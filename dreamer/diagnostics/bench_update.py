@@ -1,17 +1,12 @@
-"""How long one update takes: `dreamer bench update`. `--against plain` swaps every rewrite for its plain form.
-
-A rewrite computes the same function as the formula it replaces, faster. `PLAIN` lists them all with their plain forms,
-which are also the oracles of their tests.
-"""
+"""How long one update takes: `dreamer bench update`. `--against plain` swaps every rewrite for its plain twin."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,13 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dreamer import actor_critic, coders, compiler, distributions, imagination, networks
+from dreamer import kernels
 from dreamer.agent import Agent
 from dreamer.config import Config
 from dreamer.diagnostics.cost import flops
 from dreamer.diagnostics.measuring import Report, Rows, figure, take_turns
 from dreamer.presets import load_config
-from dreamer.rssm import RSSM
 from dreamer.runtime.allocator import reuse_freed_memory
 from dreamer.runtime.devices import choose_device, compute_dtype
 from dreamer.runtime.seeds import MappedAgent
@@ -36,77 +30,6 @@ TASKS: dict[str, tuple[Spaces, Spaces]] = {
     "vector": ({"vector": Space("vector", (24,))}, {"action": Space("vector", (6,))}),
     "image": ({"image": Space("image", (64, 64, 3))}, {"action": Space("discrete", (), (6,))}),
 }
-
-
-# --- Plain forms -------------------------------------------------------------------------------
-
-
-def plain_conv_pool(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return networks.max_pool(networks.conv(x, kernel))
-
-
-def plain_upsample_conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return networks.conv(networks.upsample(x), kernel)
-
-
-def plain_block_linear(
-    self: networks.BlockLinear, own: jax.Array, shared: jax.Array | None = None, axis: int = networks.ROWS
-) -> jax.Array:
-    """Every block gets its own copy of the shared input. Rows only."""
-    assert axis == networks.ROWS
-    blocks, _, outputs = self.kernel.shape
-    if shared is not None:
-        copies = jnp.broadcast_to(shared[..., None, :], (*own.shape[:-1], shared.shape[-1]))
-        own = jnp.concatenate([own, copies], -1)
-    y = jnp.einsum("...gi,gio->...go", own, self.kernel[...].astype(own.dtype))
-    return y + self.bias[...].astype(own.dtype).reshape(blocks, outputs)
-
-
-def plain_draw_class(key: jax.Array, probs: jax.Array) -> jax.Array:
-    """The Gumbel trick: as many random numbers and logarithms as there are classes."""
-    return jax.random.categorical(key, jnp.log(probs))
-
-
-def plain_lambda_return(
-    rewards: jax.Array, values: jax.Array, discounts: jax.Array, lambdas: jax.Array | float
-) -> jax.Array:
-    """A loop over time, backwards."""
-    lambdas = jnp.broadcast_to(jnp.asarray(lambdas, values.dtype), values.shape)
-    returns = [values[:, -1]]
-    for t in reversed(range(1, values.shape[1])):
-        mixed = (1 - lambdas[:, t]) * values[:, t] + lambdas[:, t] * returns[-1]
-        returns.append(rewards[:, t] + discounts[:, t] * mixed)
-    return jnp.stack(returns[:0:-1], 1)
-
-
-#: Owner, name, plain form: each rewrite, behind its plain name.
-PLAIN: list[tuple[Any, str, Any]] = [
-    (networks, "_conv_and_gradients", networks.plain_conv),
-    (networks, "conv_pool", plain_conv_pool),
-    (networks, "upsample_conv", plain_upsample_conv),
-    (networks, "transposed_product", lambda kernel, x: kernel.swapaxes(-1, -2) @ x),
-    (networks.BlockLinear, "__call__", plain_block_linear),
-    (coders, "in_parts", lambda function, x, each: function(x)),
-    (imagination, "reads_inside", lambda platform: False),
-    (distributions, "draw_class", plain_draw_class),
-    (actor_critic, "lambda_return", plain_lambda_return),
-    (RSSM, "layout", networks.ROWS),
-    (Agent, "layout", networks.ROWS),
-    (compiler, "options", lambda: None),
-]
-
-
-@contextlib.contextmanager
-def plain_forms() -> Iterator[None]:
-    """Agents that are built and traced inside compute every rewrite in its plain form."""
-    fast = [(owner, name, getattr(owner, name)) for owner, name, _ in PLAIN]
-    for owner, name, plain in PLAIN:
-        setattr(owner, name, plain)
-    try:
-        yield
-    finally:
-        for owner, name, rewrite in fast:
-            setattr(owner, name, rewrite)
 
 
 # --- One update, compiled ----------------------------------------------------------------------
@@ -231,7 +154,7 @@ def bench_update(request: Request) -> Report | None:
     if not (request.protocol and request.against):
         programs["update"] = Program(*arguments)
     if request.against == "plain":
-        with plain_forms():
+        with kernels.plain():
             programs["plain"] = Program(*arguments)
     if request.protocol:
         serve(next(iter(programs.values())), sys.stdin)

@@ -71,7 +71,7 @@ class MappedAgent:
         self.state_of = jax.jit(lambda states, index: jax.tree.map(lambda leaf: leaf[index], states))
         self.pack = jax.jit(lambda metrics: jnp.stack(metrics, 1))
         self.policy = jax.jit(self._policy, donate_argnums=1)
-        self.update = jax.jit(self._update, donate_argnums=0, compiler_options=compiler.options())
+        self.update = jax.jit(self._update, donate_argnums=0, compiler_options=compiler.options(agent.target))
 
     def _policy(
         self, params: Any, carries: list[Any], seen: Mapping[str, jax.Array], run_keys: jax.Array, counter: jax.Array
