@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,14 +125,14 @@ def test_rmsnorm_of_bfloat16_is_computed_in_float32() -> None:
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_layers_keep_the_dtype_of_their_input_and_float32_parameters(dtype: jnp.dtype) -> None:
-    layers = [
-        (Dense(4, 4, rngs=rngs()), (2, 4)),
-        (BlockLinear(2, 4, 4, rngs=rngs()), (2, 2, 2)),
-        (Conv(2, 2, 3, rngs=rngs()).pooled, (1, 4, 4, 2)),
+    layers: list[tuple[Any, Any, tuple[int, ...]]] = [
+        (layer := Dense(4, 4, rngs=rngs()), layer, (2, 4)),
+        (layer := BlockLinear(2, 4, 4, rngs=rngs()), layer, (2, 2, 2)),
+        (layer := Conv(2, 2, 3, rngs=rngs()), layer.pooled, (1, 4, 4, 2)),
     ]
-    for layer, shape in layers:
+    for layer, call, shape in layers:
         with jax.numpy_dtype_promotion("strict"):
-            assert layer(jnp.ones(shape, dtype)).dtype == dtype
+            assert call(jnp.ones(shape, dtype)).dtype == dtype
         assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(layer))} == {jnp.dtype(jnp.float32)}
 
 
