@@ -152,7 +152,7 @@ def test_random_play_takes_what_is_allowed_and_outlives_failures(
     [
         ("collect toy_catch", ["out"]),
         ("collect toy_katch OUT", ["toy_catch"]),
-        ("collect toy_catch OUT --steps 0", ["--steps", "above 0"]),
+        ("collect toy_catch OUT --steps 0", ["--steps", "from 1"]),
         ("collect toy_catch OUT --steps 15 --env.num_envs 8", ["--steps", "at least 16", "got 15"]),
         ("collect toy_catch OUT --run.sead 3", ["run.sead"]),
         ("collect toy_catch OUT --policy mode", ["--from"]),
