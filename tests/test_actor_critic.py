@@ -293,7 +293,7 @@ def test_policy_gradient_by_hand(slopes: Any, evaluate: Any) -> None:
 
 
 def loss_of_numbers(seed: int = 0, discount: float = 1.0, inside: float = 1.0, **options: float) -> tuple:
-    """Imagination loss, and all that goes into it, of numbers from nowhere; inside: a factor of the continues."""
+    """Imagination loss (M, H) and what goes into it, of numbers from nowhere; inside: a factor of the continues."""
     rng = np.random.default_rng(seed)
     numbers = {k: rng.normal(0, 2, (M, H + 1)).astype(np.float32) for k in ("reward", "value", "slow_value")}
     numbers["cont"] = rng.uniform(0.5, 1, (M, H + 1)).astype(np.float32)
@@ -303,8 +303,10 @@ def loss_of_numbers(seed: int = 0, discount: float = 1.0, inside: float = 1.0, *
     actor_critic = ActorCritic(F, {"act": ACTIONS["act"]}, MODEL, config, discount, rngs=weights())
 
     def loss(numbers: dict[str, Any]) -> tuple:
-        rest: dict[str, Any] = {"critic": TwoHot(logits), "entropy": {"act": entropy}, "actions": jnp.zeros((M, H, 3))}
-        return actor_critic.imagination_loss(Dream(**numbers, **rest), SCALE)
+        given = turned({**numbers, "entropy": {"act": jnp.asarray(entropy)}, "actions": jnp.zeros((M, H, 3))})
+        dream = Dream(**given, critic=TwoHot(turned(jnp.asarray(logits))))
+        losses, returns, scale, metrics = actor_critic.imagination_loss(dream, SCALE)
+        return *turned((losses, returns)), scale, metrics
 
     found = jax.jit(loss)({**numbers, "cont": numbers["cont"] * np.float32(inside)})
     return (*found, {**numbers, "entropy": entropy}, TwoHot(logits))
