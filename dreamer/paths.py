@@ -7,6 +7,7 @@ happens to the working folder afterwards (an environment that changes it, say) t
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import pwd
 import sys
@@ -81,8 +82,20 @@ def make_folder(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        text = f"expected a folder that can be written to, got {str(folder)!r}: {_reason(folder, error)}"
-        raise PathError(f"{text}; name another") from None
+        raise _refused(folder, error) from None
+
+
+def check_folder(folder: Path) -> None:
+    """For a folder that is not made now: PathError if it could not be, as far as looking tells."""
+    try:
+        os.lstat(folder)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise _refused(folder, error) from None
+    above = next(place for place in (folder, *folder.parents) if os.path.lexists(place))
+    if not os.path.isdir(above) or not os.access(above, os.W_OK | os.X_OK):
+        raise _refused(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 def check_file(path: Path) -> None:
@@ -118,8 +131,13 @@ def _with_home(text: str) -> str:
     return home.rstrip("/") + slash + rest or "/"
 
 
+def _refused(folder: Path, error: OSError) -> PathError:
+    """A folder that cannot be made or written to, and why."""
+    text = f"expected a folder that can be written to, got {str(folder)!r}: {_reason(folder, error)}"
+    return PathError(f"{text}; name another")
+
+
 def _reason(folder: Path, error: OSError) -> str:
-    """Why it cannot be made or written to."""
     for place in (folder, *folder.parents):
         if os.path.islink(place) and not os.path.exists(place):
             return f"{place} is a link to {os.readlink(place)}, which is not there"

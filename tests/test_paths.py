@@ -18,7 +18,7 @@ from dreamer.diagnostics import plot
 from dreamer.diagnostics.curves import find
 from dreamer.envs import TaskError, check_task
 from dreamer.envs.interface import restorable
-from dreamer.paths import PROGRAM, PathError, absolute, brief, check_file, make_folder
+from dreamer.paths import PROGRAM, PathError, absolute, brief, check_file, check_folder, make_folder
 from dreamer.presets import ConfigError, check_resume, load_config, save_config
 from dreamer.runtime.checkpoint import Checkpointer, CheckpointError, DamagedCheckpointError
 from dreamer.runtime.lock import LogdirInUseError, LogdirLock
@@ -224,6 +224,9 @@ IMPOSSIBLE = {
 def test_a_folder_that_cannot_be_made(places, place, why):
     with pytest.raises(PathError, match=rf"^expected a folder that can be written to, got [^\n]*{why}[^\n]*another$"):
         make_folder(absolute(place))
+    if not place.startswith("/proc"):  # where nothing but trying tells
+        with pytest.raises(PathError, match=rf"^expected a folder that can be written to, got [^\n]*{why}"):
+            check_folder(absolute(place))
 
 
 def test_a_folder_that_may_not_be_written_to(here, monkeypatch):
@@ -246,6 +249,8 @@ def test_a_file_that_cannot_be_written(places, file):
 
 COMMANDS = {
     "train": ("train", "--configs", "debug", "--run.platform", "cpu", "--logdir", "{}"),
+    "plan": ("train", "--configs", "debug", "--run.platform", "cpu", "--logdir", "{}", "--plan"),
+    "dry run": ("sweep", "tiny", "--dry-run", "--logdir", "{}"),
     "collect": ("collect", "toy_catch", "{}", "--steps", "5"),
     "export": ("export", "folder", "{}"),
     "plot": ("plot", "folder", "--out", "{}/plot"),

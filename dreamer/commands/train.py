@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 
 from dreamer.commands.arguments import hide_accelerators, presets_left_out, split_arguments
 from dreamer.config import Config
+from dreamer.paths import check_folder
 from dreamer.presets import check_resume, config_file, load_config, preset_names, stored_config
 from dreamer.schema import help_text
 
@@ -69,6 +71,8 @@ def run(arguments: Sequence[str]) -> int:
     if PLAN in arguments:
         from dreamer.diagnostics.plan import plan_command
 
+        if config.logdir:
+            check_folder(Path(config.logdir))
         return plan_command(config)
 
     from dreamer.runtime.startup import process_start

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.text import Text
 
-from dreamer.paths import absolute, brief, make_folder
+from dreamer.paths import absolute, brief, check_folder, make_folder
 from dreamer.presets import check_resume, stored_config
 from dreamer.runtime.lock import LogdirLock
 from dreamer.runtime.signals import StopRequest
@@ -67,6 +67,7 @@ def sweep_command(request: Request, program: Sequence[str] = TRAIN, poll_seconds
     if request.dry_run:
         from dreamer.sweeps.estimate import dry_run
 
+        check_folder(folder)
         return dry_run(sweep, runs, at_once(request, runs), console)
     make_folder(folder)
     with LogdirLock(folder), StopRequest() as stop:
