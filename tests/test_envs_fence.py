@@ -169,7 +169,10 @@ def test_a_property_that_fails_is_named() -> None:
         vector(lambda index, seed: Bare(seed))
 
 
-def test_a_person_s_ctrl_c_is_not_the_environment_s() -> None:
+def test_a_person_s_ctrl_c_is_not_the_environment_s(request: pytest.FixtureRequest) -> None:
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # the background ignores it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, former))
+
     def pressed() -> None:
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)

@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from dreamer.process import STOP_SIGNALS
 from dreamer.runtime.lock import LogdirInUseError, LogdirLock
 from dreamer.runtime.signals import StopRequest
 
@@ -70,6 +72,16 @@ def test_holders_children_do_not_keep_the_lock(tmp_path):
         child.communicate(b"\n")
 
 
+@pytest.fixture
+def default_handlers() -> Iterator[None]:
+    """Those of a program in the foreground: shells let what they start in the background ignore some signals."""
+    former = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
+    yield
+    for number, handler in former.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("default_handlers")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGXCPU"], ids=str)
 def test_first_signal_sets_the_flag(name):
     number = signal.Signals[name]
@@ -81,6 +93,7 @@ def test_first_signal_sets_the_flag(name):
     assert signal.getsignal(number) == before
 
 
+@pytest.mark.usefixtures("default_handlers")
 @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGQUIT])
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGQUIT])
 def test_a_second_one_from_the_keyboard_raises(first, second):
@@ -104,6 +117,7 @@ def test_what_is_ignored_or_means_something_else_stays_so(number):
     assert heard == [number]
 
 
+@pytest.mark.usefixtures("default_handlers")
 def test_repeated_terminate_only_asks_again():
     with StopRequest() as stop:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
