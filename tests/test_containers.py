@@ -287,7 +287,7 @@ def test_the_slurm_job_queues_itself_again_when_it_was_stopped(place):
     process = start(place, SLURM, "runs/a", "--configs", "crafter", SLURM_JOB_ID="17")
     wait_for(place / "started")
     config = train_config((place / "started").read_text().split()[1:])
-    assert config.logdir == "runs/a" and config.run.platform == "gpu" and not config.run.display
+    assert Path(config.logdir) == Path("runs/a").absolute() and config.run.platform == "gpu" and not config.run.display
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 0
     assert (place / "saved").exists() and (place / "requeued").read_text() == "requeue 17\n"

@@ -66,7 +66,7 @@ def test_a_process_alone_has_everything():
 def test_a_process_among_others_records_nothing_and_draws_its_own():
     whole = config(log__jsonl=True, log__videos=True, run__eval_every=10)
     own = distributed.own_part(whole)
-    assert Path(own.logdir) == Path("runs/shared/process_1")
+    assert Path(own.logdir) == Path("runs/shared/process_1").absolute()
     assert not (own.log.jsonl or own.log.tensorboard or own.log.videos or own.run.final_eval)
     assert own.run.eval_every is None
     assert dataclasses.replace(own, logdir=whole.logdir, log=whole.log, run=whole.run) == whole
