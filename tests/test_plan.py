@@ -136,7 +136,7 @@ def test_hours():
 def test_an_update_that_fits_is_compiled_and_tried(monkeypatch, update):
     config = tiny_config(run__agent_steps=100)
     monkeypatch.setattr(update_cost, "product_rate", lambda dtype, device: 1e12)
-    monkeypatch.setattr(compiler, "options", lambda: CHEAP)
+    monkeypatch.setattr(compiler, "options", lambda target: CHEAP)
     found = figures(config, seconds=0.2)
     memory, speed = found["memory of an update"], found["speed"]
     assert memory.how == "laid out by the compiler for this device"
