@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import io
 import itertools
 import os
@@ -30,11 +31,11 @@ from hypothesis import strategies as st
 
 import dreamer.agent
 from dreamer import cli
-from dreamer.config import EnvConfig
 from dreamer.envs.audit import audit
 from dreamer.envs.audit_table import rows
 from dreamer.envs.vector import adopt
 from dreamer.presets import load_config, preset_names, save_config
+from dreamer.runtime import setup
 from dreamer.runtime import train as training
 from dreamer.schema import options, sections
 
@@ -570,9 +571,10 @@ def test_environments(examples: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def checked(plan: dict[str, Any]) -> bool:
     """Whether `dreamer envs check` finds nothing wrong."""
-    config = EnvConfig()
+    config = load_config(["debug"], QUICK)
+    fits = functools.partial(setup.make_agent, config)
     try:
-        report = audit(lambda seed: adopt(lambda index, seed: Drawn(plan), config, 0, seed), 30)
+        report = audit(lambda seed: adopt(lambda index, seed: Drawn(plan), config.env, 0, seed), 30, fits)
     except cli.user_errors() as error:
         assert len(str(error).strip().splitlines()) == 1, f"{plan}: {error}"
         return False
