@@ -15,6 +15,7 @@ A class of Gymnasium is called with ``env.gym.kwargs``; anything else also with 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib.util
@@ -102,7 +103,7 @@ class _Recipe:
 
     def __call__(self, config: EnvConfig, seed: int) -> Any:
         target = find(self.name) if self.suite == "py" else load_plugin(self.suite)
-        kwargs = dict(self.kwargs)
+        kwargs = copy.deepcopy(self.kwargs)  # theirs to change
         if isinstance(target, type) and issubclass(target, gymnasium.Env):
             accepted = inspect.signature(target).parameters
             if "render_mode" in accepted and "rgb_array" in render_modes(target):

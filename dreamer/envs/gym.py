@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import os
@@ -269,7 +270,7 @@ _proofs: dict[Any, tuple[str | None, str]] = {}
 
 def make(name: str, config: EnvConfig, seed: int) -> GymEnv:
     """`name` is a Gymnasium id; with ``module:id`` the module is imported first, which registers the id."""
-    kwargs = dict(config.gym.kwargs)
+    kwargs = copy.deepcopy(config.gym.kwargs)  # theirs to change
     try:
         if "rgb_array" in _render_modes(name):
             kwargs.setdefault("render_mode", "rgb_array")

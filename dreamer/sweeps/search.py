@@ -53,8 +53,8 @@ class Search:
             direction="maximize",
             load_if_exists=True,
         )
-        # A sampler that begins again with the same seed would repeat itself.
-        study.sampler = optuna.samplers.TPESampler(seed=self._drawn.seed + len(study.trials))
+        # A sampler that begins again with the same seed would repeat itself; it takes 32 bits.
+        study.sampler = optuna.samplers.TPESampler(seed=(self._drawn.seed + len(study.trials)) % 2**32)
         return study
 
     def _plan(self, number: int, values: Mapping[str, Any], seed: int) -> Planned:
