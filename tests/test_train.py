@@ -79,7 +79,7 @@ def test_a_run_says_what_runs_and_ends_with_its_results(finished: Finished) -> N
     ):  # fmt: skip
         assert said in text, said
     assert f"dream video: {finished.logdir / 'videos' / 'report_dream_image.gif'}" in finished.output
-    assert f"--logdir {finished.logdir}" in finished.output.splitlines()[-1]
+    assert f"--logdir '{finished.logdir}'" in finished.output.splitlines()[-1]  # quoted: it has a space
 
 
 def test_the_configuration_is_kept_and_can_be_given_back(finished: Finished) -> None:
