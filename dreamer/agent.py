@@ -284,7 +284,7 @@ class Agent:
         key: jax.Array | None,
         factor: jax.Array | None = None,
     ) -> tuple[jax.Array, tuple]:
-        """`loss`, its outputs followed by returns R and R - v (M, H). factor: see `ActorCritic.imagination_loss`."""
+        """`loss`, its outputs followed by returns R and R - v (H, M). factor: see `ActorCritic.imagination_loss`."""
         config, model = self.config, self._merge(params)
         world_key, dream_key = (None, None) if key is None else jax.random.split(key)
         slow_critic = self.slow_critic(slow_value)
