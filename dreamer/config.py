@@ -428,8 +428,8 @@ class OptimizerConfig:
     warmup: int = option(1000, "Linear warm-up of the learning rate", "updates", ge=0, le=10**9)
     clip: float = option(0.3, "Largest gradient norm as a share of the tensor's norm", gt=0, le=1e6)
     clip_min_norm: float = option(1e-3, "Least tensor norm used for clipping", ge=1e-12, le=1e6)
-    beta1: float = option(0.9, "Decay of the momentum", ge=0, le=0.999999)
-    beta2: float = option(0.999, "Decay of the second moment", ge=0, le=0.999999)
+    beta1: float = option(0.9, "Decay of the momentum", ge=0, lt=1)
+    beta2: float = option(0.999, "Decay of the second moment", ge=0, lt=1)
     eps: float = option(1e-20, "Added to the root of the second moment", ge=1e-30, le=1)
     accumulate: int = option(
         1,

@@ -319,7 +319,7 @@ def test_every_attempt_has_a_seed_of_its_own() -> None:
 def test_the_budget_counts_within_its_minutes() -> None:
     now = 0.0
     budget = FaultBudget(EnvConfig(failure_limit=2, failure_minutes=1), clock=lambda: now)
-    fault = Fault(3, "died", "own, environment 3: gone", "where it was")
+    fault = Fault(3, "died", "own, environment 3: gone", 'Traceback:\n  File "/home/me/own.py", line 7, in step\n')
     budget.add(fault)
     now = 50.0
     budget.add(fault)
@@ -327,7 +327,7 @@ def test_the_budget_counts_within_its_minutes() -> None:
     budget.add(fault)  # the first one was more than a minute ago
     with pytest.raises(EnvError, match="at most 2 failures.*within 1 minutes, got 3.*failure_limit") as error:
         budget.add(fault)
-    assert "own, environment 3: gone" in str(error.value) and "where it was" in str(error.value)
+    assert "own, environment 3: gone (/home/me/own.py, line 7, in step)" in str(error.value)
     strict, lenient = (FaultBudget(EnvConfig(failure_limit=limit)) for limit in (0, None))
     with pytest.raises(EnvError, match="at most 0 failures"):
         strict.add(fault)

@@ -93,7 +93,7 @@ def test_settings_of_clusters_are_checked(place):  # noqa: F811
     with pytest.raises(ConfigError, match="slurm: .*partitoin"):
         place.run(backend="slurm")
     place.write(FOUR + "ray: {gpus: 1}\n")
-    with pytest.raises(ConfigError, match="ray: unknown key 'gpus'; nearest: num_gpus"):
+    with pytest.raises(ConfigError, match="unknown key 'gpus' of ray; nearest: num_gpus"):
         place.run(backend="ray")
 
 

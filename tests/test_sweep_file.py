@@ -182,7 +182,12 @@ def test_settings_of_the_sweep_itself(tmp_path):
         ("seeds: -1\n", 1, "expected seeds to be their number"),
         ("early_stop: {afer: 0.3}\n", 1, "unknown key 'afer' of early_stop; nearest: after"),
         ("early_stop: {after: 2}\n", 1, "expected a number from 0 to 1, got 2"),
-        ("name: a/b\n", 1, "expected a name without /"),
+        ("name: a/b\n", 1, "expected a name that a folder can have"),
+        ("name: ..\n", 1, "expected a name that a folder can have, without /, got '..'"),
+        ("ray: {num_cpus: -1}\n", 1, "RayTask.num_cpus: expected a value greater than or equal to 0, got -1"),
+        ("ray: {num_gpus: .nan}\n", 1, "expected a finite number, got nan"),
+        ("ray: {num_gpus: many}\n", 1, "RayTask.num_gpus: expected a valid number"),
+        ("slurm:\n  timeout_min: .inf\n", 2, "expected a finite number, got inf"),
         ("options:\n  env.gym.kwargs.g: 3\n", 2, "give env.gym.kwargs as a mapping, {g: value}"),
         ("seeds: [1\n", 2, "expected valid YAML"),
         ("- a\n", 1, "expected a sweep to be a mapping"),
@@ -281,3 +286,13 @@ def _value(config, name):
     for part in name.split("."):
         config = getattr(config, part)
     return config
+
+
+def test_a_product_of_too_many_runs_is_refused_before_it_is_listed(tmp_path):
+    values = ", ".join(map(str, range(1, 101)))
+    names = ("run.train_ratio", "run.batch_size", "model.units", "model.hidden", "model.depth", "loss.rep")
+    file = tmp_path / "wide.yaml"
+    file.write_text("seeds: 3\ngrid:\n" + "".join(f"  {name}: [{values}]\n" for name in names))
+    product = " x ".join(["100"] * len(names) + ["3"])
+    with pytest.raises(ConfigError, match=f"at most 100,000 runs, got {product} = 3,000,000,000,000 "):
+        expand(load_sweep(file), tmp_path)

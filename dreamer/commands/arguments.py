@@ -14,8 +14,8 @@ from dreamer.schema import ConfigError, mismatch, options, show
 from dreamer.values import brief
 
 USAGE_ERROR = 2
-#: Presets that say nothing of their task's suite.
-NO_SETTING = ("debug",)
+#: Presets that say nothing of their task's suite, the latter of one task alone.
+NO_SETTING, ONE_TASK = ("debug",), ("carracing", "quickstart")
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -60,7 +60,8 @@ def presets_left_out(configs: Sequence[str], config: Config, environment: bool =
         if path.parent.name != "presets" or name in NO_SETTING:
             continue
         settings = settings_of([Setting(name, str(path))], path.parent)
-        if settings["task"].value.partition("_")[0] == suite:
+        task = settings["task"].value
+        if task == config.task if name in ONE_TASK else task.partition("_")[0] == suite:
             of_suite = [option for option in settings if option.startswith("env.") and option.count(".") > 1]
             other = [option for option in of_suite if value_of(config, option) != settings[option].value]
             found[name] = [f"{option} {show(settings[option].value)}" for option in other]

@@ -40,6 +40,7 @@ from dreamer.runtime.resume import (
 )
 from dreamer.runtime.schedule import SaveTimer, UpdateSchedule
 from dreamer.runtime.setup import (
+    check_networks_fit,
     evaluation_envs,
     make_agent,
     make_replay,
@@ -100,6 +101,7 @@ class RunParts:
         if agent is None:
             spaces = self.envs.observation_spaces, self.envs.action_spaces
             agent = make_agent(config, *spaces, devices=find_devices(config.run.platform))
+            check_networks_fit(config, agent)
         self.agent = agent
         self.startup.mark("networks")
         preload = find_preload(config, self.agent.observations, self.agent.actions) if not resuming else None

@@ -20,9 +20,9 @@ from dreamer.envs import TaskError, VectorEnv, make_vector_env, suites
 from dreamer.envs.vector import MakeEnv
 from dreamer.paths import PathError, absolute, make_folder
 from dreamer.presets import CONFIG_FILE, ConfigError
-from dreamer.replay import Replay, ReplayError, bytes_per_step, choose_storage
+from dreamer.replay import Replay, ReplayError, bytes_per_step, choose_storage, machine_memory
 from dreamer.runtime.devices import choose_device, compute_dtype
-from dreamer.runtime.display import Row, device_row, format_bytes, parameters_row
+from dreamer.runtime.display import Row, device_row, format_bytes, format_count, parameters_row
 from dreamer.runtime.provenance import versions
 from dreamer.runtime.shares import own_seed, share
 from dreamer.types import Space, Spaces, replay_fields, visible
@@ -106,6 +106,24 @@ def make_agent(config: Config, observations: Spaces, actions: Spaces, devices: S
         return Agent(observations, actions, config, compute_dtype(config.run, device), devices)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+#: Bytes that the training state has for each weight: itself and the two moments of its gradient.
+_WEIGHT_BYTES = 12
+
+
+def check_networks_fit(config: Config, agent: Agent) -> None:
+    """ConfigError if the training state alone is more than all memory of the devices that hold it."""
+    weights = sum(leaf.size for leaf in jax.tree.leaves(agent.numbered)) * (config.run.seeds or 1)
+    device = choose_device(config.run.platform)
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    room = machine_memory() if stats is None else stats["bytes_limit"] * agent.devices.shape[1]
+    if weights * _WEIGHT_BYTES > room:
+        raise ConfigError(
+            f"expected networks that memory has room for, got {format_count(weights)} parameters, "
+            f"{format_bytes(weights * _WEIGHT_BYTES)} with their optimizer state, where {format_bytes(room)} are there; "
+            "take a smaller size (--configs size12m), or lower model.deter, model.hidden or model.units"
+        )
 
 
 def replay_limit(config: Config, step_bytes: int = 1) -> int:

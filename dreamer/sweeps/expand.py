@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from dreamer.config import Config
 from dreamer.envs.registry import check_task
 from dreamer.presets import Setting, Settings, build, fitted, settings_of
 from dreamer.schema import ConfigError
-from dreamer.sweeps.spec import Drawn, Entry, Sweep
+from dreamer.sweeps.spec import MOST_RUNS, Drawn, Entry, Sweep
 
 #: Bytes of a name in most file systems.
 _LONGEST_NAME = 255
@@ -45,8 +46,14 @@ def drawn_entry(drawn: Drawn, label: str, values: Mapping[str, Any]) -> Entry:
 
 
 def combinations(sweep: Sweep) -> Iterator[tuple[Entry, ...]]:
-    """Every combination of named runs, grid, list and random draws."""
+    """Every combination of named runs, grid, list and random draws; ConfigError if they are too many runs."""
     axes = [axis for axis in (sweep.named, *sweep.grid, sweep.items) if axis]
+    counts = [*map(len, axes), *([sweep.random.count] if sweep.random else []), len(sweep.seeds)]
+    if math.prod(counts) > MOST_RUNS:
+        raise ConfigError(
+            f"{sweep.path}: expected at most {MOST_RUNS:,} runs, got {' x '.join(map(str, counts))} = "
+            f"{math.prod(counts):,} (the last of these are the seeds); leave values out, or draw some of all with `random:`"
+        )
     if sweep.random:
         width = max(2, len(str(sweep.random.count - 1)))
         entries = (

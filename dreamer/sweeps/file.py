@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,12 +22,10 @@ from dreamer.presets import (
 )
 from dreamer.schema import ConfigError, options, show, suggestion
 from dreamer.sweeps.distributions import read_draw
-from dreamer.sweeps.spec import Drawn, EarlyStop, Entry, Sweep
-from dreamer.values import brief
+from dreamer.sweeps.spec import MOST_RUNS, Drawn, EarlyStop, Entry, RayTask, Sweep
+from dreamer.values import brief, plain
 from dreamer.yaml_files import find_file, key_text, parse_file, plain_node
 
-#: Most runs of a sweep.
-MOST_RUNS = 100_000
 #: Options that a sweep sets itself, and what to write instead.
 _OWN = {"seed": "write `seeds: [0, 1, 2]`", "logdir": "each run has a folder of its own in --logdir"}
 
@@ -256,13 +256,33 @@ def _early_stop(node: Node, path: Path, where: str) -> EarlyStop | None:
 
 def _text(node: Node, path: Path, where: str) -> str:
     found = plain_node(node, where)
-    if not isinstance(found, str) or not found or "/" in found:
-        raise ConfigError(f"{where}: expected a name without /, got {brief(found)}")
+    if not isinstance(found, str) or found in ("", ".", "..") or "/" in found or not found.isprintable():
+        raise ConfigError(f"{where}: expected a name that a folder can have, without /, got {brief(found)}")
     return found
 
 
 def _mapping(node: Node, path: Path, where: str) -> dict[str, Any]:
-    return {key: plain_node(inner, line) for key, line, inner in _pairs(node, path, "this")}
+    found = {}
+    for key, line, inner in _pairs(node, path, "this"):
+        try:
+            found[key] = plain(plain_node(inner, line))
+        except ValueError as error:
+            raise ConfigError(f"{line}: {error}") from None
+        if isinstance(found[key], float) and not math.isfinite(found[key]):
+            raise ConfigError(f"{line}: expected a finite number, got {found[key]}")
+    return found
+
+
+def _ray(node: Node, path: Path, where: str) -> RayTask:
+    known = [field.name for field in dataclasses.fields(RayTask)]
+    for key, line, _ in _pairs(node, path, "ray"):
+        if key not in known:
+            close = suggestion(key, known, f"; known: {', '.join(known)}")
+            raise ConfigError(f"{line}: unknown key {key!r} of ray{close}")
+    try:
+        return RayTask(**_mapping(node, path, where))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 #: By key of the file: the field of `Sweep`, and how it is read.
@@ -281,5 +301,5 @@ _KEYS: dict[str, tuple[str, Callable[[Node, Path, str], Any]]] = {
     "early_stop": ("early_stop", _early_stop),
     "hours": ("hours", _number(float, 0, 1e6)),
     "slurm": ("slurm", _mapping),
-    "ray": ("ray", _mapping),
+    "ray": ("ray", _ray),
 }

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from dreamer.paths import working_folder
-from dreamer.schema import ConfigError, suggestion
+from dreamer.schema import ConfigError
 from dreamer.sweeps.expand import Planned
 from dreamer.sweeps.local import MEMORY_SHARE, command
 from dreamer.sweeps.node import STOP_FILE
+from dreamer.sweeps.spec import RayTask
 
-#: Of `ray:` in a sweep file: where the cluster is (RAY_ADDRESS or a local one otherwise), and what one run takes.
-KEYS = {"address": None, "num_cpus": 1, "num_gpus": 0}
 #: What a task that ended without an exit code gives: its machine was lost, say.
 LOST = 1
 
@@ -59,25 +58,19 @@ class RayJob:
 class RayBackend:
     """Sends runs to Ray. Folders must be shared by its machines, and dreamer installed on each."""
 
-    def __init__(self, jobs: int, settings: Mapping[str, Any], program: Sequence[str]) -> None:
-        """settings: `ray:` of the file."""
-        for key in settings:
-            if key not in KEYS:
-                close = suggestion(key, KEYS, f"; known: {', '.join(KEYS)}")
-                raise ConfigError(f"ray: unknown key {key!r}{close}")
+    def __init__(self, jobs: int, asked: RayTask, program: Sequence[str]) -> None:
         try:
             import ray
         except ImportError as error:
             raise ConfigError(f"--backend ray needs Ray ({error}); `pip install 'dreamer[ray]'`") from None
-        asked = KEYS | dict(settings)
-        gpus = asked["num_gpus"]
+        gpus = asked.num_gpus
         # Runs that share a GPU take their shares of its memory.
-        shared = isinstance(gpus, float) and 0 < gpus < 1
+        shared = 0 < gpus < 1
         self._settings = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{MEMORY_SHARE * gpus:.2f}"} if shared else {}
-        ray.init(address=asked["address"], log_to_driver=False, include_dashboard=False, ignore_reinit_error=True)
+        ray.init(address=asked.address, log_to_driver=False, include_dashboard=False, ignore_reinit_error=True)
         self._ray, self._program, self.slots = ray, program, jobs
         task = on_a_machine(str(working_folder()))
-        self._task = ray.remote(num_cpus=asked["num_cpus"], num_gpus=gpus, max_retries=0)(task)
+        self._task = ray.remote(num_cpus=asked.num_cpus, num_gpus=gpus, max_retries=0)(task)
 
     def start(self, run: Planned, slot: int) -> RayJob:
         words, folder = command(run, self._program), run.folder.absolute()

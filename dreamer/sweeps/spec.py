@@ -7,8 +7,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pydantic
+
 from dreamer.presets import Setting, Settings
 from dreamer.sweeps.distributions import Draw
+from dreamer.values import group
+
+
+#: Most runs of a sweep.
+MOST_RUNS = 100_000
+
+
+@group
+class RayTask:
+    """What a run takes of a Ray cluster. address: where that is; None: RAY_ADDRESS says, or one of this machine."""
+
+    address: str | None = None
+    num_cpus: float = pydantic.Field(1, ge=0, le=65_536)
+    num_gpus: float = pydantic.Field(0, ge=0, le=65_536)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,4 +87,4 @@ class Sweep:
     early_stop: EarlyStop | None = None
     hours: float | None = None
     slurm: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    ray: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    ray: RayTask = dataclasses.field(default_factory=RayTask)
