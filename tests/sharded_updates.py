@@ -24,7 +24,7 @@ from dreamer.runtime.checkpoint import Checkpointer
 from dreamer.runtime.snapshot import flatten
 from dreamer.types import Space
 
-UPDATES = 20
+UPDATES = 10
 #: Half the compile time again.
 CHEAPER = CHEAP | {"xla_cpu_use_fusion_emitters": False}
 MESHES = {"one": (1, 1), "data": (8, 1), "both": (4, 2)}
@@ -51,6 +51,7 @@ def main(folder: Path) -> None:
     facts: dict[str, Any] = {}
     saved = {name: Checkpointer(folder / name) for name in agents}
     start: Any = None
+    on_the_way: list[Any] = []
     for name, agent in agents.items():
         over = agent.devices
         # Compiling `init` takes its time: once with a mesh is enough.
@@ -67,22 +68,22 @@ def main(folder: Path) -> None:
             "gathers": re.findall(r"= \w+\[([\d,]*)\]\S* all-gather\(.*op_name=\"([^\"]*)\"", text),
             "permutes": len(re.findall(r"(?:all-to-all|collective-permute)\(", text)),
         }
-        losses = []
         for i, batch in enumerate(batches):
-            if i == UPDATES // 2:
+            if name == "one":
+                on_the_way.append(transfer.read(state))
+            else:  # each update from where one device was
+                state = over.place_state(on_the_way[i])
+            if i == UPDATES - 1:
                 saved[name].save(i, over.one_copy(state), {})
             state, latents, metrics = compiled(state, over.place(batch))
-            losses.append(transfer.read(metrics)["opt/loss"])
-        arrays |= named(f"{name}/end", transfer.read(state)) | named(f"{name}/metrics", transfer.read(metrics))
-        arrays |= named(f"{name}/latents", transfer.read(latents)) | {f"{name}/losses": np.array(losses)}
+            results = {"state": state, "latents": latents, "metrics": metrics}
+            arrays |= named(f"{name}/{i}", {what: transfer.read(found) for what, found in results.items()})
         facts[name]["compiled"] = compiled
     for source, target in (("one", "data"), ("data", "one"), ("both", "one"), ("one", "both")):
         agent = agents[target]
         _, found, _ = saved[source].restore(jax.eval_shape(agent.init, 0))
-        state = agent.devices.place_state(found)
-        for batch in batches[UPDATES // 2 :]:
-            state, _, _ = facts[target]["compiled"](state, agent.devices.place(batch))
-        arrays |= named(f"{source} to {target}/end", transfer.read(state))
+        state, _, _ = facts[target]["compiled"](agent.devices.place_state(found), agent.devices.place(batches[-1]))
+        arrays |= named(f"{source} to {target}", transfer.read(state))
     for fact in facts.values():
         fact.pop("compiled")
     np.savez(

@@ -38,12 +38,14 @@ def told_of_nothing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
     def missing(*arguments: Any) -> Any:
         raise request.param
 
-    before = jax.config.values["jax_platforms"]
+    before = {name: jax.config.values[name] for name in ("jax_platforms", "jax_platform_name")}
     jax.config.update("jax_platforms", "foo")
+    jax.config.update("jax_platform_name", "")
     for name in ("devices", "local_devices", "process_count", "process_index", "default_backend"):
         monkeypatch.setattr(jax, name, missing)
     yield
-    jax.config.update("jax_platforms", before)
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 STARTS: dict[str, Callable[[Config], object]] = {

@@ -113,7 +113,7 @@ def test_the_seed_decides_what_is_collected(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("after", [0, 30])
 def test_collecting_that_is_asked_to_stop_keeps_what_was_played(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, after: int
 ) -> None:
     def hung_up(*arguments: Any) -> Iterator[Any]:
         for number, step in enumerate(random_steps(*arguments)):
@@ -122,6 +122,8 @@ def test_collecting_that_is_asked_to_stop_keeps_what_was_played(
             yield step
 
     monkeypatch.setattr("dreamer.runtime.collect_episodes.random_steps", hung_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a suite under nohup ignores it, and so would the command
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
     assert main(["collect", TASK, str(tmp_path), "--steps", "900", "--env.num_envs", "1"]) == 0
     # The end is cut, of at least two steps: an episode that has only begun is none.
     assert max(2, after) <= sum(len(episode["reward"]) for episode in read(tmp_path)) <= after + 2

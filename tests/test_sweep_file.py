@@ -15,7 +15,7 @@ from dreamer.schema import ConfigError, options
 from dreamer.sweeps.distributions import DISTRIBUTIONS, read_draw
 from dreamer.sweeps.expand import draw, expand
 from dreamer.sweeps.file import find_sweep, load_sweep, sweep_names
-from dreamer.sweeps.spec import EarlyStop
+from dreamer.sweeps.spec import EarlyStop, RayTask
 
 
 def sweep_of(tmp_path: Path, text: str):
@@ -149,7 +149,7 @@ def test_settings_of_the_sweep_itself(tmp_path):
     )
     assert (sweep.retries, sweep.retry_seconds, sweep.hours) == (5, 0.5, 2.0)
     assert sweep.early_stop == EarlyStop(after=0.5, below=0.5, runs=2)
-    assert (sweep.slurm, sweep.ray, sweep.name) == ({"partition": "gpu"}, {"num_gpus": 0.5}, "mine")
+    assert (sweep.slurm, sweep.ray, sweep.name) == ({"partition": "gpu"}, RayTask(num_gpus=0.5), "mine")
 
 
 # --- Mistakes ----------------------------------------------------------------------------------
