@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import threading
 from collections.abc import Sequence
@@ -78,5 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except user_errors() as error:
-        print(f"dreamer: error: {one_line(str(error))}", file=sys.stderr)
+        text = re.sub(r"(\S{300})\S{400,}(\S{300})", r"\1...\2", one_line(str(error)))  # what nobody reads to the end
+        print(f"dreamer: error: {text}", file=sys.stderr)
         return USAGE_ERROR

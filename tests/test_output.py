@@ -279,3 +279,10 @@ def test_a_terminal_that_cannot_redraw_gets_lines(monkeypatch: pytest.MonkeyPatc
     with Display("toy_catch", 100, True, Console(file=out, force_terminal=True)) as display:
         display.update(Steps(50, 50, 1))
     assert out.getvalue().startswith("toy_catch  50/100 steps (50 %)")
+
+
+def test_a_word_without_end_is_cut_in_the_middle_of_an_error(capsys):
+    assert main(["plot", f"a{'9' * 3000}b"]) == 2
+    told = capsys.readouterr().err
+    assert len(told) < 1000 and told.count("\n") == 1
+    assert f"a{'9' * 100}" in told and "..." in told and "99b'" in told
