@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dreamer.config import Config
     from dreamer.presets import load_config
-    from dreamer.runtime.acting import Agent
-    from dreamer.runtime.train import train
+    from dreamer.run.loaded_agent import Agent
+    from dreamer.run.training import train
 
 __version__ = "0.1.0"
 __all__ = ["Agent", "Config", "load_config", "train"]
 
 _HOMES = {
-    "Agent": "dreamer.runtime.acting",
+    "Agent": "dreamer.run.loaded_agent",
     "Config": "dreamer.config",
     "load_config": "dreamer.presets",
-    "train": "dreamer.runtime.train",
+    "train": "dreamer.run.training",
 }
 
 

@@ -54,9 +54,9 @@ USER_ERRORS = (
     ("dreamer.schema", "ConfigError"),
     ("dreamer.envs.interface", "TaskError"),
     ("dreamer.envs.interface", "EnvError"),
-    ("dreamer.runtime.devices", "DeviceError"),
-    ("dreamer.runtime.lock", "LogdirInUseError"),
-    ("dreamer.runtime.snapshot", "CheckpointError"),
+    ("dreamer.run.devices", "DeviceError"),
+    ("dreamer.saves.lock", "LogdirInUseError"),
+    ("dreamer.saves.snapshot", "CheckpointError"),
 )
 
 
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = run_command(sys.argv[1:] if arguments is None else arguments)
         if arguments is None:  # the process is ours
-            from dreamer.runtime.signals import end_without
+            from dreamer.run.signals import end_without
 
             end_without([one for one in threading.enumerate() if one not in threads], code)
         return code

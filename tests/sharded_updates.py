@@ -17,11 +17,10 @@ import learner_data
 import numpy as np
 from learner_data import CHEAP, random_batch, small_config
 
-from dreamer import compiler
+from dreamer import compiler, transfer
 from dreamer.agent import Agent
-from dreamer.runtime import transfer
-from dreamer.runtime.checkpoint import Checkpointer
-from dreamer.runtime.snapshot import flatten
+from dreamer.saves.checkpoint import Checkpointer
+from dreamer.saves.snapshot import flatten
 from dreamer.types import Space
 
 UPDATES = 10

@@ -15,7 +15,7 @@ from dreamer import compiler, kernels
 from dreamer.agent import Agent
 from dreamer.config import Config
 from dreamer.presets import load_config, preset_names
-from dreamer.runtime.devices import keep_compiled_programs
+from dreamer.run.devices import keep_compiled_programs
 from dreamer.types import Space, Spaces, replay_fields
 
 

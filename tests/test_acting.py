@@ -28,8 +28,8 @@ from dreamer import agent as core
 from dreamer.cli import main
 from dreamer.envs.spaces import action_leaves, observation_leaves
 from dreamer.presets import ConfigError, load_config, save_config
-from dreamer.runtime.checkpoint import CheckpointError
-from dreamer.runtime.door import EnvDoor, NamedDoor, look, look_at_all, rows, stack
+from dreamer.run.door import EnvDoor, NamedDoor, look, look_at_all, rows, stack
+from dreamer.saves.checkpoint import CheckpointError
 from dreamer.types import Space, Spaces, visible
 
 VECTOR: Spaces = {"vector": Space("vector", (3,))}

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="anoth
 
 HEAP = """
 import ctypes, random
-from dreamer.runtime import allocator
+from dreamer.run import allocator
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
@@ -70,7 +70,7 @@ print(before - resident())
 def test_a_long_compilation_is_cleaned_up_after_and_a_short_one_is_not():
     program = """
 import jax, jax.numpy as jnp
-from dreamer.runtime import allocator
+from dreamer.run import allocator
 
 calls = []
 allocator.retire_fragments = lambda: calls.append(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import collections
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,12 @@ LAYERS = [
     ["actor_critic", "insight"],
     ["imagination"],
     ["agent"],
-    ["planners", "dream_env"],
     ["schema"],
     ["presets"],
-    ["runtime", "diagnostics", "play"],
+    ["transfer"],
+    ["records", "saves", "data"],
+    ["run"],
+    ["plot", "doctor", "bench"],
     ["sweeps"],
     ["commands"],
     ["cli"],
@@ -34,7 +37,8 @@ RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 CLOSED = {"envs", "replay"}  # these know only the vocabulary
 VOCABULARY = {"paths", "types", "values", "contradictions", "config"}
 PRINTING = {"process", "terminal"}
-SEE_WHOLE_CONFIG = {"agent", "schema", "presets", "runtime", "diagnostics", "sweeps", "commands", "__init__"}
+SEE_WHOLE_CONFIG = {"agent", "schema", "presets", "records", "saves", "data", "run", "bench", "sweeps", "commands"}
+SEE_WHOLE_CONFIG |= {"__init__"}
 OPTIONAL = {"dm_control", "mujoco", "crafter", "Box2D", "pygame", "tensorflow", "torch", "moviepy", "minerl", "minari"}
 OPTIONAL |= {
     "wandb",
@@ -60,7 +64,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def room(path: Path) -> str:
-    """`envs` for dreamer/envs/toy.py, `rssm` for dreamer/rssm.py."""
+    """`envs` for dreamer/envs/suites/toy.py, `rssm` for dreamer/rssm.py."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return parts[0]
 
@@ -112,9 +116,23 @@ def test_imports_point_one_way(path):
         if other == "__init__":  # the version
             continue
         if other in CLOSED:
-            assert RANK[own] >= RANK["planners"], f"{own} may not know {other}"
+            assert RANK[own] > RANK["agent"], f"{own} may not know {other}"
         else:
             assert RANK[other] <= RANK[own], f"{own} may not import {other}"
+
+
+def test_no_room_imports_another_both_ways():
+    graph = {(room(path), other) for path in FILES for other in rooms_imported(path) if other != room(path)}
+    assert not {pair for pair in graph if pair[::-1] in graph}
+
+
+def test_every_row_names_a_room_that_is_there():
+    assert {name for row in LAYERS for name in row} | CLOSED == {room(path) for path in FILES}
+
+
+def test_no_file_name_occurs_twice():
+    names = collections.Counter(path.name for path in FILES if path.name != "__init__.py")
+    assert not [name for name, count in names.items() if count > 1]
 
 
 def test_the_vocabulary_stands_alone():

@@ -13,7 +13,7 @@ from learner_data import CHEAP, random_batch, small_config
 
 from dreamer import cli
 from dreamer.agent import Agent
-from dreamer.diagnostics import bench_update as bench
+from dreamer.bench import bench_update as bench
 from dreamer.types import Space
 
 SPACES = {"vector": ({"position": Space("vector", (3,))}, {"action": Space("vector", (2,))})}

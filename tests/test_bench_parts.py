@@ -13,13 +13,13 @@ import psutil
 import pytest
 from tiny_runs import share_agents, tiny_config
 
+from dreamer.bench import bench_loop, measuring
+from dreamer.bench.bench_env import ALONE, bench_env
+from dreamer.bench.bench_policy import bench_policy
+from dreamer.bench.bench_replay import bench_replay
+from dreamer.bench.measuring import Report, figure, read_report, save_report, show, take_turns
 from dreamer.cli import main
 from dreamer.commands import bench
-from dreamer.diagnostics import bench_loop, measuring
-from dreamer.diagnostics.bench_env import ALONE, bench_env
-from dreamer.diagnostics.bench_policy import bench_policy
-from dreamer.diagnostics.bench_replay import bench_replay
-from dreamer.diagnostics.measuring import Report, figure, read_report, save_report, show, take_turns
 from dreamer.presets import load_config
 from dreamer.schema import ConfigError
 
@@ -92,7 +92,7 @@ def test_every_part_takes_the_options_of_a_run(monkeypatch: pytest.MonkeyPatch, 
     seen: list[tuple[Any, ...]] = []
     for part in ("policy", "replay", "env", "loop"):
         measure = lambda *arguments, part=part: (seen.append(arguments), report(part=part))[1]  # noqa: E731
-        monkeypatch.setattr(f"dreamer.diagnostics.bench_{part}.bench_{part}", measure)
+        monkeypatch.setattr(f"dreamer.bench.bench_{part}.bench_{part}", measure)
     file = tmp_path / "out.json"
     assert main(["bench", "policy", "--envs", "1", "8", "--rounds", "2", "--json", str(file)]) == 0
     assert main(["bench", "env", "--configs", "debug", "--env.num_envs", "3", "--steps", "5"]) == 0
@@ -123,7 +123,7 @@ def test_mistakes_end_in_one_line(line: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_the_policy_is_measured_for_every_number_of_environments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dreamer.diagnostics.bench_policy.CALLS", 2)
+    monkeypatch.setattr("dreamer.bench.bench_policy.CALLS", 2)
     found = bench_policy(tiny_config(), [2, 1], rounds=3)
     assert list(found.rows) == ["1 environment", "2 environments"]
     for count, row in enumerate(found.rows.values(), 1):

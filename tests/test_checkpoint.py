@@ -18,15 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dreamer.records.provenance import config_hash, versions
 from dreamer.replay import Replay
-from dreamer.runtime import snapshot
-from dreamer.runtime.checkpoint import (
+from dreamer.saves import snapshot
+from dreamer.saves.checkpoint import (
     Checkpointer,
     CheckpointError,
     CheckpointMismatchError,
     CheckpointWarning,
 )
-from dreamer.runtime.provenance import config_hash, versions
 from dreamer.types import TRANSITION_FIELDS, Field
 
 
@@ -431,7 +431,7 @@ def test_reader_beside_a_live_run(tmp_path):
 
 KILLED = """
 import sys, numpy as np
-from dreamer.runtime.checkpoint import Checkpointer
+from dreamer.saves.checkpoint import Checkpointer
 checkpointer = Checkpointer(sys.argv[1], keep=2)
 for step in range(1, 10_000):
     checkpointer.save(step, {"w": np.full(200_000, step)}, {"step": step})

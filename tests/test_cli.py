@@ -25,14 +25,14 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
 
 @pytest.fixture
 def trained(monkeypatch):
-    """The configurations that reached `dreamer.runtime.train.train`."""
+    """The configurations that reached `dreamer.run.training.train`."""
     seen = []
 
     def train(config, make_env=None, begun=None):
         seen.append(config)
         return 0
 
-    monkeypatch.setitem(sys.modules, "dreamer.runtime.train", types.SimpleNamespace(train=train))
+    monkeypatch.setitem(sys.modules, "dreamer.run.training", types.SimpleNamespace(train=train))
     return seen
 
 
@@ -45,7 +45,7 @@ def evaluated(monkeypatch):
         return 0
 
     fake = types.SimpleNamespace(evaluate_command=evaluate_command)
-    monkeypatch.setitem(sys.modules, "dreamer.runtime.evaluate", fake)
+    monkeypatch.setitem(sys.modules, "dreamer.run.evaluate", fake)
     return seen
 
 
@@ -139,7 +139,7 @@ def test_commands_that_only_play_name_a_preset_whose_environment_is_another(caps
     said = []
     monkeypatch.setattr("dreamer.envs.registry.check_task", lambda task: None)
     fake = types.SimpleNamespace(collect_command=lambda *inputs: said.append("played") or 0)
-    monkeypatch.setitem(sys.modules, "dreamer.runtime.collect_episodes", fake)
+    monkeypatch.setitem(sys.modules, "dreamer.run.collect_episodes", fake)
     assert run(capsys, "collect", "atari_pong", "out")[:2] == (0, pong + "\n") and said == ["played"]
     assert run(capsys, "collect", "atari_pong", "out", "--configs", "atari")[:2] == (0, "")
 
@@ -153,7 +153,7 @@ def test_a_run_that_goes_on_is_not_told_of_presets(capsys, trained, tmp_path):
 
 def test_exit_code_of_training_is_the_program_s(capsys, monkeypatch):
     fake = types.SimpleNamespace(train=lambda config, begun: 3)
-    monkeypatch.setitem(sys.modules, "dreamer.runtime.train", fake)
+    monkeypatch.setitem(sys.modules, "dreamer.run.training", fake)
     assert run(capsys, "train")[0] == 3
 
 
@@ -200,7 +200,7 @@ def test_errors_of_the_run_that_a_user_can_mend_end_in_one_line(capsys, monkeypa
     def train(config, begun):
         raise TaskError("expected a finite action space")
 
-    monkeypatch.setitem(sys.modules, "dreamer.runtime.train", types.SimpleNamespace(train=train))
+    monkeypatch.setitem(sys.modules, "dreamer.run.training", types.SimpleNamespace(train=train))
     assert run(capsys, "train") == (2, "", "dreamer: error: expected a finite action space\n")
 
 
@@ -213,7 +213,7 @@ def test_faults_of_the_program_are_not_hidden(monkeypatch):
     def train(config, begun):
         raise ZeroDivisionError
 
-    monkeypatch.setitem(sys.modules, "dreamer.runtime.train", types.SimpleNamespace(train=train))
+    monkeypatch.setitem(sys.modules, "dreamer.run.training", types.SimpleNamespace(train=train))
     with pytest.raises(ZeroDivisionError):
         cli.main(["train"])
 

@@ -16,9 +16,9 @@ from tiny_runs import Collection, tiny_agent, vector_env
 
 from dreamer.config import EnvConfig
 from dreamer.envs import make_vector_env, transition
-from dreamer.runtime import collect
-from dreamer.runtime.collect import run_episodes
-from dreamer.runtime.nonfinite import NonFiniteActionError
+from dreamer.run import collector
+from dreamer.run.collector import run_episodes
+from dreamer.run.nonfinite import NonFiniteActionError
 from dreamer.types import Space
 
 # Ends: by itself after three actions; at a time limit after one; both at once after two.
@@ -269,7 +269,7 @@ def test_a_recording_that_was_asked_for_late_waits_for_the_next_episode() -> Non
 
 
 def test_a_recording_has_a_limited_number_of_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collect, "VIDEO_FRAMES", 3)
+    monkeypatch.setattr(collector, "VIDEO_FRAMES", 3)
     collection = Collection(vector_env(lambda index, seed: Filmed(WIN)))
     collection.collector.record()
     assert [greys(e.frames) for e in collection.steps(4)] == [[0, 1, 2]]

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dreamer.diagnostics import curves
-from dreamer.diagnostics.curves import OURS, THEIRS, Run
-from dreamer.diagnostics.variants import variant, variants
+from dreamer.plot import curves
+from dreamer.plot.curves import OURS, THEIRS, Run
+from dreamer.plot.variants import variant, variants
 from dreamer.presets import load_config, save_config
-from dreamer.runtime.logging import Logger, Steps
+from dreamer.records.logger import Logger, Steps
 from dreamer.schema import ConfigError
 
 

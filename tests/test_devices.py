@@ -15,14 +15,14 @@ import pytest
 from tiny_runs import tiny_config
 
 import dreamer
+from dreamer.bench.bench_update import Program
+from dreamer.bench.plan import make_plan
 from dreamer.cli import main
 from dreamer.commands import bench
 from dreamer.config import Config
-from dreamer.diagnostics.bench_update import Program
-from dreamer.diagnostics.plan import make_plan
 from dreamer.presets import save_config
-from dreamer.runtime.acting import load_agent
-from dreamer.runtime.devices import DeviceError, find_devices
+from dreamer.run.devices import DeviceError, find_devices
+from dreamer.run.loaded_agent import load_agent
 
 UNKNOWN = "Unable to initialize backend 'foo': Backend 'foo' is not in the list of known backends\nand more"
 
@@ -90,7 +90,7 @@ def test_what_is_there_is_named() -> None:
 
 
 def test_jax_itself_is_told_of_a_device_that_is_not_there(tmp_path: Path) -> None:
-    code = "from dreamer.runtime.devices import *\ntry: find_devices('auto')\nexcept DeviceError as e: print(e)"
+    code = "from dreamer.run.devices import *\ntry: find_devices('auto')\nexcept DeviceError as e: print(e)"
     surroundings = {**os.environ, "JAX_PLATFORMS": "foo"}
     said = subprocess.run([sys.executable, "-c", code], env=surroundings, capture_output=True, text=True, check=True)
     assert said.stdout.startswith("expected a device, found none (Unable to initialize backend 'foo'")

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from dreamer.runtime import display
-from dreamer.runtime.display import Display, Evaluation, Row
-from dreamer.runtime.logging import Steps
+from dreamer.records import display
+from dreamer.records.display import Display, Evaluation, Row
+from dreamer.records.logger import Steps
 from dreamer.terminal import Console
 
 

@@ -21,11 +21,11 @@ from tiny_runs import tiny_config
 
 from dreamer.config import Config
 from dreamer.presets import ConfigError
-from dreamer.runtime import distributed
-from dreamer.runtime.checkpoint import Checkpointer, CheckpointError
-from dreamer.runtime.setup import replay_capacity
-from dreamer.runtime.shares import check_processes, own_key, own_seed
-from dreamer.runtime.signals import StopRequest
+from dreamer.run import distributed
+from dreamer.run.setup import replay_capacity
+from dreamer.run.shares import check_processes, own_key, own_seed
+from dreamer.run.signals import StopRequest
+from dreamer.saves.checkpoint import Checkpointer, CheckpointError
 
 HERE = Path(__file__).resolve().parent
 

@@ -31,12 +31,12 @@ from dreamer.commands.arguments import split_arguments
 from dreamer.envs.interface import Fault
 from dreamer.envs.registry import SUITES, check_task
 from dreamer.presets import load_config, preset_names, save_config
+from dreamer.records.logger import Logger, Steps
+from dreamer.records.meters import Aggregator, Stopwatch
 from dreamer.replay import Replay
-from dreamer.runtime.collect import Episode
-from dreamer.runtime.logging import Logger, Steps
-from dreamer.runtime.loop import Run
-from dreamer.runtime.meters import Aggregator, Stopwatch
-from dreamer.runtime.signals import StopRequest
+from dreamer.run.collector import Episode
+from dreamer.run.loop import Run
+from dreamer.run.signals import StopRequest
 from dreamer.schema import options, sections
 from dreamer.sweeps.file import find_sweep
 from dreamer.types import Space, replay_fields
@@ -230,15 +230,24 @@ def test_python_examples_use_what_is_public(path):
 def test_the_picture_of_the_house_is_complete():
     """Every module has its line in docs/architecture.md, and every line its module."""
     (picture,) = (b for b in blocks(ROOT / "docs" / "architecture.md", "text") if b.startswith("dreamer/"))
-    shown, folder = set(), ""
+    shown, folders = set(), list[str]()
     for line in picture.splitlines()[1:]:
         indent, name = re.match(r"([* ] +)(\S+)", line).groups()
+        folders = folders[: len(indent) // 2 - 1]
         if name.endswith("/"):
-            folder = name
+            folders.append(name)
         else:
-            shown.add((folder if len(indent) == 4 else "") + name)
+            shown.add("".join([*folders, name]))
     files = {str(p.relative_to(ROOT / "dreamer")) for p in (ROOT / "dreamer").rglob("*.py")}
     assert shown == {name for name in files if not name.endswith(("__init__.py", "__main__.py"))}
+
+
+def test_walks_go_through_files_that_are_there_and_through_none_twice():
+    walks = [b for b in blocks(ROOT / "docs" / "architecture.md", "text") if re.match(r"\S+\.py ", b)]
+    assert len(walks) == 2
+    for walk in walks:
+        files = [line.split()[0] for line in walk.splitlines()]
+        assert len(set(files)) == len(files) and all((ROOT / "dreamer" / file).is_file() for file in files)
 
 
 def test_the_table_of_presets_says_what_they_set():
@@ -320,7 +329,7 @@ def written(tmp_path_factory) -> set[str]:
     run.evaluator.return_value = [episode]
     run.checkpointer.best_score.return_value, run.stop, run.failed = None, StopRequest(), None
     for name in ("loop.py", "parts.py", "learner.py"):
-        for section in re.findall(r'\.section\("(\w+)"\)', (ROOT / "dreamer" / "runtime" / name).read_text()):
+        for section in re.findall(r'\.section\("(\w+)"\)', (ROOT / "dreamer" / "run" / name).read_text()):
             with run.watch.section(section):
                 pass
     run.updated.side_effect = lambda count, metrics: Run.updated(run, count, metrics)

@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 from dreamer import cli
-from dreamer.diagnostics import doctor, machine_checks, program_checks
-from dreamer.diagnostics.findings import Finding, Request
-from dreamer.diagnostics.probe import ProbeError, ask, run_limited
+from dreamer.doctor import checkup, machine_checks, program_checks
+from dreamer.doctor.findings import Finding, Request
+from dreamer.doctor.probe import ProbeError, ask, run_limited
 from dreamer.envs.registry import SUITES
 from dreamer.terminal import Console
 
@@ -29,7 +29,7 @@ def printed(finding: Finding, width: int = 80) -> str:
     """The finding as the report shows it, in one line."""
     console = Console(width=width, highlight=False)
     with console.capture() as capture:
-        console.print(doctor.table([finding]))
+        console.print(checkup.table([finding]))
     lines = capture.get().splitlines()
     assert max(map(len, lines)) <= width
     return " ".join(capture.get().split())
@@ -174,7 +174,7 @@ def test_suites_that_work_break_or_are_not_installed(monkeypatch, request_):
 
 def test_a_sound_machine(request_):
     for name in ("python", "packages", "logdir"):
-        check(doctor.CHECKS[name](request_), "ok")
+        check(checkup.CHECKS[name](request_), "ok")
     assert not request_.logdir.exists() and not list(request_.logdir.parents[1].iterdir()), "the check left something"
 
 
@@ -290,7 +290,7 @@ def broken(request):
 
 
 def test_a_check_that_breaks_down_is_a_finding_and_the_others_go_on(request_):
-    first, second = doctor.examine(request_, {"one": broken, "two": lambda request: Finding("two", "ok", "fine")})
+    first, second = checkup.examine(request_, {"one": broken, "two": lambda request: Finding("two", "ok", "fine")})
     check(first, "fail", "ZeroDivisionError: by nothing")
     check(second, "ok", "fine")
 
@@ -299,7 +299,7 @@ def test_a_check_that_breaks_down_is_a_finding_and_the_others_go_on(request_):
 def test_exit_code_table_and_json(monkeypatch, capsys, tmp_path, levels, code):
     findings = [Finding(f"check {i}", level, "seen", "remedy") for i, level in enumerate(levels)]
     asked = []
-    monkeypatch.setattr(doctor, "examine", lambda request: asked.append(request) or findings)
+    monkeypatch.setattr(checkup, "examine", lambda request: asked.append(request) or findings)
     assert cli.main(["doctor", "--logdir", str(tmp_path), "--platform", "gpu"]) == code
     out = capsys.readouterr().out
     assert all(f"check {i}" in out for i in range(len(levels))) and out.count("→ remedy") == len(levels)
@@ -312,7 +312,7 @@ def test_exit_code_table_and_json(monkeypatch, capsys, tmp_path, levels, code):
 
 def test_nothing_heavy_is_loaded_by_the_report_itself():
     """A broken JAX must not end it."""
-    script = "import sys, dreamer.diagnostics.doctor; sys.exit(bool({'jax', 'flax', 'mujoco'} & set(sys.modules)))"
+    script = "import sys, dreamer.doctor.checkup; sys.exit(bool({'jax', 'flax', 'mujoco'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dreamer.config import AtariConfig, EnvConfig
 from dreamer.envs import human_normalized, list_tasks, make_env
-from dreamer.envs.atari import Atari
+from dreamer.envs.suites.atari import Atari
 
 GOLDEN = Path(__file__).parent / "data" / "atari_golden.npz"
 RGB = AtariConfig(noops=0)

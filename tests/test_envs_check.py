@@ -18,8 +18,8 @@ from dreamer.envs import make_env, transition
 from dreamer.envs.audit import Report, audit
 from dreamer.envs.audit import edges as edge_actions
 from dreamer.envs.audit_table import rows
-from dreamer.envs.gym import GymEnv
 from dreamer.envs.interface import Env, TaskError
+from dreamer.envs.suites.gym import GymEnv
 from dreamer.types import Space
 
 STEPS = 60

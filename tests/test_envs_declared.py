@@ -17,8 +17,8 @@ from dreamer.config import EnvConfig
 from dreamer.envs import TaskError, make_vector_env, transition
 from dreamer.envs.checks import MOST_NUMBERS, check_spaces
 from dreamer.envs.interface import TransitionError
+from dreamer.envs.returned import as_pixels
 from dreamer.envs.spaces import flatten, observation_leaves
-from dreamer.envs.values import as_pixels
 from dreamer.types import TAKEN, Space
 
 VECTOR = gs.Box(-1, 1, (2,))

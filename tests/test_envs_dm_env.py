@@ -11,7 +11,7 @@ from dm_env import specs
 
 from dreamer.config import EnvConfig
 from dreamer.envs import EnvError, TaskError, make_env, make_vector_env
-from dreamer.envs.dm_env import DmEnv
+from dreamer.envs.suites.dm_env import DmEnv
 from dreamer.envs.vector import adopt
 from dreamer.types import Space
 

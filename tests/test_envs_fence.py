@@ -27,12 +27,13 @@ from tiny_runs import share_agents, tiny_config
 
 from dreamer import cli
 from dreamer.config import EnvConfig
-from dreamer.envs import EnvError, TaskError, VectorEnv, fence, make_vector_env
-from dreamer.envs.fence import EscapeError, Fence, fenced
+from dreamer.envs import EnvError, TaskError, VectorEnv, make_vector_env
 from dreamer.envs.interface import picture, restorable
-from dreamer.runtime.checkpoint import Checkpointer
-from dreamer.runtime.signals import StopRequest
-from dreamer.runtime.train import ENVIRONMENTS_FAILED, train
+from dreamer.envs.workers import fence
+from dreamer.envs.workers.fence import EscapeError, Fence, fenced
+from dreamer.run.signals import StopRequest
+from dreamer.run.training import ENVIRONMENTS_FAILED, train
+from dreamer.saves.checkpoint import Checkpointer
 
 WORKERS = ["inline", "process"]
 
@@ -319,7 +320,7 @@ def test_an_alarm_rings_only_while_its_environment_runs() -> None:
 THREADS = """
 import sys, threading, time
 from dreamer import cli
-from dreamer.runtime import signals
+from dreamer.run import signals
 def command(arguments):
     threading.Thread(target=time.sleep, args=(60,), name="server").start()
     threading.Thread(target=time.sleep, args=(0.01,), name="quick").start()
@@ -338,7 +339,7 @@ def test_threads_that_are_left_running_do_not_keep_the_process() -> None:
 
 CLOSES = """
 import os, sys
-from dreamer.envs.fence import Fence
+from dreamer.envs.workers.fence import Fence
 fence = Fence()
 for call in (fence.step, fence):
     call(sys.stdout.close)

@@ -11,9 +11,9 @@ from fake_envs import Nested, Spaced
 
 from dreamer.config import EnvConfig, GymConfig
 from dreamer.envs import EnvError, TaskError
-from dreamer.envs.gym import GymEnv
 from dreamer.envs.options import wrap
 from dreamer.envs.spaces import action_leaves, flatten, observation_leaves, unflatten
+from dreamer.envs.suites.gym import GymEnv
 from dreamer.types import Space
 
 ANY = gs.Discrete(2)

@@ -13,9 +13,9 @@ import pytest
 
 from dreamer.config import DmlabConfig, EnvConfig, MinecraftConfig
 from dreamer.envs import EnvError, TaskError, list_tasks, make_env
-from dreamer.envs.dmlab import ACTIONS as LAB_ACTIONS
-from dreamer.envs.dmlab import DMLab, word_numbers
-from dreamer.envs.minecraft import ACTIONS, MILESTONES, Minecraft
+from dreamer.envs.suites.dmlab import ACTIONS as LAB_ACTIONS
+from dreamer.envs.suites.dmlab import DMLab, word_numbers
+from dreamer.envs.suites.minecraft import ACTIONS, MILESTONES, Minecraft
 
 F, T = False, True
 INDEX = {name: np.int32(index) for index, name in enumerate(ACTIONS)}

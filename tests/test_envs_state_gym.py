@@ -16,8 +16,8 @@ from test_envs_state import Case, check
 
 from dreamer.config import EnvConfig, GymConfig
 from dreamer.envs import make_env
-from dreamer.envs.gym import GymEnv
 from dreamer.envs.interface import EnvError, restorable
+from dreamer.envs.suites.gym import GymEnv
 
 GOOD = [
     "CartPole-v1", "Acrobot-v1", "MountainCar-v0", "Pendulum-v1", "FrozenLake-v1", "Blackjack-v1", "CliffWalking-v1",
@@ -28,7 +28,7 @@ GOOD = [
 @pytest.fixture(autouse=True)
 def no_pictures_of_mujoco(monkeypatch: pytest.MonkeyPatch) -> None:
     """This machine may have no OpenGL, which MuJoCo tells with warnings."""
-    monkeypatch.setattr("dreamer.envs.gym._dark", {"gymnasium.envs.mujoco"})
+    monkeypatch.setattr("dreamer.envs.suites.gym._dark", {"gymnasium.envs.mujoco"})
 
 
 class Walk(gymnasium.Env):

@@ -19,12 +19,12 @@ import pytest
 
 from dreamer.config import EnvConfig
 from dreamer.envs import Env, TaskError, check_task, list_tasks, make_env, registry
-from dreamer.envs.bsuite import EXPERIMENTS
 from dreamer.envs.interface import Restorable, Transition, restorable
-from dreamer.envs.packages import part
-from dreamer.envs.procgen import TIME_LIMITS
 from dreamer.envs.proof import difference, disproof
-from dreamer.envs.seeded import SeededEpisodes
+from dreamer.envs.suites.bsuite import EXPERIMENTS
+from dreamer.envs.suites.packages import part
+from dreamer.envs.suites.procgen import TIME_LIMITS
+from dreamer.envs.suites.seeded import SeededEpisodes
 from dreamer.presets import load_config
 from dreamer.types import Space
 

@@ -19,11 +19,11 @@ import dreamer
 from dreamer.cli import main
 from dreamer.envs import TaskError
 from dreamer.presets import load_config
-from dreamer.runtime.acting import load_agent
-from dreamer.runtime.checkpoint import Checkpointer, CheckpointError
-from dreamer.runtime.collect import Collector
-from dreamer.runtime.evaluate import as_evaluation, evaluate_command
-from dreamer.runtime.setup import evaluation_envs, training_envs
+from dreamer.run.collector import Collector
+from dreamer.run.evaluate import as_evaluation, evaluate_command
+from dreamer.run.loaded_agent import load_agent
+from dreamer.run.setup import evaluation_envs, training_envs
+from dreamer.saves.checkpoint import Checkpointer, CheckpointError
 
 ROUND: Script = [(0.0, False, False)] * 4 + [(1.0, True, False)]
 

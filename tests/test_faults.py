@@ -18,12 +18,12 @@ from failing_env import Failing, Rounds
 from tiny_runs import share_agents, tiny_config
 
 from dreamer.cli import main
+from dreamer.records.logger import LogWarning
 from dreamer.replay import Selection
-from dreamer.runtime.checkpoint import Checkpointer, CheckpointWarning
-from dreamer.runtime.logging import LogWarning
-from dreamer.runtime.loop import Run
-from dreamer.runtime.schedule import SaveTimer
-from dreamer.runtime.train import ENVIRONMENTS_FAILED, train
+from dreamer.run.loop import Run
+from dreamer.run.schedule import SaveTimer
+from dreamer.run.training import ENVIRONMENTS_FAILED, train
+from dreamer.saves.checkpoint import Checkpointer, CheckpointWarning
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

@@ -36,8 +36,8 @@ from dreamer.envs.audit import audit
 from dreamer.envs.audit_table import rows
 from dreamer.envs.vector import adopt
 from dreamer.presets import load_config, preset_names, save_config
-from dreamer.runtime import setup
-from dreamer.runtime import train as training
+from dreamer.run import setup
+from dreamer.run import training as training
 from dreamer.schema import options, sections
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,10 +127,10 @@ def start(*args: Any, **kwargs: Any) -> int:
 
 #: Where commands begin what takes long.
 BEGINNINGS = {
-    "dreamer.runtime.train": {"train": start},
-    "dreamer.runtime.collect_episodes": {"collect_command": start},
-    "dreamer.diagnostics.plan": {"plan_command": start},
-    "dreamer.diagnostics.doctor": {"doctor_command": start},
+    "dreamer.run.training": {"train": start},
+    "dreamer.run.collect_episodes": {"collect_command": start},
+    "dreamer.bench.plan": {"plan_command": start},
+    "dreamer.doctor.checkup": {"doctor_command": start},
 }
 
 
@@ -556,7 +556,7 @@ def train_in(plan: dict[str, Any], folder: Path, workers: str) -> int:
 @many(6, 300)
 def test_environments(examples: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run in any environment ends: done, refused in one line, or stopped for its failures with a checkpoint saved."""
-    monkeypatch.setattr("dreamer.runtime.setup.Agent", Random)
+    monkeypatch.setattr("dreamer.run.setup.Agent", Random)
     codes: collections.Counter[int] = collections.Counter()
 
     def check(plan: dict[str, Any]) -> None:
@@ -587,7 +587,7 @@ def checked(plan: dict[str, Any]) -> bool:
 
 @many(10, 300)
 def test_what_training_refuses_the_check_finds(examples: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dreamer.runtime.setup.Agent", Random)
+    monkeypatch.setattr("dreamer.run.setup.Agent", Random)
     found: collections.Counter[tuple[int, bool]] = collections.Counter()
 
     def check(plan: dict[str, Any]) -> None:

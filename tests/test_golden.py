@@ -43,7 +43,9 @@ def test_it_goes_on_with_the_same_numbers(old: Path) -> None:
     assert main(["train", "--logdir", str(old)]) == 0
     after = metrics(old)
     assert list(after) == list(before) == [40, 60, 80, 100, 120]
-    names = [name for name in before[120] if name.startswith(("train/", "episode/")) or name in ("updates", "agent_steps")]
+    names = [
+        name for name in before[120] if name.startswith(("train/", "episode/")) or name in ("updates", "agent_steps")
+    ]
     assert len(names) > 30
     for step in (80, 100, 120):
         for name in names:

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from dreamer.diagnostics import gpu_report
-from dreamer.diagnostics.gpu_report import SEEDS, SIZES, Job, jobs, markdown, time_all
+from dreamer.bench import gpu_report
+from dreamer.bench.gpu_report import SEEDS, SIZES, Job, jobs, markdown, time_all
 
 STEADY = """
 import json, sys

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from dreamer import cli
-from dreamer.diagnostics import figure
-from dreamer.diagnostics.comparison import compare
-from dreamer.diagnostics.curves import OURS, Run, read
-from dreamer.diagnostics.json_lines import columns
+from dreamer.plot import figure
+from dreamer.plot.comparison import compare
+from dreamer.plot.curves import OURS, Run, read
 from dreamer.presets import load_config, save_config
+from dreamer.records.json_lines import columns
 from dreamer.schema import ConfigError
-from dreamer.sweeps import report
+from dreamer.sweeps import summary
 from dreamer.sweeps.progress import Progress
 from dreamer.sweeps.state import FINISHED, RunState, load_state, save_state
 
@@ -342,5 +342,5 @@ def test_a_state_comes_back(tmp_path: Path) -> None:
 
 def test_the_report_of_a_sweep_says_that_there_are_no_curves(tmp_path: Path) -> None:
     folder = written(tmp_path / "run", b"nothing\n")
-    text, notes, files = report.comparison(tmp_path, [str(folder)])
+    text, notes, files = summary.comparison(tmp_path, [str(folder)])
     assert (text, files) == ("", []) and "No curves: nothing can be drawn. Left out: " in notes[0]

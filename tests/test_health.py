@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from dreamer.diagnostics import drawing, health
-from dreamer.diagnostics.health_page import draw
+from dreamer.records import drawing, health
+from dreamer.records.health_page import draw
 
 GAMMA = 0.9
 

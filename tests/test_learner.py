@@ -17,8 +17,8 @@ from tiny_runs import Collection, same, tiny_config, vector_env
 from dreamer.agent import Agent
 from dreamer.config import SelectionConfig
 from dreamer.replay import Selection
-from dreamer.runtime.learner import Learner
-from dreamer.runtime.nonfinite import NonFiniteUpdateError
+from dreamer.run.learner import Learner
+from dreamer.run.nonfinite import NonFiniteUpdateError
 
 SCRIPTS: list[Script] = [
     [(1.0, False, False), (2.0, False, False), (3.0, True, False)],

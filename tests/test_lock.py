@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from dreamer.process import STOP_SIGNALS
-from dreamer.runtime.lock import LogdirInUseError, LogdirLock
-from dreamer.runtime.signals import StopRequest
+from dreamer.run.signals import StopRequest
+from dreamer.saves.lock import LogdirInUseError, LogdirLock
 
 HOLDER = """
 import sys, time
-from dreamer.runtime.lock import LogdirLock
+from dreamer.saves.lock import LogdirLock
 with LogdirLock(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreamer.runtime import transfer
-from dreamer.runtime.logging import Logger, LogWarning, Steps
-from dreamer.runtime.meters import Aggregator, Stopwatch
+from dreamer import transfer
+from dreamer.records.logger import Logger, LogWarning, Steps
+from dreamer.records.meters import Aggregator, Stopwatch
 
 
 def at(frames):

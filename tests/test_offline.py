@@ -22,14 +22,14 @@ from tiny_runs import share_agents, tiny_config
 import dreamer
 from dreamer.cli import main
 from dreamer.config import Config
+from dreamer.data.minari import MinariSource
+from dreamer.data.preload import PreloadWarning, check_trainable, find_preload, task_spaces
 from dreamer.envs.spaces import action_leaves, flatten, observation_leaves, unflatten
 from dreamer.presets import ConfigError
 from dreamer.replay import Replay
 from dreamer.replay.episodes import EpisodeFolder, EpisodeWriter
-from dreamer.runtime.collect_episodes import random_steps
-from dreamer.runtime.minari import MinariSource
-from dreamer.runtime.preload import PreloadWarning, check_trainable, find_preload, task_spaces
-from dreamer.runtime.setup import replay_capacity
+from dreamer.run.collect_episodes import random_steps
+from dreamer.run.setup import replay_capacity
 from dreamer.types import Space, replay_fields
 
 WON: Script = [(0.0, False, False), (0.5, False, False), (2.0, True, False)]
@@ -121,7 +121,7 @@ def test_collecting_that_is_asked_to_stop_keeps_what_was_played(
                 os.kill(os.getpid(), signal.SIGHUP)
             yield step
 
-    monkeypatch.setattr("dreamer.runtime.collect_episodes.random_steps", hung_up)
+    monkeypatch.setattr("dreamer.run.collect_episodes.random_steps", hung_up)
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a suite under nohup ignores it, and so would the command
     request.addfinalizer(lambda: signal.signal(signal.SIGHUP, before))
     assert main(["collect", TASK, str(tmp_path), "--steps", "900", "--env.num_envs", "1"]) == 0

@@ -22,13 +22,14 @@ from rich.console import RenderableType
 from tiny_runs import share_agents, tiny_config
 
 import dreamer
+from dreamer.bench import measuring, plan
 from dreamer.cli import main
-from dreamer.diagnostics import doctor, measuring, plan
-from dreamer.diagnostics.findings import Finding
+from dreamer.doctor import checkup
+from dreamer.doctor.findings import Finding
 from dreamer.process import unfailing_output
-from dreamer.runtime.checkpoint import Checkpointer
-from dreamer.runtime.display import Evaluation, Row, evaluation_table, start_summary
-from dreamer.runtime.nonfinite import NonFiniteActionError
+from dreamer.records.display import Evaluation, Row, evaluation_table, start_summary
+from dreamer.run.nonfinite import NonFiniteActionError
+from dreamer.saves.checkpoint import Checkpointer
 from dreamer.terminal import Console, Table
 
 ROUND = [(0.0, False, False)] * 4 + [(1.0, True, False)]
@@ -214,7 +215,7 @@ def test_numbers_that_are_not_finite_keep_their_code_on_a_full_disk(
     def loop(run: Any, stop: Any) -> None:
         raise NonFiniteActionError(5, {})
 
-    monkeypatch.setattr("dreamer.runtime.loop.Run.loop", loop)
+    monkeypatch.setattr("dreamer.run.loop.Run.loop", loop)
     monkeypatch.setattr(NonFiniteActionError, "dump", fail)
     config = tiny_config(logdir=str(tmp_path), run__agent_steps=20)
     assert dreamer.train(config, make_env=lambda index, seed: Scripted(ROUND)) == 3
@@ -261,7 +262,7 @@ def test_lines_are_left_whole_and_tables_fit() -> None:
     [
         evaluation_table([Evaluation(NAME, [1.0], further={NAME: 1.0})], NAME),
         start_summary(NAME, [Row(NAME, NAME), Row("loud", NAME, True)]),
-        doctor.table([Finding(NAME, "fail", NAME, NAME)]),
+        checkup.table([Finding(NAME, "fail", NAME, NAME)]),
         plan.table([plan.Figure(NAME, NAME, NAME, {})]),
         measuring._table(measuring.Report(NAME, {}, (NAME,), {NAME: {NAME: NAME}}), {}),
     ],
@@ -272,7 +273,7 @@ def test_tables_show_names_as_they_are(table: RenderableType, console: type[rich
 
 
 def test_a_terminal_that_cannot_redraw_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dreamer.runtime.display import Display, Steps
+    from dreamer.records.display import Display, Steps
 
     monkeypatch.setenv("TERM", "dumb")
     out = io.StringIO()

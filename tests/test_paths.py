@@ -14,16 +14,16 @@ import pytest
 
 from dreamer.cli import main
 from dreamer.config import Config
-from dreamer.diagnostics import plot
-from dreamer.diagnostics.curves import find
 from dreamer.envs import TaskError, check_task
 from dreamer.envs.interface import restorable
 from dreamer.paths import PROGRAM, PathError, absolute, brief, check_file, check_folder, make_folder
+from dreamer.plot import request
+from dreamer.plot.curves import find
 from dreamer.presets import ConfigError, check_resume, load_config, save_config
-from dreamer.runtime.checkpoint import Checkpointer, CheckpointError, DamagedCheckpointError
-from dreamer.runtime.lock import LogdirInUseError, LogdirLock
-from dreamer.runtime.setup import prepare_logdir, resolve_logdir
-from dreamer.runtime.train import train
+from dreamer.run.setup import prepare_logdir, resolve_logdir
+from dreamer.run.training import train
+from dreamer.saves.checkpoint import Checkpointer, CheckpointError, DamagedCheckpointError
+from dreamer.saves.lock import LogdirInUseError, LogdirLock
 from dreamer.sweeps.on_ray import on_a_machine
 
 ODD_NAMES = ("[lr=1e-4]", "a[0-9]b?*", "größe 🙂 #1 %20 '{0}'", "-x,$HOME", "two\nlines")
@@ -184,7 +184,7 @@ def test_patterns_of_runs_below_folders_of_any_name(here):
     ],
 )
 def test_the_ending_of_a_plot_is_given_once(here, out, files):
-    found = plot.outputs(plot.Request(["x"], out=absolute(out)))
+    found = request.outputs(request.Request(["x"], out=absolute(out)))
     assert [path.name for path in found] == files
     assert {path.parent for path in found} == {here / "a.b" if out.startswith("a.b") else here}
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreamer.runtime import video
-from dreamer.runtime.collect import VIDEO_FRAMES
-from dreamer.runtime.logging import Logger, Steps
-from dreamer.runtime.pictures import WAITING, Encoder, Pace, Picture, encode_png
+from dreamer.records import video
+from dreamer.records.logger import Logger, Steps
+from dreamer.records.pictures import WAITING, Encoder, Pace, Picture, encode_png
+from dreamer.run.collector import VIDEO_FRAMES
 
 
 def at(agent_steps: int) -> Steps:

@@ -14,13 +14,13 @@ from learner_data import CHEAP
 from tiny_runs import tiny_config
 
 from dreamer import cli, compiler
+from dreamer.bench import plan, update_cost
+from dreamer.bench.update_cost import Memory, Outlook, Pace, Update, why_not
 from dreamer.commands.train import train_config
-from dreamer.diagnostics import plan, update_cost
-from dreamer.diagnostics.update_cost import Memory, Outlook, Pace, Update, why_not
+from dreamer.data.preload import task_spaces
 from dreamer.replay import Replay
-from dreamer.runtime.devices import choose_device
-from dreamer.runtime.preload import task_spaces
-from dreamer.runtime.setup import make_agent, make_replay
+from dreamer.run.devices import choose_device
+from dreamer.run.setup import make_agent, make_replay
 from dreamer.terminal import Console
 
 
@@ -202,7 +202,7 @@ def test_what_does_not_fit_is_loud(agent, update, seeds):
 def test_the_command_plans_and_does_not_train(monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(plan, "make_plan", lambda config, say: seen.append(config) or [])
-    monkeypatch.setitem(sys.modules, "dreamer.runtime.train", types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "dreamer.run.training", types.SimpleNamespace())
     monkeypatch.setattr(plan, "reuse_freed_memory", lambda: None)
     assert cli.main(["train", "--configs", "debug", "--plan", "--run.platform", "cpu"]) == 0
     assert seen == [train_config(["--configs", "debug", "--run.platform", "cpu"])]
@@ -212,7 +212,7 @@ def test_the_command_plans_and_does_not_train(monkeypatch, capsys):
 
 LARGE = """
 import json
-from dreamer.diagnostics import plan, update_cost
+from dreamer.bench import plan, update_cost
 from dreamer.presets import load_config
 update_cost._ENVS_SECONDS = 0.1
 lines = plan.make_plan(load_config(["atari100k", "size200m"]), None)
@@ -233,12 +233,12 @@ def test_a_plan_of_the_largest_preset_allocates_neither_replay_nor_update():
 
 MEASURE = """
 import ctypes, gc, json, sys
-from dreamer.diagnostics.update_cost import Turn, Update, product_rate
-from dreamer.diagnostics.bench_update import random_batch
+from dreamer.bench.update_cost import Turn, Update, product_rate
+from dreamer.bench.bench_update import random_batch
 from dreamer.presets import load_config
-from dreamer.runtime.devices import choose_device
-from dreamer.runtime.preload import task_spaces
-from dreamer.runtime.setup import make_agent
+from dreamer.run.devices import choose_device
+from dreamer.data.preload import task_spaces
+from dreamer.run.setup import make_agent
 
 def resident(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))

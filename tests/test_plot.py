@@ -14,14 +14,14 @@ import scipy.stats
 
 from dreamer import cli
 from dreamer.commands.plot import parser
-from dreamer.diagnostics.comparison import Comparison, compare
-from dreamer.diagnostics.curves import Run
-from dreamer.diagnostics.figure import short
-from dreamer.diagnostics.lines import nice
-from dreamer.diagnostics.plot import Request, make_comparison
-from dreamer.diagnostics.published import published
-from dreamer.diagnostics.scales import scale_of
-from dreamer.diagnostics.table import as_table, number
+from dreamer.plot.comparison import Comparison, compare
+from dreamer.plot.curves import Run
+from dreamer.plot.figure import short
+from dreamer.plot.lines import nice
+from dreamer.plot.published import published
+from dreamer.plot.request import Request, make_comparison
+from dreamer.plot.scales import scale_of
+from dreamer.plot.score_table import as_table, number
 from dreamer.presets import load_config, save_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -208,7 +208,7 @@ def test_the_same_files_give_the_same_bytes_and_print_the_table(real, tmp_path, 
 
 def drawn(monkeypatch, found: Comparison, tmp_path: Path, axis: str = "env_frames"):
     """The figure that would be written."""
-    from dreamer.diagnostics import figure
+    from dreamer.plot import figure
 
     figures = []
     monkeypatch.setattr(figure, "_save", lambda made, paths: figures.append(made))

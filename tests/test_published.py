@@ -7,7 +7,7 @@ import csv
 import numpy as np
 import pytest
 
-from dreamer.diagnostics import published
+from dreamer.plot import published
 from dreamer.schema import ConfigError
 
 

@@ -14,7 +14,7 @@ from dreamer.agent import Agent
 from dreamer.insight import norms
 from dreamer.replay import Replay
 from dreamer.rssm import feature
-from dreamer.runtime.report import make_report
+from dreamer.run.reports import make_report
 from dreamer.types import Field, Space
 
 OBSERVATIONS = {"image": Space("image", (8, 8, 3)), "item": Space("discrete", (), (3,))}

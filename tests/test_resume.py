@@ -24,8 +24,8 @@ from dreamer.cli import main
 from dreamer.envs import InlineVectorEnv
 from dreamer.presets import load_config
 from dreamer.replay import Selection
-from dreamer.runtime.checkpoint import Checkpointer, CheckpointWarning
-from dreamer.runtime.loop import Run
+from dreamer.run.loop import Run
+from dreamer.saves.checkpoint import Checkpointer, CheckpointWarning
 
 FOREVER = 10_000_000
 OPTIONS = (

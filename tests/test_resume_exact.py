@@ -22,10 +22,10 @@ from tiny_runs import same
 
 from dreamer.presets import CONFIG_FILE, load_config
 from dreamer.replay import Selection
-from dreamer.runtime import snapshot
-from dreamer.runtime.checkpoint import Checkpointer
-from dreamer.runtime.resume import read_progress
-from dreamer.runtime.setup import make_agent, make_replay, spaces_from_json
+from dreamer.run.resume import read_progress
+from dreamer.run.setup import make_agent, make_replay, spaces_from_json
+from dreamer.saves import snapshot
+from dreamer.saves.checkpoint import Checkpointer
 
 TIMES = ("fps/", "time/", "system/")
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dreamer.runtime.schedule import Every, UpdateSchedule
+from dreamer.run.schedule import Every, UpdateSchedule
 
 
 def owed(ratio: str, batch: int, length: int, steps: int) -> int:

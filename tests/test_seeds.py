@@ -19,8 +19,8 @@ import dreamer
 from dreamer.cli import main
 from dreamer.envs import env_seed
 from dreamer.replay import Replay
-from dreamer.runtime.checkpoint import Checkpointer, CheckpointError
-from dreamer.runtime.seeds import MappedAgent, common_step, seed_configs
+from dreamer.run.seeds import MappedAgent, common_step, seed_configs
+from dreamer.saves.checkpoint import Checkpointer, CheckpointError
 
 COUNT = 3
 STEPS = 80
@@ -54,7 +54,7 @@ def updates(logdir: Path) -> list[dict[str, float]]:
 @pytest.fixture(autouse=True)
 def shared_agents(monkeypatch: pytest.MonkeyPatch) -> None:
     share_agents(monkeypatch)
-    monkeypatch.setattr("dreamer.runtime.seeds.MappedAgent", mapped)
+    monkeypatch.setattr("dreamer.run.seeds.MappedAgent", mapped)
 
 
 @pytest.fixture

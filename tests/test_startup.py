@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from tiny_runs import share_agents, tiny_config
 
-from dreamer.runtime.loop import Run
-from dreamer.runtime.signals import StopRequest
-from dreamer.runtime.startup import Startup, process_start
+from dreamer.run.loop import Run
+from dreamer.run.signals import StopRequest
+from dreamer.run.startup import Startup, process_start
 from dreamer.terminal import Console
 
 

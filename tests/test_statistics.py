@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from dreamer.diagnostics.statistics import (
+from dreamer.plot.statistics import (
     AGGREGATES,
     band,
     bin_means,

@@ -17,12 +17,12 @@ import pytest
 
 from dreamer.cli import main
 from dreamer.schema import ConfigError
+from dreamer.sweeps.launch import RUNS_FAILED, Request, sweep_command
 from dreamer.sweeps.local import found_devices, slots
 from dreamer.sweeps.progress import Progress
 from dreamer.sweeps.spec import EarlyStop
 from dreamer.sweeps.state import load_state
 from dreamer.sweeps.stopping import hopeless, rung
-from dreamer.sweeps.sweep import RUNS_FAILED, Request, sweep_command
 
 TRAINER = Path(__file__).parent / "fake_trainer.py"
 FAKE = [sys.executable, "-S", str(TRAINER)]
@@ -78,8 +78,8 @@ class Place:
     def begin(self, *arguments: str) -> subprocess.Popen:
         """The sweep as a process of its own."""
         script = (
-            "import sys; from pathlib import Path; from dreamer.sweeps.sweep import Request, sweep_command\n"
-            "import dreamer.sweeps.report as report; report.comparison = lambda folder, runs: ('', [], [])\n"
+            "import sys; from pathlib import Path; from dreamer.sweeps.launch import Request, sweep_command\n"
+            "import dreamer.sweeps.summary as report; report.comparison = lambda folder, runs: ('', [], [])\n"
             "sys.exit(sweep_command(Request(sys.argv[1], Path(sys.argv[2]), 2), sys.argv[3:], 0.02))"
         )
         words = [sys.executable, "-c", script, str(self.file), str(self.folder), *FAKE]
@@ -91,7 +91,7 @@ class Place:
 def place(tmp_path, monkeypatch, request) -> Place:
     """Only the test of the report has the curves compared and drawn: it takes longer than a sweep."""
     if "report" not in request.function.__name__:
-        monkeypatch.setattr("dreamer.sweeps.report.comparison", lambda folder, folders: ("", [], []))
+        monkeypatch.setattr("dreamer.sweeps.summary.comparison", lambda folder, folders: ("", [], []))
     return Place(tmp_path)
 
 

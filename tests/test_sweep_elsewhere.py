@@ -17,9 +17,9 @@ import pytest
 from test_sweep import FAKE, FOUR, NAMES, Place, place  # noqa: F401
 
 from dreamer.schema import ConfigError
+from dreamer.sweeps.launch import Request, sweep_command
 from dreamer.sweeps.node import STOP_FILE, run_program
 from dreamer.sweeps.state import load_state
-from dreamer.sweeps.sweep import Request, sweep_command
 
 SEARCH = """
 configs: [debug]

@@ -12,7 +12,7 @@ import pytest
 from dreamer.envs.interface import TaskError
 from dreamer.presets import load_config
 from dreamer.schema import ConfigError, options
-from dreamer.sweeps.distributions import DISTRIBUTIONS, read_draw
+from dreamer.sweeps.draws import DISTRIBUTIONS, read_draw
 from dreamer.sweeps.expand import draw, expand
 from dreamer.sweeps.file import find_sweep, load_sweep, sweep_names
 from dreamer.sweeps.spec import EarlyStop, RayTask
@@ -262,7 +262,7 @@ def test_sweeps_that_come_along_are_valid_and_say_what_presets_say(name):
 
 
 def test_benchmarks_are_the_published_tasks():
-    from dreamer.diagnostics.published import published
+    from dreamer.plot.published import published
 
     for name, source in (("atari100k", "atari100k"), ("dmc", "dmc_proprio")):
         tasks = {run.config.task for run in shipped(name)}

@@ -15,8 +15,8 @@ from typing import Any
 import jax
 import pytest
 
-from dreamer.runtime import system
-from dreamer.runtime.system import INTERVAL, Nvml, SystemMeter
+from dreamer.records import system
+from dreamer.records.system import INTERVAL, Nvml, SystemMeter
 
 
 def test_memory_and_disk_are_those_of_the_machine(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from dreamer.presets import load_config
-from dreamer.runtime.logging import Logger, Steps
-from dreamer.runtime.pictures import Pace
-from dreamer.runtime.records import as_text, make_logger, table
-from dreamer.runtime.tensorboard import CHARTS, GROUPS, TensorBoardSink, tag
+from dreamer.records.logger import Logger, Steps
+from dreamer.records.pictures import Pace
+from dreamer.records.places import as_text, make_logger, table
+from dreamer.records.tensorboard import CHARTS, GROUPS, TensorBoardSink, tag
 from dreamer.schema import options
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 
 from dreamer.presets import ConfigError, load_config
-from dreamer.runtime import trackers
-from dreamer.runtime.logging import Logger, LogWarning, Steps
-from dreamer.runtime.pictures import encode_png
-from dreamer.runtime.records import make_logger, table
-from dreamer.runtime.trackers import MlflowSink, WandbSink
+from dreamer.records import trackers
+from dreamer.records.logger import Logger, LogWarning, Steps
+from dreamer.records.pictures import encode_png
+from dreamer.records.places import make_logger, table
+from dreamer.records.trackers import MlflowSink, WandbSink
 from dreamer.schema import options
 
 

@@ -25,8 +25,8 @@ import dreamer
 from dreamer.cli import main
 from dreamer.envs import env_seed
 from dreamer.presets import load_config
-from dreamer.runtime.checkpoint import Checkpointer
-from dreamer.runtime.loop import Run
+from dreamer.run.loop import Run
+from dreamer.saves.checkpoint import Checkpointer
 
 ROUND: Script = [(0.0, False, False)] * 4 + [(1.0, True, False)]
 

@@ -16,12 +16,12 @@ import pytest
 from jax._src.array import ArrayImpl
 from tiny_runs import share_agents, tiny_config
 
+from dreamer import transfer
 from dreamer.config import Config
-from dreamer.runtime import transfer
-from dreamer.runtime.loop import Run
-from dreamer.runtime.meters import Aggregator, Packed
-from dreamer.runtime.seeds import SeedRuns
-from dreamer.runtime.signals import StopRequest
+from dreamer.records.meters import Aggregator, Packed
+from dreamer.run.loop import Run
+from dreamer.run.seeds import SeedRuns
+from dreamer.run.signals import StopRequest
 from dreamer.terminal import Console
 
 Door = collections.Counter[str]

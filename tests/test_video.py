@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreamer.runtime import video
+from dreamer.records import video
 
 
 def decode(gif):

@@ -14,9 +14,9 @@ from dreamer.config import Config, EnvConfig
 from dreamer.envs import VectorEnv, make_vector_env
 from dreamer.presets import load_config
 from dreamer.replay import Replay
-from dreamer.runtime.collect import Collector, Episode
-from dreamer.runtime.devices import choose_device
-from dreamer.runtime.snapshot import flatten
+from dreamer.run.collector import Collector, Episode
+from dreamer.run.devices import choose_device
+from dreamer.saves.snapshot import flatten
 from dreamer.types import Spaces, replay_fields
 
 QUIET: dict[str, Any] = {
@@ -49,8 +49,8 @@ def share_agents(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_device(config.run.platform)
         return tiny_agent(observations, actions, config)
 
-    for module in ("parts", "acting"):
-        monkeypatch.setattr(f"dreamer.runtime.{module}.make_agent", make_agent)
+    for module in ("parts", "loaded_agent"):
+        monkeypatch.setattr(f"dreamer.run.{module}.make_agent", make_agent)
 
 
 def vector_env(make: Callable[[int, int], gymnasium.Env], num_envs: int = 1, workers: str = "inline") -> VectorEnv:

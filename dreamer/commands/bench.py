@@ -12,7 +12,7 @@ from dreamer.paths import check_file, make_folder
 from dreamer.presets import load_config
 
 if TYPE_CHECKING:
-    from dreamer.diagnostics.measuring import Report
+    from dreamer.bench.measuring import Report
 
 #: What is measured without --configs and --task.
 DEFAULT = "quickstart"
@@ -98,7 +98,7 @@ def loop_configs(options: Sequence[str]) -> dict[str, Config]:
 
 
 def _update(given: argparse.Namespace, options: Sequence[str]) -> Report | None:
-    from dreamer.diagnostics.bench_update import Request, bench_update
+    from dreamer.bench.bench_update import Request, bench_update
 
     if options:
         parser().error(f"unrecognized arguments: {' '.join(options)}")
@@ -108,28 +108,28 @@ def _update(given: argparse.Namespace, options: Sequence[str]) -> Report | None:
 
 def _policy(given: argparse.Namespace, options: Sequence[str]) -> Report:
     config = _checked(bench_config(options))
-    from dreamer.diagnostics.bench_policy import bench_policy
+    from dreamer.bench.bench_policy import bench_policy
 
     return bench_policy(config, given.envs, given.rounds)
 
 
 def _replay(given: argparse.Namespace, options: Sequence[str]) -> Report:
     config = _checked(bench_config(options))
-    from dreamer.diagnostics.bench_replay import bench_replay
+    from dreamer.bench.bench_replay import bench_replay
 
     return bench_replay(config, given.rounds, given.capacity, given.folder)
 
 
 def _env(given: argparse.Namespace, options: Sequence[str]) -> Report:
     config = _checked(bench_config(options))
-    from dreamer.diagnostics.bench_env import bench_env
+    from dreamer.bench.bench_env import bench_env
 
     return bench_env(config, given.rounds, given.steps)
 
 
 def _loop(given: argparse.Namespace, options: Sequence[str]) -> Report:
     configs = {name: _checked(config) for name, config in loop_configs(options).items()}
-    from dreamer.diagnostics.bench_loop import bench_loop
+    from dreamer.bench.bench_loop import bench_loop
 
     return bench_loop(configs, given.train_ratios, given.seconds, given.rounds)
 
@@ -141,7 +141,7 @@ def _checked(config: Config) -> Config:
     check_task(config.task)
     if config.run.platform == "cpu":
         hide_accelerators()
-    from dreamer.runtime.devices import find_devices
+    from dreamer.run.devices import find_devices
 
     find_devices(config.run.platform)
     return config
@@ -159,7 +159,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, Sequence[str]], Report | None]] =
 def run(arguments: Sequence[str]) -> int:
     given, options = parser().parse_known_args(arguments)
 
-    from dreamer.diagnostics.measuring import read_report, save_report, show
+    from dreamer.bench.measuring import read_report, save_report, show
 
     other = None if given.compare is None else read_report(given.compare, given.part)
     if given.json is not None:

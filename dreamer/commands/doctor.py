@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: Sequence[str]) -> int:
     given = parser().parse_args(arguments)
 
-    from dreamer.diagnostics.doctor import doctor_command
-    from dreamer.diagnostics.findings import Request
+    from dreamer.doctor.checkup import doctor_command
+    from dreamer.doctor.findings import Request
 
     return doctor_command(Request(given.logdir, given.platform), given.json)

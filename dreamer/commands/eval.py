@@ -31,7 +31,7 @@ def run(arguments: Sequence[str]) -> int:
     if given.platform == "cpu":
         hide_accelerators()
 
-    from dreamer.runtime.evaluate import evaluate_command
+    from dreamer.run.evaluate import evaluate_command
 
     return evaluate_command(
         given.logdir, episodes=given.episodes, video=given.video, policy=given.policy, seed=given.seed

@@ -24,6 +24,6 @@ def run(arguments: Sequence[str]) -> int:
     given = parser().parse_args(arguments)
     hide_accelerators()
 
-    from dreamer.runtime.export import export_command
+    from dreamer.run.export_episodes import export_command
 
     return export_command(given.logdir, given.out, given.unfinished)

@@ -35,6 +35,6 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: Sequence[str]) -> int:
     given = parser().parse_args(arguments)
 
-    from dreamer.sweeps.sweep import Request, sweep_command
+    from dreamer.sweeps.launch import Request, sweep_command
 
     return sweep_command(Request(**vars(given)))

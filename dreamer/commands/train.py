@@ -69,13 +69,13 @@ def run(arguments: Sequence[str]) -> int:
     if config.run.platform == "cpu":
         hide_accelerators()
     if PLAN in arguments:
-        from dreamer.diagnostics.plan import plan_command
+        from dreamer.bench.plan import plan_command
 
         if config.logdir:
             check_folder(Path(config.logdir))
         return plan_command(config)
 
-    from dreamer.runtime.startup import process_start
-    from dreamer.runtime.train import train
+    from dreamer.run.startup import process_start
+    from dreamer.run.training import train
 
     return train(config, begun=process_start())

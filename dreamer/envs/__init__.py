@@ -1,8 +1,6 @@
 """Environments: one interface (`interface.py`), one file per suite, one table of names (`registry.py`)."""
 
-from dreamer.envs.inline import InlineVectorEnv
 from dreamer.envs.interface import Batch, Env, EnvError, TaskError, Transition, VectorEnv, transition
-from dreamer.envs.processes import ProcessVectorEnv
 from dreamer.envs.registry import (
     SUITES,
     Suite,
@@ -15,6 +13,8 @@ from dreamer.envs.registry import (
     summary,
 )
 from dreamer.envs.vector import env_seed, make_vector_env
+from dreamer.envs.workers.inline import InlineVectorEnv
+from dreamer.envs.workers.processes import ProcessVectorEnv
 
 __all__ = [
     "SUITES",

@@ -14,10 +14,10 @@ import numpy as np
 
 from dreamer.envs.audit_rules import Findings, Rules, Watch, told
 from dreamer.envs.faults import original
-from dreamer.envs.fence import fenced
-from dreamer.envs.gym import GymEnv
 from dreamer.envs.interface import Env, Restorable, TaskError, Transition, restorable
 from dreamer.envs.proof import choose, copied, difference, disproof, move
+from dreamer.envs.suites.gym import GymEnv
+from dreamer.envs.workers.fence import fenced
 from dreamer.types import ACTION_MASK, Spaces
 
 #: Steps of the comparison of two instances with equal seeds; no more than the steps asked for.

@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 
 from dreamer.config import EnvConfig
-from dreamer.envs.fence import EscapeError, fenced
 from dreamer.envs.interface import EnvError, Fault, TransitionError
+from dreamer.envs.workers.fence import EscapeError, fenced
 
 #: Attempts at making an environment anew, within one step, before the step itself fails.
 TRIES = 10

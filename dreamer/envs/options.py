@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from dreamer.config import EnvConfig
-from dreamer.envs.atari import GRAY
 from dreamer.envs.checks import check_spaces
 from dreamer.envs.interface import Env, Restorable, TaskError, Transition, TransitionError, restorable
+from dreamer.envs.suites.atari import GRAY
 from dreamer.envs.wrappers import TimeLimit
 from dreamer.types import ACTION_MASK, UNSCALED_REWARD, Space, masks_actions
 

@@ -20,8 +20,8 @@ from typing import Any, cast
 import numpy as np
 
 from dreamer.envs.faults import in_words
-from dreamer.envs.fence import Fence, close, fenced
 from dreamer.envs.interface import Env, Restorable, Transition
+from dreamer.envs.workers.fence import Fence, close, fenced
 from dreamer.types import ACTION_MASK
 
 #: An action, or None for a reset.

@@ -8,8 +8,12 @@ import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 
 from dreamer.config import EnvConfig
-from dreamer.envs import (
+from dreamer.envs.faults import in_words, place
+from dreamer.envs.interface import Env, TaskError, VectorEnv, nearest
+from dreamer.envs.options import wrap
+from dreamer.envs.suites import (
     atari,
+    atari_vector,
     bsuite,
     crafter,
     custom,
@@ -19,15 +23,11 @@ from dreamer.envs import (
     memory_maze,
     minecraft,
     minigrid,
-    native,
     procgen,
     toy,
     vizdoom,
 )
-from dreamer.envs.faults import in_words, place
-from dreamer.envs.fence import fenced
-from dreamer.envs.interface import Env, TaskError, VectorEnv, nearest
-from dreamer.envs.options import wrap
+from dreamer.envs.workers.fence import fenced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Suite:
 
 def _atari(description: str) -> Suite:
     return Suite(
-        description, atari.make, atari.tasks, atari.check, vector=native.make, normalized=atari.human_normalized
+        description, atari.make, atari.tasks, atari.check, vector=atari_vector.make, normalized=atari.human_normalized
     )
 
 

@@ -10,13 +10,13 @@ import gymnasium
 import numpy as np
 
 from dreamer.config import EnvConfig
-from dreamer.envs.dm_env import adopted
-from dreamer.envs.gym import GymEnv, old_gym
-from dreamer.envs.inline import InlineVectorEnv, Maker
 from dreamer.envs.interface import Env, TaskError, VectorEnv
 from dreamer.envs.options import wrap
-from dreamer.envs.processes import ProcessVectorEnv
 from dreamer.envs.registry import check_task, make_env, split_task
+from dreamer.envs.suites.dm_env import adopted
+from dreamer.envs.suites.gym import GymEnv, old_gym
+from dreamer.envs.workers.inline import InlineVectorEnv, Maker
+from dreamer.envs.workers.processes import ProcessVectorEnv
 
 #: Streams of seeds, so that evaluation never repeats a training environment.
 STREAMS = {"training": 0, "evaluation": 1}

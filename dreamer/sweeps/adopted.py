@@ -9,7 +9,7 @@ import signal
 import socket
 from pathlib import Path
 
-from dreamer.runtime.lock import LogdirInUseError, LogdirLock
+from dreamer.saves.lock import LogdirInUseError, LogdirLock
 
 
 def in_use(folder: Path) -> bool:

@@ -11,9 +11,9 @@ from rich import box
 from rich.text import Text
 
 from dreamer.config import Config
-from dreamer.runtime.display import format_bytes, format_count, format_duration
+from dreamer.records.display import format_bytes, format_count, format_duration
 from dreamer.sweeps.expand import Planned
-from dreamer.sweeps.schedule import Entry
+from dreamer.sweeps.scheduler import Entry
 from dreamer.sweeps.spec import Sweep
 from dreamer.terminal import Console, Table
 
@@ -59,8 +59,8 @@ def measured_hours(runs: Sequence[Entry]) -> tuple[float, str] | None:
 
 
 def planned_need(config: Config) -> Need:
-    """By `diagnostics.plan`, without a trial of the update."""
-    from dreamer.diagnostics.plan import make_plan
+    """By `bench.plan`, without a trial of the update."""
+    from dreamer.bench.plan import make_plan
 
     try:
         figures = {figure.name: figure for figure in make_plan(config, None)}

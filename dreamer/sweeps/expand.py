@@ -52,7 +52,7 @@ def combinations(sweep: Sweep) -> Iterator[tuple[Entry, ...]]:
     if math.prod(counts) > MOST_RUNS:
         raise ConfigError(
             f"{sweep.path}: expected at most {MOST_RUNS:,} runs, got {' x '.join(map(str, counts))} = "
-            f"{math.prod(counts):,} (the last of these are the seeds); leave values out, or draw some of all with `random:`"
+            f"{math.prod(counts):,} (the last of these are the seeds); leave values out, or draw with `random:`"
         )
     if sweep.random:
         width = max(2, len(str(sweep.random.count - 1)))

@@ -21,7 +21,7 @@ from dreamer.presets import (
     unknown,
 )
 from dreamer.schema import ConfigError, options, show, suggestion
-from dreamer.sweeps.distributions import read_draw
+from dreamer.sweeps.draws import read_draw
 from dreamer.sweeps.spec import MOST_RUNS, Drawn, EarlyStop, Entry, RayTask, Sweep
 from dreamer.values import brief, plain
 from dreamer.yaml_files import find_file, key_text, parse_file, plain_node

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from dreamer.diagnostics.json_lines import SCORE, UnreadableError, number, parse
+from dreamer.records.json_lines import SCORE, UnreadableError, number, parse
 
 #: Episodes that the shown score is the mean of.
 RECENT = 20

@@ -10,9 +10,8 @@ from typing import Any
 import pydantic
 
 from dreamer.presets import Setting, Settings
-from dreamer.sweeps.distributions import Draw
+from dreamer.sweeps.draws import Draw
 from dreamer.values import group
-
 
 #: Most runs of a sweep.
 MOST_RUNS = 100_000

@@ -7,7 +7,7 @@ import json
 import os
 from pathlib import Path
 
-from dreamer.diagnostics.json_lines import UnreadableError, number, parse
+from dreamer.records.json_lines import UnreadableError, number, parse
 
 #: In a run's folder.
 STATE_FILE, LOG_FILE, CONFIG_FILE = "sweep.json", "sweep.log", "sweep.yaml"

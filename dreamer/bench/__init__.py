@@ -1,0 +1,1 @@
+"""`dreamer bench` and `dreamer train --plan`: what parts of a run cost."""

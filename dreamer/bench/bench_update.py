@@ -1,0 +1,173 @@
+"""How long one update takes: `dreamer bench update`. `--against plain` swaps every rewrite for its plain twin."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dreamer import kernels
+from dreamer.agent import Agent
+from dreamer.bench.cost import flops
+from dreamer.bench.measuring import Report, Rows, figure, take_turns
+from dreamer.config import Config
+from dreamer.presets import load_config
+from dreamer.run.allocator import reuse_freed_memory
+from dreamer.run.devices import choose_device, compute_dtype
+from dreamer.run.seeds import MappedAgent
+from dreamer.types import Space, Spaces, replay_fields
+
+#: Observation and action spaces of the benchmark.
+TASKS: dict[str, tuple[Spaces, Spaces]] = {
+    "vector": ({"vector": Space("vector", (24,))}, {"action": Space("vector", (6,))}),
+    "image": ({"image": Space("image", (64, 64, 3))}, {"action": Space("discrete", (), (6,))}),
+}
+
+
+# --- One update, compiled ----------------------------------------------------------------------
+
+
+#: Calls before the first that counts: they touch the memory of updates for the first time.
+WARM_UP = 3
+
+
+def random_batch(agent: Agent, config: Config, seed: int = 0) -> dict[str, jax.Array]:
+    """Everything replay stores, random: (B, T+1, ...)."""
+    rng = np.random.default_rng(seed)
+    lead = (config.run.batch_size, config.run.batch_length + 1)
+    spaces: Spaces = {**agent.observations, **agent.actions}
+    batch = {}
+    for key, field in replay_fields(agent.observations, agent.actions, agent.extras).items():
+        if key in spaces:
+            drawn = np.stack([spaces[key].sample(rng) for _ in range(int(np.prod(lead)))])
+            batch[key] = drawn.reshape(*lead, *field.shape)
+        else:
+            batch[key] = np.zeros((*lead, *field.shape), field.dtype)
+    batch["reward"] = rng.normal(size=lead).astype(np.float32)
+    batch["is_first"], batch["is_last"] = rng.random(lead) < 0.01, rng.random(lead) < 0.01
+    return jax.tree.map(jnp.asarray, batch)
+
+
+class Program:
+    """A compiled update and the state it changes. One call is one dispatch, waited for."""
+
+    def __init__(self, size: str, obs: str, dispatch: int | None = None, seeds: int | None = None) -> None:
+        """size: of a preset, "1m"; obs: a row of `TASKS`; dispatch: updates in one dispatch, None for a single one;
+        seeds: agents that are updated together, None for a single one."""
+        config = load_config([f"size{size}"], {})
+        dtype = compute_dtype(config.run, choose_device("auto"))
+        learner = Agent(*TASKS[obs], config, dtype)
+        self.updates, self.seeds = dispatch or 1, seeds
+        batches = [random_batch(learner, config, seed) for seed in range(self.updates)]
+        update: Any
+        self.batch: Any
+        if seeds is None:
+            self.state = learner.init(0)
+            self.batch = batches[0] if dispatch is None else batches
+            update = learner.train_step if dispatch is None else learner.train_steps
+        else:
+            mapped = MappedAgent(learner)
+            self.state = mapped.stack([learner.init(seed) for seed in range(seeds)])
+            self.batch, update = [batches] * seeds, mapped.update
+        start = time.perf_counter()
+        traced = update.trace(self.state, self.batch)
+        self.gflop = flops(traced.jaxpr.jaxpr) / 1e9 / self.updates
+        self.compiled = traced.lower().compile()
+        self.compile_seconds = time.perf_counter() - start
+        self.metrics: dict[str, jax.Array] = {}
+        for _ in range(WARM_UP):
+            self()
+
+    def __call__(self) -> tuple[float, float]:
+        """Wall and process CPU milliseconds of one update, of all seeds together."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.state, latents, self.metrics, *further = self.compiled(self.state, self.batch)
+        jax.block_until_ready((self.state, latents, self.metrics, further))
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        return wall * 1e3 / self.updates, cpu * 1e3 / self.updates
+
+    def facts(self) -> dict[str, Any]:
+        """What does not depend on time: compilation, memory, size."""
+        memory: Any = self.compiled.memory_analysis()
+        return {
+            "compile_s": round(self.compile_seconds, 1),
+            "temp_mb": round(memory.temp_size_in_bytes / 2**20, 1),
+            "loss": float(jnp.ravel(self.metrics["opt/loss"])[-1]),
+            "gflop": round(self.gflop, 2),
+            "params": sum(x.size for x in jax.tree.leaves(self.state["params"])) // (self.seeds or 1),
+            "device": str(jax.devices()[0]),
+        }
+
+
+# --- The command -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What `dreamer bench update` was asked for; `--help` says what each means."""
+
+    size: str = "1m"
+    obs: str = "vector"
+    updates_per_dispatch: int | None = None
+    seeds: int | None = None
+    against: str | None = None
+    rounds: int = 11
+    protocol: bool = False
+    trace: Path | None = None
+
+
+def serve(program: Program, lines: TextIO) -> None:
+    """One update for each line read, its times printed as JSON, until "q": for tools that interleave programs."""
+    print(json.dumps(program.facts()), flush=True)
+    for line in lines:
+        if line.strip() == "q":
+            break
+        wall, cpu = program()
+        print(json.dumps({"ms": wall, "cpu_ms": cpu}), flush=True)
+
+
+def measure(programs: Mapping[str, Program], rounds: int) -> Rows:
+    """Programs take turns; medians, quartiles and the paired ratio to the last one."""
+    times = {name: np.array(found) for name, found in take_turns(programs, rounds).items()}  # (rounds, wall and CPU)
+    reference = list(times.values())[-1]
+    rows: Rows = {}
+    for name, program in programs.items():
+        wall, cpu = times[name].T
+        ratios = dict(zip(("speedup", "cpu_speedup"), np.median(reference / times[name], 0).tolist(), strict=True))
+        rows[name] = figure("ms", wall) | figure("cpu_ms", cpu) | program.facts() | ratios
+    return rows
+
+
+def bench_update(request: Request) -> Report | None:
+    """Runs the benchmark; None after speaking the protocol of `serve`."""
+    reuse_freed_memory()
+    arguments = (request.size, request.obs, request.updates_per_dispatch, request.seeds)
+    programs: dict[str, Program] = {}
+    if not (request.protocol and request.against):
+        programs["update"] = Program(*arguments)
+    if request.against == "plain":
+        with kernels.plain():
+            programs["plain"] = Program(*arguments)
+    if request.protocol:
+        serve(next(iter(programs.values())), sys.stdin)
+        return None
+    if request.trace is not None:
+        with jax.profiler.trace(str(request.trace)):
+            programs["update"]()
+        print(f"trace of one dispatch in {request.trace}: open its .trace.json.gz at ui.perfetto.dev")
+    rows = measure(programs, request.rounds)
+    against = () if request.against is None else ("speedup", "cpu_speedup")
+    note = f"speedup: {' over '.join(programs)}, paired round by round." if against else ""
+    if request.seeds is not None:
+        rows = {name: row | {"seed_updates_per_s": 1e3 * request.seeds / row["ms"]} for name, row in rows.items()}
+    rate = () if request.seeds is None else ("seed_updates_per_s",)
+    columns = ("ms", "cpu_ms", "compile_s", "temp_mb", *rate, *against)
+    return Report("update", dataclasses.asdict(request), columns, rows, note)

@@ -1,0 +1,1 @@
+"""Data from elsewhere into a replay."""

@@ -1,0 +1,1 @@
+"""`dreamer doctor`: checks of a machine."""

@@ -1,0 +1,1 @@
+"""One file per suite of environments, and what they share."""

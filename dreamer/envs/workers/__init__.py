@@ -1,0 +1,1 @@
+"""Where environments run: in the training process or in workers, fenced."""

@@ -1,0 +1,1 @@
+"""`dreamer plot`: from scores of runs to curves, bands and tables."""

@@ -1,0 +1,262 @@
+"""Feeding the train step: batches out of replay to the device, fresh latents back, and a watch on finiteness."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from dreamer import transfer
+from dreamer.agent import Agent, TrainState
+from dreamer.records.meters import Stopwatch
+from dreamer.replay import DeviceStorage, Replay, Selection, device
+from dreamer.run.nonfinite import NonFiniteUpdateError
+
+#: Beside the latents, for the host wherever they go.
+_PRIORITY = "priority"
+
+
+@dataclasses.dataclass
+class _Drawn:
+    """A batch for one update: host arrays (with device storage device arrays), and the same on the device."""
+
+    selection: Selection
+    batch: Mapping[str, Any]
+    device: Any
+
+
+@dataclasses.dataclass
+class _Dispatched:
+    """K updates that the device may still be working on. `latents` become None when they have landed.
+
+    arrived: whether the host has of them what it needs, and they were found sound.
+    """
+
+    drawn: list[_Drawn]
+    latents: Mapping[str, Any] | None
+    metrics: Mapping[str, Any]
+    finite: Any
+    arrived: bool = False
+
+
+class Learner:
+    """The training state and the batches that change it.
+
+    While dispatch u of K updates runs, the batches of u+1 are gathered and on their way to the device. Latents of u are
+    in the buffer before the batches of u+2 are gathered, always: numbers do not depend on how fast the device is, nor
+    on where the buffer lies. With device storage, one compiled exchange writes the latents of u-1 and gathers the
+    batches of u+1; nothing but indices crosses over.
+    """
+
+    def __init__(
+        self, agent: Agent, state: TrainState, replay: Replay, batch_size: int, watch: Stopwatch | None = None
+    ) -> None:
+        """watch: books the time under replay, transfer and update."""
+        self.agent, self.replay = agent, replay
+        self._state: Any = state
+        self._lender: Callable[[], TrainState] | None = None
+        self._batch_size = batch_size
+        self._watch = watch or Stopwatch()
+        self._finite = jax.jit(agent.finite)
+        self._exchange = jax.jit(_exchange, donate_argnums=0)
+        self._landing: tuple[list[np.ndarray], Mapping[str, Any]] | None = None
+        self._waiting: list[_Drawn] = []
+        self._taken: list[_Drawn] = []
+        self._newest: _Dispatched | None = None
+        self._pending: collections.deque[_Dispatched] = collections.deque()
+
+    @property
+    def state(self) -> TrainState:
+        return self._state if self._lender is None else self._lender()
+
+    @state.setter
+    def state(self, state: TrainState) -> None:
+        self._state = state
+
+    def lend(self, lender: Callable[[], TrainState]) -> None:
+        """From now on the training state is kept, and changed, by somebody else, who gives it when asked."""
+        self._state, self._lender = None, lender
+
+    @property
+    def params(self) -> Any:
+        return self.state["params"]
+
+    @property
+    def batch(self) -> Mapping[str, Any] | None:
+        """The batch of the newest update (B, T+1, ...), where it was gathered, for reports."""
+        return None if self._newest is None else self._newest.drawn[-1].batch
+
+    @property
+    def metrics(self) -> Mapping[str, Any]:
+        """Of the newest dispatch, for reports; none after a resume, until the next."""
+        return {} if self._newest is None else self._newest.metrics
+
+    def update(self, count: int = 1, following: int = 1) -> Mapping[str, jax.Array]:
+        """Dispatch `count` updates in one program; returns their metrics, () or (count,), still on the device.
+
+        following: updates of the dispatch after this one, whose batches are gathered meanwhile.
+        """
+        batches = self.take(count)
+        with self._watch.section("update"):
+            if count == 1:
+                self.state, latents, metrics = self.agent.train_step(self.state, batches[0])
+            else:
+                self.state, latents, metrics = self.agent.train_steps(self.state, batches)
+            finite = self._finite(metrics)
+        self.dispatched(latents, metrics, finite, following)
+        return metrics
+
+    def take(self, count: int) -> list[Any]:
+        """The batches of the next `count` updates, on the device."""
+        self._draw(count)
+        self._taken, self._waiting = self._waiting[:count], self._waiting[count:]
+        return [one.device for one in self._taken]
+
+    def dispatched(self, latents: Mapping[str, Any], metrics: Mapping[str, Any], finite: Any, following: int) -> None:
+        """The updates on the batches that were taken are on their way, with these outputs; prepare for the next."""
+        self._newest = _Dispatched(self._taken, latents, metrics, finite)
+        transfer.begin(self._needed(self._newest))
+        self._pending.append(self._newest)
+        while len(self._pending) > 1:
+            self._land(self._pending.popleft())
+        self._draw(following)
+
+    def under_way(self) -> list[Any]:
+        """What the host needs of updates that it has heard nothing of yet: for the read that brings the actions too."""
+        return [self._needed(done) for done in self._pending if not done.arrived]
+
+    def arrived(self, values: list[Any]) -> None:
+        """What was `under_way` has been read. NonFiniteUpdateError, naming the loss terms, unless it was sound."""
+        waiting = [done for done in self._pending if not done.arrived]
+        for done, found in zip(waiting, values, strict=True):
+            self._arrive(done, *found)
+
+    def settle(self) -> None:
+        """Wait for every dispatched update and write its latents back: before an evaluation and at the end."""
+        while self._pending:
+            self._land(self._pending.popleft())
+        if self._landing is not None:
+            self._exchanged([])
+
+    def progress(self) -> dict[str, Any]:
+        """What is on its way, as host arrays in plain containers: the newest updates, their latents if they have not
+        landed, and the batches that wait. NonFiniteUpdateError if an update that is under way turns out unsound.
+        """
+        newest = None
+        if self._newest is not None:
+            if self._newest.latents is not None:
+                self._fetch(self._newest)
+            newest = {"drawn": _on_host(self._newest.drawn), "latents": transfer.read(self._newest.latents)}
+        return {"newest": newest, "waiting": _on_host(self._waiting)}
+
+    def restore(self, progress: Mapping[str, Any]) -> None:
+        """Go on from `progress`: the numbers that follow are those of a run that was never stopped."""
+        newest = progress["newest"]
+        if newest is not None:
+            drawn = [_Drawn(Selection(**one["selection"]), one["batch"], None) for one in newest["drawn"]]
+            self._newest = _Dispatched(drawn, newest["latents"], {}, np.bool_(True))
+            if newest["latents"] is not None:
+                self._pending.append(self._newest)
+        self._waiting = [self._send(Selection(**one["selection"]), one["batch"]) for one in progress["waiting"]]
+
+    def _draw(self, count: int) -> None:
+        """Have `count` batches waiting."""
+        with self._watch.section("replay"):
+            selections = [self.replay.select(self._batch_size) for _ in range(count - len(self._waiting))]
+            if isinstance(self.replay.storage, DeviceStorage):
+                self._waiting += self._exchanged(selections) if selections else []
+                return
+            gathered = [self.replay.gather(selection) for selection in selections]
+        self._waiting += [self._send(*pair) for pair in zip(selections, gathered, strict=True)]
+
+    @property
+    def _device_storage(self) -> DeviceStorage:
+        assert isinstance(self.replay.storage, DeviceStorage)
+        return self.replay.storage
+
+    def _exchanged(self, selections: list[Selection]) -> list[_Drawn]:
+        """The steps of the selections, after the latents that have landed were written."""
+        storage, landing, self._landing = self._device_storage, self._landing, None
+        slots = [self.replay.slots(selection) for selection in selections]
+        storage.arrays, batches = self._exchange(storage.arrays, landing, slots)
+        return [_Drawn(selection, batch, batch) for selection, batch in zip(selections, batches, strict=True)]
+
+    def _send(self, selection: Selection, batch: dict[str, np.ndarray]) -> _Drawn:
+        with self._watch.section("transfer"):
+            return _Drawn(selection, batch, self.agent.devices.place(batch))
+
+    def _land(self, done: _Dispatched) -> None:
+        """Write latents back, those of each update over those of the one before."""
+        self._fetch(done)
+        selections = [one.selection for one in done.drawn]
+        assert done.latents is not None
+        with self._watch.section("replay"):
+            if isinstance(self.replay.storage, DeviceStorage):
+                self._stage(selections, dict(done.latents))
+            else:
+                for i, selection in enumerate(selections):
+                    self.replay.write(selection, _of_update(done.latents, i, len(selections)))
+        done.latents = None
+
+    def _stage(self, selections: list[Selection], latents: dict[str, Any]) -> None:
+        """Device storage: have the next exchange write latents; priorities go to the host's tree at once."""
+        if self._landing is not None:  # more batches were waiting than the last dispatch took
+            self._exchanged([])
+        if (priority := latents.pop(_PRIORITY, None)) is not None:
+            priority = priority.reshape(len(selections), *priority.shape[-2:])
+            for selection, values in zip(selections, priority, strict=True):
+                self.replay.prioritize(selection, values)
+        self._landing = [self.replay.write_slots(selection) for selection in selections], latents
+
+    def _needed(self, done: _Dispatched) -> tuple[Any, dict[str, Any]]:
+        """What the host needs of a dispatch: whether it was sound, and what goes into replay from there."""
+        latents = done.latents or {}
+        if isinstance(self.replay.storage, DeviceStorage):
+            latents = {name: values for name, values in latents.items() if name == _PRIORITY}
+        return done.finite, dict(latents)
+
+    def _arrive(self, done: _Dispatched, finite: np.ndarray, latents: Mapping[str, np.ndarray]) -> None:
+        self._check(done, finite)
+        done.latents, done.arrived = {**(done.latents or {}), **latents}, True
+
+    def _fetch(self, done: _Dispatched) -> None:
+        """Have on the host what it needs of a dispatch."""
+        if not done.arrived:
+            with self._watch.section("update"):
+                found = transfer.read(self._needed(done))
+            self._arrive(done, *found)
+
+    def _check(self, done: _Dispatched, finite: np.ndarray) -> None:
+        if finite:
+            return
+        found = {k: np.atleast_1d(v).astype(float) for k, v in transfer.read(dict(done.metrics)).items()}
+        first = next(i for i in range(len(done.drawn)) if not self.agent.finite({k: v[i] for k, v in found.items()}))
+        metrics = {k: float(v[first]) for k, v in found.items()}
+        terms = {k: v for k, v in metrics.items() if k.startswith("loss/") and not np.isfinite(v)}
+        terms |= {k: metrics[k] for k in ("opt/grad_norm", "opt/param_rms") if not np.isfinite(metrics[k])}
+        batch = transfer.read(dict(done.drawn[first].batch))
+        raise NonFiniteUpdateError(int(metrics["opt/updates"]), terms, batch)
+
+
+def _of_update(latents: Mapping[str, Any], index: int, count: int) -> Mapping[str, Any]:
+    """Of latents (K, B, T, ...), of a single update (B, T, ...), those of update `index`."""
+    return latents if count == 1 else {name: values[index] for name, values in latents.items()}
+
+
+def _on_host(drawn: list[_Drawn]) -> list[dict[str, Any]]:
+    return [{"selection": dataclasses.asdict(one.selection), "batch": transfer.read(dict(one.batch))} for one in drawn]
+
+
+def _exchange(
+    arrays: device.Arrays, landing: tuple[list[jax.Array], device.Arrays] | None, slots: list[jax.Array]
+) -> tuple[device.Arrays, list[device.Arrays]]:
+    """Device storage with latents written at (B, T) slots, update by update; the steps at other slots (B, 1 + T)."""
+    if landing is not None:
+        write_slots, latents = landing
+        for i, where in enumerate(write_slots):
+            arrays = device.write(arrays, where, _of_update(latents, i, len(write_slots)))
+    return arrays, [device.gather(arrays, where) for where in slots]

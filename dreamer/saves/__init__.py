@@ -1,0 +1,1 @@
+"""Checkpoints, the weights in them, and the lock of a logdir."""

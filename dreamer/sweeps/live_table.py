@@ -1,0 +1,115 @@
+"""What a person sees of a sweep: one live table of its runs, or plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import collections
+import time
+
+from rich import box
+from rich.live import Live
+from rich.text import Text
+
+from dreamer.records.display import format_count, format_duration, format_number
+from dreamer.sweeps.scheduler import Entry
+from dreamer.sweeps.state import FAILED, FINISHED, HOPELESS, RUNNING, WAITING
+from dreamer.terminal import Console, Table, can_redraw
+
+_LINE_SECONDS = 60.0
+_STYLES = {RUNNING: "cyan", FINISHED: "green", FAILED: "bold red", HOPELESS: "yellow", WAITING: "dim"}
+#: What is shown first where not all runs have room.
+_ORDER = {RUNNING: 0, FAILED: 1, FINISHED: 2, HOPELESS: 3, WAITING: 4}
+#: Lines of a terminal that are not for runs.
+_BESIDE = 8
+
+
+def counts(entries: list[Entry]) -> str:
+    """`3 finished, 2 running, 5 waiting`."""
+    found = collections.Counter(entry.state.status for entry in entries)
+    return ", ".join(
+        f"{found[status]} {status}" for status in (FINISHED, RUNNING, WAITING, HOPELESS, FAILED) if found[status]
+    )
+
+
+def time_left(entries: list[Entry], slots: int) -> float | None:
+    """Seconds until all runs are over, as those that run and ran let one guess: their seconds per agent step, `slots`
+    at once. None: nothing to go by."""
+    running = [(entry, left) for entry in entries if (left := entry.left()) is not None]
+    paces = [1 / entry.progress.rate for entry in entries if entry.progress.rate]
+    if not paces:
+        return None
+    pace = sum(paces) / len(paces)
+    known = sum(left for _, left in running)
+    started = {id(entry) for entry, _ in running}
+    rest = [e for e in entries if not e.over and id(e) not in started]
+    unknown = sum(max(0, e.length - e.progress.agent_steps) * pace for e in rest)
+    longest = max([left for _, left in running], default=0.0)
+    return max(longest, (known + unknown) / slots)
+
+
+class SweepDisplay:
+    """A context manager. In a terminal a live table; elsewhere a line for each event and one a minute for the whole."""
+
+    def __init__(self, name: str, slots: int, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self._name, self._slots = name, slots
+        self._shown = -float("inf")
+        self._live = Live(console=self.console, auto_refresh=False) if can_redraw(self.console) else None
+
+    def __enter__(self) -> SweepDisplay:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def event(self, entry: Entry, text: str) -> None:
+        """Something happened to a run; stays above the table."""
+        self.console.print(Text(f"{time.strftime('%H:%M:%S')}  {entry.run.name}: {text}"))
+
+    def update(self, entries: list[Entry], now: float) -> None:
+        if self._live is not None:
+            room = max(4, self.console.height - _BESIDE)
+            self._live.update(self._table(entries, now, room), refresh=True)
+        elif now - self._shown >= _LINE_SECONDS:
+            self._shown = now
+            self.console.print(Text(f"{self._name}: {self._summary(entries)}"))
+
+    def _summary(self, entries: list[Entry]) -> str:
+        left = time_left(entries, self._slots)
+        return counts(entries) + (f"; about {format_duration(left)} left" if left else "")
+
+    def _table(self, entries: list[Entry], now: float, room: int) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=self._name)
+        table.add_column("run", overflow="ellipsis", no_wrap=True, ratio=1)
+        table.add_column("state", no_wrap=True)
+        for column in ("steps", "", "score", "steps/s", "time", "left"):
+            table.add_column(column, justify="right", no_wrap=True)
+        ordered = sorted(entries, key=lambda entry: _ORDER[entry.state.status])
+        for entry in ordered[:room]:
+            table.add_row(*self._cells(entry, now))
+        hidden = len(entries) - room
+        summary = self._summary(entries) + (f"; {hidden} runs not shown" if hidden > 0 else "")
+        table.caption = Text(summary, "table.caption")
+        table.caption_justify = "left"
+        return table
+
+    def _cells(self, entry: Entry, now: float) -> list[Text | str]:
+        progress, status = entry.progress, entry.state.status
+        state = Text(status, _STYLES[status])
+        if entry.job is not None:
+            state = Text("stopping" if entry.asked else status, "yellow" if entry.asked else "cyan")
+            state.append(f" {entry.job.where}".rstrip(), "dim")
+        score, left = progress.score(), entry.left()
+        seconds, rate = entry.seconds(now), progress.rate if entry.job else None
+        return [
+            entry.run.name,
+            state,
+            f"{format_count(progress.agent_steps)}/{format_count(entry.length)}",
+            f"{100 * min(1.0, progress.agent_steps / entry.length):.0f} %",
+            "" if score is None else format_number(score),
+            "" if not rate else format_number(rate),
+            format_duration(seconds) if seconds else "",
+            "" if left is None else format_duration(left),
+        ]
