@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -80,6 +81,7 @@ def lambda_return(rewards: jax.Array, values: jax.Array, discounts: jax.Array, l
         uses         -      r,v,γ  r,v,γ    r,v,γ
         gives        R0     R1     R2  ...  -
     """
+    chex.assert_equal_shape([rewards, values, discounts])
     lambdas = jnp.broadcast_to(jnp.asarray(lambdas, values.dtype), values.shape)[1:]
     rewards, discounts, last = rewards[1:], discounts[1:], values[-1]
     fixed = rewards + discounts * (1 - lambdas) * values[1:]

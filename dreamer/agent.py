@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -352,6 +353,7 @@ class Agent:
         action used      a0 ---------> t=0
                                        a1 ----> t=1
         """
+        chex.assert_tree_shape_prefix(dict(batch), batch["is_first"].shape)
         context = rssm.unpack({k: batch[k][:, 0] for k in self.extras}, self.dtype)
         taken = join_actions({k: batch[k][:, :-1] for k in self.actions}, self.actions, self.dtype)
         skip = (*self.extras, *self.actions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -104,4 +105,5 @@ class WorldModel(nnx.Module):
         losses["dyn"] = jnp.maximum(frozen_posterior.kl(prior).sum(-1), self.free_nats)
         losses["rep"] = jnp.maximum(posterior.kl(frozen_prior).sum(-1), self.free_nats)
         metrics = {"dyn_ent": prior.entropy().sum(-1).mean(), "rep_ent": posterior.entropy().sum(-1).mean()}
+        chex.assert_shape(list(losses.values()), actions.shape[:2])
         return Observed(losses, states, posterior_logits, prior_logits, metrics)

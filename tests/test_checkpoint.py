@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dreamer.records.provenance import config_hash, versions
+from dreamer.records.provenance import versions
 from dreamer.replay import Replay
 from dreamer.saves import snapshot
 from dreamer.saves.checkpoint import (
@@ -456,8 +456,6 @@ def test_killed_while_writing(tmp_path):
         shutil.rmtree(tmp_path / "checkpoints")
 
 
-def test_fingerprints():
-    assert config_hash({"a": 1, "b": {"c": [1, 2]}}) == config_hash({"b": {"c": [1, 2]}, "a": 1})
-    assert config_hash({"a": 1}) != config_hash({"a": 2})
+def test_versions_of_what_decides_the_numbers():
     assert versions()["jax"] == jax.__version__ and int(versions()["cores"]) >= 1
     assert json.dumps(versions())

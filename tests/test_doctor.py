@@ -162,7 +162,7 @@ def test_suites_that_work_break_or_are_not_installed(monkeypatch, request_):
     broken = SUITES["toy"].__class__("", make=len, tasks=lambda: ("nonsense",), package=("crafter", "crafter"))
     absent = SUITES["toy"].__class__("", make=all, tasks=lambda: ("x",), package=("no_such_package", None))
     table = {"toy": SUITES["toy"], "crafter": broken, "elsewhere": absent, "again": SUITES["toy"]}
-    monkeypatch.setattr(program_checks, "suites", lambda: table)
+    monkeypatch.setattr(program_checks, "list_suites", lambda: table)
     works, breaks, rest = program_checks.environments(request_)
     check(works, "ok", "toy_catch made and stepped in")
     check(breaks, "fail", "crafter_nonsense: TaskError: expected a task", "pip install 'dreamer[crafter]'")

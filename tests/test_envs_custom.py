@@ -151,7 +151,7 @@ def test_an_installed_package_brings_suites(folder: Path) -> None:
         "from dreamer.envs import *; from dreamer.config import EnvConfig\n"
         "assert make_env('mygames_maze', EnvConfig(), 5).text == 'maze None 5'\n"
         "assert make_env('coins_any', EnvConfig(), 5).action_spaces['action'].classes == (2,)\n"
-        "assert 'mygames' in suites() and list_tasks()['mygames'] == []\n"
+        "assert 'mygames' in list_suites() and list_tasks()['mygames'] == []\n"
         "try: check_task('lost_x')\n"
         "except TaskError as error: assert 'install the package again' in str(error), error\n"
         "try: check_task('mygame_x')\n"

@@ -25,9 +25,9 @@ from dreamer.envs import (
     ProcessVectorEnv,
     TaskError,
     check_task,
+    list_suites,
     make_env,
     make_vector_env,
-    suites,
 )
 from dreamer.process import STOP_SIGNALS
 
@@ -215,10 +215,10 @@ def test_workers_see_the_environment_variables_of_now(monkeypatch: pytest.Monkey
 
 def test_slow_suites_get_processes_and_fast_ones_none() -> None:
     config = EnvConfig()
-    slow = {name for name, suite in suites().items() if suite.process(config)}
+    slow = {name for name, suite in list_suites().items() if suite.process(config)}
     assert slow == {"atari", "atari100k", "crafter", "minigrid", "memorymaze", "vizdoom", "minecraft", "dmlab"}
-    assert suites()["dmc"].process(EnvConfig(dmc={"pixels": True}))
-    assert suites()["procgen"].process(EnvConfig(procgen={"size": (96, 96)}))
+    assert list_suites()["dmc"].process(EnvConfig(dmc={"pixels": True}))
+    assert list_suites()["procgen"].process(EnvConfig(procgen={"size": (96, 96)}))
     alone = make_vector_env("atari_pong", config, 1, 0, True)
     assert isinstance(alone, InlineVectorEnv), "one environment gains nothing from a process"
     alone.close()

@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import dreamer
-from dreamer.envs.registry import suites
+from dreamer.envs.registry import list_suites
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -95,7 +95,7 @@ def test_pins_satisfy_the_requirements():
 
 
 def test_missing_packages_name_extras_that_exist():
-    for suite in suites().values():
+    for suite in list_suites().values():
         if suite.package is not None and suite.package[1] is not None:
             assert suite.package[1] in EXTRAS
 

@@ -128,15 +128,6 @@ def test_inside_one_jit_the_device_gives_the_numbers_of_the_host(tmp_path):
     assert len(traces) == 1 and host.stats() == replay.stats() and everything(host) == everything(replay)
 
 
-def test_device_arrays_are_laid_out_as_the_caller_says(tmp_path):
-    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    replay = build("device", tmp_path, rows=40, sharding=sharding)
-    train(replay, range(20))
-    assert all(array.sharding == sharding for array in replay.storage.arrays.values())
-    assert replay.storage.arrays["image"].dtype == np.uint8
-
-
 def test_the_device_refuses_what_jax_would_narrow(tmp_path):
     fields = {"x": Field((), np.dtype(np.float64))}
     with pytest.raises(ReplayError, match=r"at most 32 bits on the device, got wider ones in \['x'\]"):

@@ -61,15 +61,15 @@ def run(arguments: Sequence[str]) -> int:
     parser.add_argument("suite", nargs="?", help="list every task of this suite, one a line")
     given = parser.parse_args(arguments)
 
-    from dreamer.envs.registry import list_tasks, suites
+    from dreamer.envs.registry import list_suites, list_tasks
 
     if given.suite is not None:
-        if given.suite not in suites():
-            close = suggestion(given.suite, suites(), f"; known: {', '.join(suites())}")
+        if given.suite not in list_suites():
+            close = suggestion(given.suite, list_suites(), f"; known: {', '.join(list_suites())}")
             raise ConfigError(f"unknown suite {brief(given.suite)}{close}")
         print(*list_tasks()[given.suite], sep="\n")
         return 0
-    for name, suite in suites().items():
+    for name, suite in list_suites().items():
         tasks = list_tasks()[name]
         shown = ", ".join(tasks[:4]) + (f", ... ({len(tasks)} in all)" if len(tasks) > 4 else "")
         print(f"{name:10} {suite.description}", *([f"{'':10} {shown}"] if shown else []), sep="\n")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from dreamer.doctor.findings import Finding, Level, Request
 from dreamer.doctor.probe import ProbeError, ask, run_limited
-from dreamer.envs.registry import Suite, suites
+from dreamer.envs.registry import Suite, list_suites
 from dreamer.envs.suites.dmc import NO_RENDERER
 
 #: Seconds that a probe may take.
@@ -154,7 +154,7 @@ def environments(request: Request) -> list[Finding]:
     """Two steps in the first task of each suite that is installed."""
     tried: dict[str, Suite] = {}
     absent = []
-    for name, suite in suites().items():
+    for name, suite in list_suites().items():
         if suite.package is not None and importlib.util.find_spec(suite.package[0]) is None:
             absent.append(name)
         elif suite.tasks() and suite.make not in [other.make for other in tried.values()]:

@@ -7,9 +7,9 @@ from dreamer.envs.registry import (
     best_score,
     check_task,
     human_normalized,
+    list_suites,
     list_tasks,
     make_env,
-    suites,
     summary,
 )
 from dreamer.envs.vector import env_seed, make_vector_env
@@ -34,7 +34,7 @@ __all__ = [
     "list_tasks",
     "make_env",
     "make_vector_env",
-    "suites",
+    "list_suites",
     "summary",
     "transition",
 ]

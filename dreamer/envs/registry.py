@@ -139,7 +139,7 @@ SUITES: Mapping[str, Suite] = {
 }
 
 
-def suites() -> Mapping[str, Suite]:
+def list_suites() -> Mapping[str, Suite]:
     """The table, by suite name, and the suites that installed packages bring."""
     return {**{name: _plugin(name) for name in custom.plugins()}, **SUITES}
 
@@ -157,7 +157,7 @@ def _plugin(suite: str) -> Suite:
 def split_task(task: str) -> tuple[Suite, str]:
     """``atari_ms_pacman`` -> (the atari suite, ``ms_pacman``). TaskError for an unknown suite."""
     prefix, _, name = task.partition("_")
-    rows = SUITES if prefix in SUITES else suites()  # looking for plugins reads files
+    rows = SUITES if prefix in SUITES else list_suites()  # looking for plugins reads files
     if prefix not in rows:
         full = [f"{suite}_{name}" for suite, row in rows.items() for name in row.tasks()]
         raise TaskError(
@@ -199,7 +199,7 @@ def _import_theirs(task: str, check: Callable[[str], object], name: str) -> None
 
 def list_tasks() -> dict[str, list[str]]:
     """Full task names by suite."""
-    return {name: [f"{name}_{task}" for task in suite.tasks()] for name, suite in suites().items()}
+    return {name: [f"{name}_{task}" for task in suite.tasks()] for name, suite in list_suites().items()}
 
 
 def make_env(task: str, config: EnvConfig, seed: int) -> Env:

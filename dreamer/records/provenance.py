@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
 import os
 import platform
-from collections.abc import Mapping
-from typing import Any
 
 
 def versions() -> dict[str, str]:
@@ -26,8 +22,3 @@ def versions() -> dict[str, str]:
 def _cores() -> int:
     """Cores this process may use; the number of threads decides the order of some sums."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def config_hash(config: Mapping[str, Any]) -> str:
-    """Fingerprint of a configuration given as nested dicts of JSON values."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:16]

@@ -43,7 +43,6 @@ class Replay:
     selection     The mixture that is drawn from behind the online queue; None: uniform.
     storage       Where the steps lie.
     folder        Disk storage: where its files are, and where alone it can be saved.
-    sharding      Device storage: how its arrays are laid out; None: on the default device.
     device_bytes  Device storage: free memory of it; None: it has none of its own.
 
     `budget` says what the storage needs in memory, on disk and on the device, and what there is.
@@ -64,7 +63,6 @@ class Replay:
         selection: SelectionConfig | None = None,
         storage: Kind = "host",
         folder: Path | None = None,
-        sharding: Any = None,
         device_bytes: int | None = None,
     ):
         rows = capacity // num_envs
@@ -85,7 +83,7 @@ class Replay:
         self._ring = Ring(num_envs, rows)
         self.budget = budget(storage, self.fields, self.latent_keys, folder, device_bytes)
         self.budget.check(num_envs * rows)
-        self.storage = make_storage(storage, self.fields, self.latent_keys, self._ring, folder, sharding)
+        self.storage = make_storage(storage, self.fields, self.latent_keys, self._ring, folder)
         limit = max(256, 4 * num_envs) if online_limit is None else online_limit
         self._selector = Selector(self._ring, length, seed, limit if online else None, selection or SelectionConfig())
         self._marks: set[tuple[int, int]] = set()  # (env, row) of stored steps that were made last ones

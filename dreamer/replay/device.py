@@ -39,14 +39,14 @@ def write(arrays: Arrays, slots: jax.Array, values: Mapping[str, Any]) -> Arrays
 
 
 class DeviceStorage(SlotStorage):
-    """Fields as arrays of jax (N * rows, ...) on the default device, or laid out by `sharding`.
+    """Fields as arrays of jax (N * rows, ...) on the default device.
 
     ReplayError if a field has a dtype that jax would narrow.
     """
 
     arrays: Arrays
 
-    def __init__(self, fields: Fields, mutable: Sequence[str], ring: Ring, sharding: Any = None):
+    def __init__(self, fields: Fields, mutable: Sequence[str], ring: Ring):
         import jax
         import jax.numpy as jnp
 
@@ -55,9 +55,8 @@ class DeviceStorage(SlotStorage):
             raise ReplayError(f"expected fields of at most 32 bits on the device, got wider ones in {wide}")
         count = ring.num_envs * ring.rows
         zeros = lambda: {name: jnp.zeros((count, *f.shape), f.dtype) for name, f in fields.items()}  # noqa: E731
-        self.arrays = jax.jit(zeros, out_shardings=sharding)()
+        self.arrays = jax.jit(zeros)()
         self._end = count
-        self._write = _compiled_write(sharding)
 
     def write_slots(self, slots: np.ndarray, values: Values) -> None:
         index = self._padded(slots)
@@ -66,7 +65,7 @@ class DeviceStorage(SlotStorage):
             # A copy: jax may go on reading an array it was given, and the caller may go on writing it.
             padded[name] = np.zeros((len(index), *self.fields[name].shape), self.fields[name].dtype)
             padded[name][: len(slots)] = value
-        self.arrays = self._write(self.arrays, index, padded)
+        self.arrays = _compiled_write()(self.arrays, index, padded)
 
     def read_slots(self, name: str, slots: np.ndarray) -> np.ndarray:
         index = self._padded(slots.reshape(-1))
@@ -81,10 +80,10 @@ class DeviceStorage(SlotStorage):
 
 
 @functools.cache
-def _compiled_write(sharding: Any) -> Callable[..., Arrays]:
+def _compiled_write() -> Callable[..., Arrays]:
     import jax
 
-    return jax.jit(write, donate_argnums=0, out_shardings=sharding)
+    return jax.jit(write, donate_argnums=0)
 
 
 @functools.cache

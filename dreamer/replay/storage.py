@@ -128,10 +128,8 @@ class HostStorage(SlotStorage):
         return self._arrays[name].take(slots, axis=0)
 
 
-def make_storage(
-    kind: Kind, fields: Fields, mutable: Sequence[str], ring: Ring, folder: Path | None, sharding: Any
-) -> Storage:
-    """Empty storage. `folder`: of disk storage; `sharding`: of device storage, None for the default device."""
+def make_storage(kind: Kind, fields: Fields, mutable: Sequence[str], ring: Ring, folder: Path | None) -> Storage:
+    """Empty storage. folder: of disk storage."""
     if kind == "host":
         return HostStorage(fields, mutable, ring)
     if kind == "disk":
@@ -140,4 +138,4 @@ def make_storage(
         return DiskStorage(fields, mutable, ring, folder)
     from dreamer.replay.device import DeviceStorage
 
-    return DeviceStorage(fields, mutable, ring, sharding)
+    return DeviceStorage(fields, mutable, ring)

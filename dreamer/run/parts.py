@@ -1,6 +1,6 @@
 """The parts of a run: how they are built, saved, and put back, and what becomes of environments that fail.
 
-`train.py` has the loop.
+`loop.py` has the loop.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import jax
 from dreamer.agent import Agent, TrainState
 from dreamer.config import Config
 from dreamer.contradictions import check_gigabytes, unmet
-from dreamer.envs import TaskError, VectorEnv, make_vector_env, suites
+from dreamer.envs import TaskError, VectorEnv, list_suites, make_vector_env
 from dreamer.envs.vector import MakeEnv
 from dreamer.paths import PathError, absolute, make_folder
 from dreamer.presets import CONFIG_FILE, ConfigError
@@ -68,7 +68,7 @@ OWN_TASK = "make_env"
 
 def is_listed(task: str) -> bool:
     """Whether the task's name is one of a suite of ours."""
-    return task.partition("_")[0] in suites()
+    return task.partition("_")[0] in list_suites()
 
 
 def name_own_task(config: Config) -> Config:
@@ -121,7 +121,7 @@ def check_networks_fit(config: Config, agent: Agent) -> None:
     if weights * _WEIGHT_BYTES > room:
         raise ConfigError(
             f"expected networks that memory has room for, got {format_count(weights)} parameters, "
-            f"{format_bytes(weights * _WEIGHT_BYTES)} with their optimizer state, where {format_bytes(room)} are there; "
+            f"{format_bytes(weights * _WEIGHT_BYTES)} with their optimizer state, of {format_bytes(room)}; "
             "take a smaller size (--configs size12m), or lower model.deter, model.hidden or model.units"
         )
 
