@@ -87,14 +87,14 @@ class RunConfig:
     )
     checkpoint_keep: int = option(2, "Newest checkpoints kept", resume=True, ge=1, le=1_000_000)
     checkpoint_milestones: int | None = option(
-        None, "Keep one checkpoint for ever each so many", "agent steps", resume=True, **STEPS
+        None, "Interval between checkpoints that are kept for good; null: none", "agent steps", resume=True, **STEPS
     )
     platform: Literal["auto", "cpu", "gpu", "tpu"] = option(
         "auto", "Device kind; auto: the fastest present", resume=True
     )
     mesh_data: int | None = option(
         None,
-        "A batch is divided over so many devices, times run.mesh_model; null: over as many as there are and divide it",
+        "Devices that share a batch, times run.mesh_model; null: as many as there are and divide it",
         "devices",
         resume=True,
         ge=1,
@@ -279,7 +279,7 @@ class EnvConfig:
         1, "Times each action is taken; not beside a suite's own repeat above 1", "steps per agent step", **REPEAT
     )
     time_limit: int | None = option(
-        None, "Cut episodes after so many; null: the environment's own limit", "agent steps", **STEPS
+        None, "Longest episode, cut off there; null: the environment's own limit", "agent steps", **STEPS
     )
     resize: Size | None = option(
         None, "Resize images to height and width, after the suite's own size; null: as they come", "pixels"
@@ -303,6 +303,8 @@ class EnvConfig:
 
     def suite_repeat(self, suite: str) -> int:
         """Action repeat by the suite's own option, 1 if it has none. Unknown names: a user's Gymnasium environment."""
+        if suite == "bsuite":  # without options of its own
+            return 1
         section = {"atari100k": "atari"}.get(suite, suite)
         return getattr(getattr(self, section, self.gym), "repeat", 1)
 
@@ -404,7 +406,7 @@ class ActorCriticConfig:
 
     horizon: int = option(15, "Imagined steps (H)", "agent steps", ge=1, le=10_000)
     imagine_last: int | None = option(
-        None, "Imagine from the last so many steps of a sequence; null: from all", "steps", ge=2, le=65_536
+        None, "Imagine from this many steps at the end of each sequence; null: from all", "steps", ge=2, le=65_536
     )
     imagine_mask: Literal["predict", "ignore"] = option(
         "predict", "Where actions are masked, imagine with the masks that the decoder predicts, or with every action"

@@ -110,7 +110,7 @@ def concat(parts: Sequence[jax.Array]) -> jax.Array:
 
 
 def split(x: jax.Array, parts: int | Sequence[int] | np.ndarray) -> list[jax.Array]:
-    """Features in so many equal parts, or cut before these."""
+    """Features in this many equal parts, or cut before these."""
     return jnp.split(x, parts, axis())
 
 

@@ -33,7 +33,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r"", P()),  # biases, norms, counters
 )
 
-#: From so many parameters on, they are divided over the devices of a process unless the options say otherwise.
+#: Models of at least this many parameters are divided over the devices of a process unless the options say otherwise.
 LARGE = 100_000_000
 
 #: What an argument or a result of a program is: the training state or the parameters in it, a batch (B, ...), batches

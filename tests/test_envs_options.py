@@ -105,6 +105,7 @@ def test_frames_are_counted_with_the_one_repeat_there_is() -> None:
     assert Config(task="dmc_walker_walk", env={"dmc": {"repeat": 2}}).repeat == 2
     assert Config(task="my_task", env={"gym": {"repeat": 5}}).repeat == 5
     assert Config(task="my_task", env={"repeat": 5}).repeat == 5
+    assert Config(task="bsuite_catch/0", env={"gym": {"repeat": 4}}).repeat == 1
 
 
 def test_repeats_never_multiply() -> None:

@@ -95,7 +95,7 @@ def measure(
 ) -> Health:
     """views: `Agent.report` of a batch as trained on; batch: its reward and flags, (B, T+1) as from replay.
 
-    newest: the same two of the newest sequences, which the policy of now has collected; None if there are none. From
+    newest: the same two of the newest sequences, which the current policy has collected; None if there are none. From
     them come the calibration of the value and the returns, which belong to a policy. discount: gamma.
     """
     reward, first, last, terminal = flags(batch)

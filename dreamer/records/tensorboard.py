@@ -17,7 +17,7 @@ from tensorboardX.record_writer import masked_crc32c
 from dreamer.records.pictures import Pace, Picture
 from dreamer.records.sink import Appender, Steps
 
-#: Events are written at a flush, and when so many bytes have come together.
+#: Events are written at a flush, and whenever this many bytes are waiting.
 _FLUSHED_BYTES = 1 << 20
 
 #: How names become tags: what the first pattern finds at the beginning of a name is replaced by a group. The viewer

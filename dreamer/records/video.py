@@ -96,8 +96,8 @@ def dream_grid(
 
     true, predicted  (B, T, H, W, C) with C 1 or 3, uint8 or floats in [0, 1].
     context          Leading steps whose images the model saw; after them it imagines from actions alone.
-    tile             Images are enlarged by a whole factor to at least so many pixels.
-    sequences        The first so many of the batch are shown.
+    tile             Images are enlarged by a whole factor to at least this many pixels.
+    sequences        How many of the batch are shown, from the first on.
 
     The border of each image has CONTEXT_COLOR, then IMAGINED_COLOR. Error is grey where the prediction is
     right, brighter or darker where it is too bright or too dark.

@@ -19,7 +19,7 @@ from dreamer.replay.files import SUFFIX
 
 OPEN = ".open"
 
-#: Arrays begin at multiples of so many bytes.
+#: Arrays begin at multiples of this many bytes.
 _ALIGNMENT = 64
 
 Layout = Mapping[str, tuple[tuple[int, ...], np.dtype]]

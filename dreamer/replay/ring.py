@@ -1,6 +1,6 @@
 """Positions in the buffer: one ring per environment, addressed by rows that are never reused.
 
-A *row* counts the steps of one environment from 0 upwards for ever; its *slot* is where it lies in memory.
+A *row* counts the steps of one environment from 0 upwards without end; its *slot* is where it lies in memory.
 Because rows are never reused, "was this overwritten meanwhile?" is a comparison with the oldest row::
 
     row    0  1  2  3  4  5  6          rows = 4, head = 7

@@ -34,7 +34,7 @@ class Report(NamedTuple):
 def make_report(
     agent: Agent, state: TrainState, batch: Arrays, newest: Arrays | None, metrics: Mapping[str, Any]
 ) -> Report:
-    """batch, newest: (B, T+1, ...) as trained on, the latter what the policy of now collected, None if there is none.
+    """batch, newest: (B, T+1, ...) as trained on, the latter collected by the current policy, None if there is none.
     metrics: of the newest update.
     """
     key = stream_key(state["key"], "report", state["updates"])

@@ -81,7 +81,7 @@ class Every:
 
 
 class SaveTimer:
-    """When to save: each so many agent steps, each so many minutes, and a minute after an attempt that failed."""
+    """When to save: every N agent steps, every M minutes, and a minute after a failed attempt."""
 
     RETRY_SECONDS = 60.0
 

@@ -69,7 +69,8 @@ class Checkpointer:
     def __init__(
         self, logdir: Path | str, keep: int = 2, milestone_every: int | None = None, read_only: bool = False
     ) -> None:
-        """keep: newest checkpoints kept. milestone_every: agent steps; the first checkpoint of each stays for ever."""
+        """keep: newest checkpoints kept. milestone_every: agent steps; the first checkpoint in each is never
+        removed."""
         if keep < 1:
             raise ValueError(f"expected to keep at least one checkpoint, got keep={keep}")
         self.logdir = absolute(logdir)

@@ -25,7 +25,7 @@ def in_use(folder: Path) -> bool:
 
 
 class AdoptedJob:
-    """A run of nobody: watched by its lock, asked to stop by the process number in it, on this machine."""
+    """A run whose sweep command is gone: watched by its lock, stopped by the process number in it."""
 
     where = "already running"
 

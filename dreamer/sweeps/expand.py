@@ -118,6 +118,6 @@ def expand(sweep: Sweep, folder: Path) -> list[Planned]:
 
 
 def check_tasks(runs: list[Planned]) -> None:
-    """TaskError for a task that there is not."""
+    """TaskError if a run names a task that does not exist."""
     for task in dict.fromkeys(run.config.task for run in runs):
         check_task(task)

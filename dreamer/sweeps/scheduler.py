@@ -58,7 +58,7 @@ class Entry:
         return self.state.status in (FINISHED, FAILED, HOPELESS)
 
     def seconds(self, now: float) -> float:
-        """That it has run in all."""
+        """How many seconds it has run, over all its starts."""
         return self.state.seconds + (now - self.began if self.job is not None else 0.0)
 
     def left(self) -> float | None:

@@ -24,7 +24,7 @@ class RunState:
     steps     Agent steps at its last end, whatever ended it; a finished run goes on if it is to be longer.
     starts    How often it was started.
     failures  In a row, without getting further; cleared by the next sweep command.
-    seconds   That it has run in all.
+    seconds   How long it has run, over all its starts.
     reason    Of the last failure or early stop.
     """
 

@@ -85,7 +85,7 @@ class NativeAtariVectorEnv:
             raise EnvError("expected step_wait after step_async, got another step_async; call them in turn")
         check_actions(actions, self.action_spaces, self.num_envs)
         choice, count = np.asarray(actions["action"], np.int32), self._count
-        if ((choice < 0) | (choice >= count)).any():  # ale-py would wait for ever
+        if ((choice < 0) | (choice >= count)).any():  # ale-py would never return
             raise EnvError(f"expected actions from 0 to {count - 1}, got {choice.tolist()}; one index per environment")
         self._open().send(choice)
         self._waiting = True
