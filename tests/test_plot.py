@@ -20,8 +20,8 @@ from dreamer.plot.figure import short
 from dreamer.plot.lines import nice
 from dreamer.plot.published import published
 from dreamer.plot.request import Request, make_comparison
-from dreamer.plot.scales import scale_of
 from dreamer.plot.score_table import as_table, number
+from dreamer.plot.totals import scale_of
 from dreamer.presets import load_config, save_config
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -19,10 +19,9 @@ from dreamer.cli import main
 from dreamer.schema import ConfigError
 from dreamer.sweeps.launch import RUNS_FAILED, Request, sweep_command
 from dreamer.sweeps.local import found_devices, slots
-from dreamer.sweeps.progress import Progress
+from dreamer.sweeps.progress import Progress, hopeless, rung
 from dreamer.sweeps.spec import EarlyStop
 from dreamer.sweeps.state import load_state
-from dreamer.sweeps.stopping import hopeless, rung
 
 TRAINER = Path(__file__).parent / "fake_trainer.py"
 FAKE = [sys.executable, "-S", str(TRAINER)]

@@ -11,9 +11,8 @@ import numpy as np
 from dreamer.plot.curves import Run
 from dreamer.plot.lines import Panel, Seeds, binned, curve_of, published_curve, short, window_of
 from dreamer.plot.published import Published
-from dreamer.plot.scales import Scale, scale_of
 from dreamer.plot.statistics import band, mean
-from dreamer.plot.totals import Total, totals_of
+from dreamer.plot.totals import Scale, Total, scale_of, totals_of
 
 #: Below this many seeds a band deserves a warning.
 _ENOUGH_SEEDS = 5

@@ -1,17 +1,21 @@
-"""Runs as processes of this machine, on the devices there are."""
+"""Runs as processes of this machine, on the devices there are; and those that a killed sweep has left running."""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import re
 import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dreamer.paths import PROGRAM
 from dreamer.presets import save_config
+from dreamer.saves.lock import LogdirInUseError, LogdirLock
 from dreamer.schema import ConfigError
 from dreamer.sweeps.expand import Planned
 from dreamer.sweeps.state import CONFIG_FILE, LOG_FILE
@@ -112,3 +116,42 @@ class LocalBackend:
 
     def close(self) -> None:
         """Nothing is held between jobs."""
+
+
+# --- Runs that outlived the sweep that started them ----------------------------------------------
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a live run writes there."""
+    if not folder.is_dir():
+        return False
+    try:
+        with LogdirLock(folder):
+            pass
+    except LogdirInUseError:
+        return True
+    return False
+
+
+class AdoptedJob:
+    """A run whose sweep command is gone: watched by its lock, stopped by the process number in it."""
+
+    where = "already running"
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def poll(self) -> int | None:
+        return None if in_use(self._folder) else 0
+
+    def stop(self) -> None:
+        self._send(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self._send(signal.SIGKILL)
+
+    def _send(self, number: signal.Signals) -> None:
+        holder = re.match(r"pid (\d+) on (\S+)", (self._folder / ".lock").read_text())
+        if holder and holder[2] == socket.gethostname() and in_use(self._folder):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(holder[1]), number)

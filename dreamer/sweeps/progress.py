@@ -1,16 +1,17 @@
-"""How far a run is, from the lines it writes: only what is new is read. Lines that cannot be used are passed over here,
-and told by the report."""
+"""How far a run is, from the lines it writes, and whether it is hopeless beside others. Only what is new is read; lines
+that cannot be used are passed over here, and told by the report."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dreamer.records.json_lines import SCORE, UnreadableError, number, parse
+from dreamer.sweeps.spec import EarlyStop
 
 #: Episodes that the shown score is the mean of.
 RECENT = 20
@@ -118,3 +119,32 @@ class Progress:
             if count:
                 means.append(float(np.mean(part.scores[first:count])))
         return float(np.mean(means)) if means else None
+
+
+# --- Early stopping ------------------------------------------------------------------------------
+
+#: A run is looked at whenever it has done another such share of its length.
+RUNGS = 20
+
+
+def rung(done: float, rule: EarlyStop) -> int | None:
+    """Which look a run is at that has done this share of its length; None before the first."""
+    return int(done * RUNGS) if done >= rule.after and done > 0 else None
+
+
+def hopeless(rule: EarlyStop, run: Progress, others: Iterable[Progress], frames: int) -> str:
+    """Why a run should be stopped, empty if it should not.
+
+    frames: where runs are compared; others that are not there yet do not count. The median rule where rule.below is
+    0.5: stopped is what has a lower score than the median of the others had at this point.
+    """
+    score = run.score(frames)
+    beside = [found for other in others if other.env_frames >= frames and (found := other.score(frames)) is not None]
+    if score is None or len(beside) < rule.runs:
+        return ""
+    bound = float(np.quantile(beside, rule.below))
+    if score >= bound:
+        return ""
+    return (
+        f"score {score:.4g} at {frames:,} frames, below {bound:.4g}, the {rule.below:g} quantile of {len(beside)} runs"
+    )

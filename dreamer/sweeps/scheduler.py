@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from dreamer.run.signals import StopRequest
-from dreamer.sweeps.adopted import AdoptedJob, in_use
 from dreamer.sweeps.backend import Backend, Job
 from dreamer.sweeps.expand import Planned
-from dreamer.sweeps.progress import Progress
+from dreamer.sweeps.local import AdoptedJob, in_use
+from dreamer.sweeps.progress import Progress, hopeless, rung
 from dreamer.sweeps.spec import Sweep
 from dreamer.sweeps.state import (
     FAILED,
@@ -25,7 +25,6 @@ from dreamer.sweeps.state import (
     load_state,
     save_state,
 )
-from dreamer.sweeps.stopping import hopeless, rung
 
 #: Exit codes of `dreamer train` that another try cannot change: a mistake in what was asked, numbers not finite.
 FINAL_CODES = (2, 3)
