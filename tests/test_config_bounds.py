@@ -94,12 +94,13 @@ def test_numbers_of_other_commands_have_bounds_too(capsys, line):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_networks_that_memory_has_no_room_for_are_refused_before_they_are_made(tmp_path, capsys):
+def test_networks_that_memory_has_no_room_for_are_refused_before_they_are_made(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dreamer.run.setup.machine_memory", lambda: 200 * 10**9)  # whatever this machine has
     line = ["train", "--configs", "debug", "--model.deter", "131072", "--logdir", str(tmp_path / "large")]
     assert cli.main(line) == 2
     told = capsys.readouterr().err
     assert told.startswith("dreamer: error: expected networks that memory has room for, got 17.2B parameters, 206.")
-    assert told.count("\n") == 1 and "model.deter" in told
+    assert told.count("\n") == 1 and "of 200.0 GB" in told and "model.deter" in told
 
 
 # Seeds

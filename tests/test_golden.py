@@ -19,8 +19,6 @@ import dreamer
 from dreamer.cli import main
 
 ARCHIVE = Path(__file__).parent / "data" / "run_of_0.1.0.tar.xz"
-#: Options that may change when a run goes on, so that this takes little time.
-QUIET = ["--run.final_eval", "false", "--run.display", "false"]
 
 
 @pytest.fixture

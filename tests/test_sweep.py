@@ -78,7 +78,7 @@ class Place:
         """The sweep as a process of its own."""
         script = (
             "import sys; from pathlib import Path; from dreamer.sweeps.launch import Request, sweep_command\n"
-            "import dreamer.sweeps.summary as report; report.comparison = lambda folder, runs: ('', [], [])\n"
+            "from dreamer.sweeps import summary; summary.comparison = lambda folder, runs: ('', [], [])\n"
             "sys.exit(sweep_command(Request(sys.argv[1], Path(sys.argv[2]), 2), sys.argv[3:], 0.02))"
         )
         words = [sys.executable, "-c", script, str(self.file), str(self.folder), *FAKE]

@@ -61,7 +61,7 @@ def presets_left_out(configs: Sequence[str], config: Config, environment: bool =
             continue
         settings = settings_of([Setting(name, str(path))], path.parent)
         task = settings["task"].value
-        if task == config.task if name in ONE_TASK else task.partition("_")[0] == suite:
+        if task == config.task or name not in ONE_TASK and task.partition("_")[0] == suite:
             of_suite = [option for option in settings if option.startswith("env.") and option.count(".") > 1]
             other = [option for option in of_suite if value_of(config, option) != settings[option].value]
             found[name] = [f"{option} {show(settings[option].value)}" for option in other]

@@ -25,7 +25,20 @@ from dreamer.records.sink import Steps
 Options = Mapping[str, float | str]
 
 
-class WandbSink:
+class _Remote:
+    """What was sent stays, and nothing is held on this side."""
+
+    def offsets(self) -> dict[str, int]:
+        return {}
+
+    def truncate(self, offsets: Mapping[str, int], steps: Steps | None) -> None:
+        """It cannot forget."""
+
+    def flush(self) -> None:
+        """It sends by itself."""
+
+
+class WandbSink(_Remote):
     """A run of Weights & Biases. WANDB_MODE=offline keeps it in LOGDIR/wandb, for `wandb sync`."""
 
     def __init__(self, logdir: Path, project: str, options: Options) -> None:
@@ -59,15 +72,6 @@ class WandbSink:
             shown = self._wandb.Image(Image.open(data))
         self._log({"env_frames": steps.env_frames, name: shown})
 
-    def offsets(self) -> dict[str, int]:
-        return {}
-
-    def truncate(self, offsets: Mapping[str, int], steps: Steps | None) -> None:
-        """What was sent stays."""
-
-    def flush(self) -> None:
-        """It sends by itself."""
-
     def close(self) -> None:
         with _reported("Weights & Biases"):
             self._run.finish(quiet=True)
@@ -77,7 +81,7 @@ class WandbSink:
             self._run.log(dict(values))
 
 
-class MlflowSink:
+class MlflowSink(_Remote):
     """A run of an MLflow experiment, where MLFLOW_TRACKING_URI says; without it, in LOGDIR/mlflow."""
 
     def __init__(self, logdir: Path, experiment: str, options: Options) -> None:
@@ -117,15 +121,6 @@ class MlflowSink:
         folder, _, file = file.rpartition("/")
         with _reported("MLflow"), _file(file, picture.data) as path:
             self._client.log_artifact(self._run, str(path), folder or None)
-
-    def offsets(self) -> dict[str, int]:
-        return {}
-
-    def truncate(self, offsets: Mapping[str, int], steps: Steps | None) -> None:
-        """What was sent stays."""
-
-    def flush(self) -> None:
-        """Nothing is held."""
 
     def close(self) -> None:
         with _reported("MLflow"):

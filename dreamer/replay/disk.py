@@ -21,7 +21,7 @@ import numpy as np
 
 from dreamer.replay.blocks import OPEN, Block, Layout, remove_open
 from dreamer.replay.errors import ReplayError
-from dreamer.replay.files import SUFFIX, StoredFile, sync_folder, write_file
+from dreamer.replay.files import SUFFIX, StoredFile, make_durable, write_file
 from dreamer.replay.memory import Fields, bytes_per_step
 from dreamer.replay.persistence import Place, read_chunks
 from dreamer.replay.ring import Ring
@@ -107,8 +107,8 @@ class DiskStorage:
         self._drop_dead()
         entries = [self._save_segment(index) for index in sorted(self._segments)]
         latents = self._versions.save()
-        sync_folder(self._folder)
-        sync_folder(self._folder.parent)
+        make_durable(self._folder)
+        make_durable(self._folder.parent)
         files = {"segments": entries, "latents": latents}
         return {"format": "blocks", "rows": self._rows, "mutable": list(self._mutable), **files}
 

@@ -42,7 +42,7 @@ def write_file(
 ) -> StoredFile:
     """Write the bytes of `pieces` one after the other; the checksum becomes part of the name.
 
-    OSError (disk full, say) leaves no trace. `sync_folder` makes the name durable; without `sync` the content is not.
+    OSError (disk full, say) leaves no trace. `make_durable` makes the name durable; without `sync` the content is not.
     """
     crc, size = 0, 0
     partial = folder / f"{stem}{PARTIAL}"
@@ -97,9 +97,9 @@ def prune(folder: Path, manifests: Iterable[Mapping[str, Any]]) -> list[str]:
     return gone
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def make_durable(path: Path) -> None:
+    """Force the content of a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

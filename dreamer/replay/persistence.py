@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from dreamer.replay.errors import ReplayError
-from dreamer.replay.files import StoredFile, read_file, sync_folder, write_file
+from dreamer.replay.files import StoredFile, make_durable, read_file, write_file
 from dreamer.replay.memory import Fields, bytes_per_step
 from dreamer.replay.ring import Ring
 
@@ -117,8 +117,8 @@ class ChunkLog:
             stop = np.minimum(start + rows, self._ring.head)
             self._chunks.append(self._write(folder, take, start, stop))
             self._saved = start = stop
-        sync_folder(folder)
-        sync_folder(folder.parent)
+        make_durable(folder)
+        make_durable(folder.parent)
         return {"chunks": [c.entry() for c in self._chunks], "patches": [p.entry() for p in self._patches]}
 
     def load(self, folder: Path, entries: Mapping[str, Any], head: np.ndarray, tail: np.ndarray, place: Place) -> None:

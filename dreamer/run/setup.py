@@ -113,10 +113,9 @@ _WEIGHT_BYTES = 12
 
 
 def check_networks_fit(config: Config, agent: Agent) -> None:
-    """ConfigError if the training state alone is more than all memory of the devices that hold it."""
-    weights = sum(leaf.size for leaf in jax.tree.leaves(agent.numbered)) * (config.run.seeds or 1)
-    device = choose_device(config.run.platform)
-    stats = device.memory_stats() if device.platform != "cpu" else None
+    """ConfigError if the training state of one agent is more than all memory of the devices that hold it."""
+    weights = sum(leaf.size for leaf in jax.tree.leaves(agent.numbered))
+    stats = _memory_stats(choose_device(config.run.platform))
     room = machine_memory() if stats is None else stats["bytes_limit"] * agent.devices.shape[1]
     if weights * _WEIGHT_BYTES > room:
         raise ConfigError(
@@ -178,9 +177,14 @@ def make_replay(config: Config, agent: Agent, preloaded: int = 0) -> Replay:
         raise ConfigError(str(error)) from error
 
 
+def _memory_stats(device: jax.Device) -> dict[str, int] | None:
+    """What an accelerator tells of its memory; None: it has none of its own, or does not tell."""
+    return device.memory_stats() if device.platform != "cpu" else None
+
+
 def free_device_bytes(device: jax.Device) -> int | None:
-    """Free memory of an accelerator; None: it has none of its own, or does not tell."""
-    stats = device.memory_stats() if device.platform != "cpu" else None
+    """Free memory of an accelerator; None as in `_memory_stats`."""
+    stats = _memory_stats(device)
     return stats["bytes_limit"] - stats["bytes_in_use"] if stats else None
 
 

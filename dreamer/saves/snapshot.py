@@ -29,6 +29,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from dreamer.replay.files import make_durable
+
 FORMAT = 3
 #: Prefix of folders that are being written; one that is left over was interrupted.
 PARTIAL = ".partial-"
@@ -115,9 +117,9 @@ def write(folder: Path, leaves: Leaves, meta: Mapping[str, Any], files: Mapping[
         (partial / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
         _seal(partial / "manifest.json")
         for directory in [partial, *(d for d in partial.rglob("*") if d.is_dir())]:
-            _sync(directory)
+            make_durable(directory)
         os.rename(partial, folder)
-        _sync(folder.parent)
+        make_durable(folder.parent)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -292,7 +294,7 @@ def _files(folder: Path) -> list[Path]:
 
 def _seal(path: Path) -> tuple[int, int]:
     """Forces a file to the disk and returns its size and checksum."""
-    _sync(path)
+    make_durable(path)
     return path.stat().st_size, _checksum(path)
 
 
@@ -302,14 +304,6 @@ def _checksum(path: Path) -> int:
         while block := file.read(1 << 22):
             value = zlib.crc32(block, value)
     return value
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _encode(value: Any) -> Any:

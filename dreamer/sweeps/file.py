@@ -53,10 +53,8 @@ def load_sweep(path: Path) -> Sweep:
         raise ConfigError(f"{path}: expected a sweep, found an empty file; known keys: {', '.join(_KEYS)}")
     found: dict[str, Any] = {}
     for key, where, node in _pairs(root, path, "a sweep"):
-        if key not in _KEYS:
-            more = "; options of all runs go under `options:`" if key.split(".")[0] in _roots() else ""
-            close = suggestion(key, _KEYS, f"; known: {', '.join(_KEYS)}")
-            raise ConfigError(f"{where}: unknown key {key!r} of a sweep{more or close}")
+        more = "; options of all runs go under `options:`" if key.split(".")[0] in _roots() else ""
+        _check_key(key, _KEYS, where, " of a sweep", more)
         field, read = _KEYS[key]
         found[field] = read(node, path, where)
     sweep = Sweep(**{"path": path, "name": path.stem, **found})
@@ -84,6 +82,14 @@ def _pairs(node: Node, path: Path, what: str) -> list[tuple[str, str, Node]]:
             raise ConfigError(f"{where}: {name} stands here twice; keep one")
         found[name] = (name, where, value)
     return list(found.values())
+
+
+def _check_key(key: str, known: Iterable[str], where: str, of: str = "", remedy: str = "") -> None:
+    """ConfigError for a key that is none of those known. of: what it would be a key of; remedy: other than the nearest
+    of them."""
+    if key not in (known := tuple(known)):
+        close = remedy or suggestion(key, known, f"; known: {', '.join(known)}")
+        raise ConfigError(f"{where}: unknown key {key!r}{of}{close}")
 
 
 def _line(node: Node, path: Path) -> str:
@@ -186,9 +192,7 @@ def _drawn(count_key: str) -> Callable[[Node, Path, str], Drawn]:
         parts = {key: (line, inner) for key, line, inner in _pairs(node, path, "this")}
         known = (count_key, "seed", "options")
         for key, (line, _) in parts.items():
-            if key not in known:
-                close = suggestion(key, known, f"; known: {', '.join(known)}")
-                raise ConfigError(f"{line}: unknown key {key!r}{close}")
+            _check_key(key, known, line)
         for key in (count_key, "options"):
             if key not in parts:
                 raise ConfigError(f"{where}: expected the key {key}; known: {', '.join(known)}")
@@ -247,9 +251,7 @@ def _early_stop(node: Node, path: Path, where: str) -> EarlyStop | None:
     readers = {"after": _number(float, 0, 1), "below": _number(float, 0, 1), "runs": _COUNT}
     found = {}
     for key, line, inner in _pairs(node, path, "early_stop"):
-        if key not in readers:
-            close = suggestion(key, readers, f"; known: {', '.join(readers)}")
-            raise ConfigError(f"{line}: unknown key {key!r} of early_stop{close}")
+        _check_key(key, readers, line, " of early_stop")
         found[key] = readers[key](inner, path, line)
     return EarlyStop(**found)
 
@@ -274,11 +276,8 @@ def _mapping(node: Node, path: Path, where: str) -> dict[str, Any]:
 
 
 def _ray(node: Node, path: Path, where: str) -> RayTask:
-    known = [field.name for field in dataclasses.fields(RayTask)]
     for key, line, _ in _pairs(node, path, "ray"):
-        if key not in known:
-            close = suggestion(key, known, f"; known: {', '.join(known)}")
-            raise ConfigError(f"{line}: unknown key {key!r} of ray{close}")
+        _check_key(key, [field.name for field in dataclasses.fields(RayTask)], line, " of ray")
     try:
         return RayTask(**_mapping(node, path, where))
     except ConfigError as error:
