@@ -1,4 +1,4 @@
-"""Paths as people give them: `~` expanded and made absolute in one place, and tried before anything slow begins.
+"""Paths as people give them, made absolute and tried before anything slow begins; files written whole or not at all.
 
 Whatever comes from a command line, a YAML file or another program goes through `absolute` where it first arrives. What
 happens to the working folder afterwards (an environment that changes it, say) then moves no file of ours.
@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 #: Starts this very program in a process of its own, whatever modules lie in the working folder.
 PROGRAM = (sys.executable, "-P", str(Path(__file__).resolve().with_name("__main__.py")))
@@ -102,13 +103,48 @@ def check_file(path: Path) -> None:
     """For a file that is to be written later: makes its folder, and tries its name. PathError if that fails."""
     make_folder(path.parent)
     try:
-        os.lstat(path.with_name(f".{path.name}.partial"))  # the longest name it has while it is written
+        os.lstat(_partial(path))  # the longest name it has while it is written
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
         raise PathError(f"expected the name of a file to write, got {str(path)!r}: {error}; name another") from None
     if os.path.isdir(path):
         raise PathError(f"expected the name of a file to write, got the folder {str(path)!r}; add a name")
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the place of `path` at the end of the block; its folder is made.
+
+    Readers see the former contents or all of the new. What the block raises, and OSError, leave no trace. Without
+    `sync` the contents may be lost if the machine stops; so may the name, until `make_durable` of its folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(path)
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def make_durable(path: Path) -> None:
+    """Force the content of a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _partial(path: Path) -> Path:
+    """The name of a file while it is written: hidden, and of this process alone."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 def _undecodable(text: str) -> bool:

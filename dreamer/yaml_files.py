@@ -16,7 +16,7 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import Node, ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 
-from dreamer.paths import PathError, absolute
+from dreamer.paths import PathError, absolute, whole_file
 from dreamer.values import ConfigError
 
 #: Most bytes of a file. A configuration has a few thousand; the parser reads about 100,000 a second.
@@ -120,17 +120,15 @@ def _listed(value: Any) -> Any:
 
 
 def write_file(path: Path, content: Mapping[str, Any], head: str) -> None:
-    """Writes plain values, tuples as lists, under a comment of one line. Atomic."""
+    """Writes plain values, tuples as lists, under a comment of one line; whole or not at all."""
     yaml = _parser()
     yaml.Representer = _Representer
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     yaml.width = 1_000_000
     yaml.allow_unicode = False  # as escapes: the emitter confuses some line separators
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(f"# {head}\n")
-        yaml.dump(_listed(content), file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    text = io.StringIO(f"# {head}\n")
+    text.seek(0, io.SEEK_END)
+    yaml.dump(_listed(content), text)
+    with whole_file(path) as file:
+        file.write(text.getvalue().encode())

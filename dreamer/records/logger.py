@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from dreamer.paths import whole_file
 from dreamer.records import video
 from dreamer.records.pictures import Encoder, Pace, Picture, encode_png
 from dreamer.records.sink import Appender, Sink, Steps
@@ -94,7 +95,12 @@ class Logger:
 
     def _deliver(self, label: tuple[Steps, str, Path], picture: Picture) -> None:
         steps, name, path = label
-        self._try(id(self), lambda: video.write_atomically(path, picture.data), recovers=True)
+
+        def write() -> None:
+            with whole_file(path, sync=False) as file:
+                file.write(picture.data)
+
+        self._try(id(self), write, recovers=True)
         if self._pictures.takes(len(picture.data), steps.agent_steps):
             self._each(lambda sink: sink.picture(steps, name, picture))
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from dreamer.paths import whole_file
 
 #: Border of the steps the model has seen, and of those it imagines; told apart also by the colour-blind.
 CONTEXT_COLOR = (40, 130, 220)
@@ -47,7 +48,8 @@ def encode_gif(frames: np.ndarray, fps: float = 15, min_side: int = 128) -> byte
 
 def save_gif(path: Path | str, frames: np.ndarray, fps: float = 15, min_side: int = 128) -> Path:
     """Encodes frames, see `encode_gif`, and writes the file."""
-    write_atomically(Path(path), encode_gif(frames, fps, min_side))
+    with whole_file(Path(path), sync=False) as file:
+        file.write(encode_gif(frames, fps, min_side))
     return Path(path)
 
 
@@ -70,18 +72,6 @@ def gif_size(gif: bytes) -> tuple[int, int]:
     """Height and width of an encoded GIF, pixels."""
     width, height = np.frombuffer(gif, "<u2", count=2, offset=6)
     return int(height), int(width)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Whoever looks at the file while it is written sees the former contents."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def enlargement(side: int, wanted: int) -> int:

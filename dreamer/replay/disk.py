@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from dreamer.paths import make_durable
 from dreamer.replay.blocks import OPEN, Block, Layout, remove_open
 from dreamer.replay.errors import ReplayError
-from dreamer.replay.files import SUFFIX, StoredFile, make_durable, write_file
+from dreamer.replay.files import SUFFIX, StoredFile, write_file
 from dreamer.replay.memory import Fields, bytes_per_step
 from dreamer.replay.persistence import Place, read_chunks
 from dreamer.replay.ring import Ring

@@ -16,15 +16,15 @@ Files are named `number_actions_score.npz`, so they sort in the order in which t
 from __future__ import annotations
 
 import itertools
-import os
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
+from dreamer.paths import whole_file
 from dreamer.replay.buffer import Replay
 from dreamer.replay.errors import ReplayError
 from dreamer.types import LOG_PREFIX, TRANSITION_FIELDS, Space, Spaces, replay_fields
@@ -78,13 +78,8 @@ class EpisodeWriter:
         """Write one episode; OSError if the disk refuses, nothing is left of the file then."""
         length, score = len(episode["reward"]), float(episode["reward"].sum(dtype=np.float64))
         path = self.folder / f"{len(self.scores):09d}_{length - 1}_{score:g}{SUFFIX}"
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            write_arrays(partial, episode)
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        with whole_file(path, sync=False) as file:
+            write_arrays(file, episode)
         self.steps += length
         self.scores.append(score)
         return path
@@ -128,9 +123,9 @@ class EpisodeCutter:
         return [episode]
 
 
-def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def write_arrays(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
     """A compressed .npz file of arrays by name, which may be any: `numpy.savez` has some of its own."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=_COMPRESSION) as archive:
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=_COMPRESSION) as archive:
         for key, value in arrays.items():
             with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
                 np.lib.format.write_array(member, np.asanyarray(value), allow_pickle=False)

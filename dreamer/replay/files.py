@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dreamer.paths import whole_file
 from dreamer.replay.errors import ReplayError
 
 SUFFIX = ".chunk"
@@ -45,21 +45,13 @@ def write_file(
     OSError (disk full, say) leaves no trace. `make_durable` makes the name durable; without `sync` the content is not.
     """
     crc, size = 0, 0
-    partial = folder / f"{stem}{PARTIAL}"
-    try:
-        with partial.open("wb") as file:
-            for piece in pieces:
-                raw = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
-                crc, size = zlib.crc32(raw, crc), size + len(raw)
-                file.write(raw)
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-        final = partial.with_name(f"{stem}-{crc:08x}{suffix}")
-        os.replace(partial, final)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    nameless = folder / f"{stem}{PARTIAL}"
+    with whole_file(nameless, sync) as file:
+        for piece in pieces:
+            raw = np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data
+            crc, size = zlib.crc32(raw, crc), size + len(raw)
+            file.write(raw)
+    final = nameless.replace(folder / f"{stem}-{crc:08x}{suffix}")
     return StoredFile(final.name, size, crc)
 
 
@@ -95,15 +87,6 @@ def prune(folder: Path, manifests: Iterable[Mapping[str, Any]]) -> list[str]:
     for name in gone:
         (folder / name).unlink()
     return gone
-
-
-def make_durable(path: Path) -> None:
-    """Force the content of a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _names(manifest: Any) -> Iterator[str]:

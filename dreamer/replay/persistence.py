@@ -22,8 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from dreamer.paths import make_durable
 from dreamer.replay.errors import ReplayError
-from dreamer.replay.files import StoredFile, make_durable, read_file, write_file
+from dreamer.replay.files import StoredFile, read_file, write_file
 from dreamer.replay.memory import Fields, bytes_per_step
 from dreamer.replay.ring import Ring
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from dreamer.paths import whole_file
 from dreamer.replay.episodes import write_arrays
 
 
@@ -24,7 +25,8 @@ class NonFiniteError(RuntimeError):
             k: v.astype(np.float32) if v.dtype.name == "bfloat16" else v for k, v in self.arrays.items()
         }
         path = folder / f"nonfinite-{self._name}.npz"
-        write_arrays(path, plain)
+        with whole_file(path) as file:
+            write_arrays(file, plain)
         return path
 
 

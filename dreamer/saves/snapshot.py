@@ -29,7 +29,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from dreamer.replay.files import make_durable
+from dreamer.paths import make_durable
 
 FORMAT = 3
 #: Prefix of folders that are being written; one that is left over was interrupted.

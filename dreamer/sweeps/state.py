@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
+from dreamer.paths import whole_file
 from dreamer.records.json_lines import UnreadableError, number, parse
 
 #: In a run's folder.
@@ -51,11 +51,6 @@ def load_state(folder: Path) -> RunState:
 
 
 def save_state(folder: Path, state: RunState) -> None:
-    """Atomic: a reader, or a crash, sees the old or the new one."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{STATE_FILE}.{os.getpid()}.partial"
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(dataclasses.asdict(state), file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(folder / STATE_FILE)
+    """A reader, or a crash, sees the old or the new one."""
+    with whole_file(folder / STATE_FILE) as file:
+        file.write(json.dumps(dataclasses.asdict(state), indent=1).encode())
