@@ -18,7 +18,7 @@ from tiny_runs import share_agents
 import dreamer
 from dreamer.cli import main
 
-ARCHIVE = Path(__file__).parent / "data" / "run_of_0.1.0.tar.xz"
+ARCHIVE = Path(__file__).parent / "fixtures" / "run_of_0.1.0.tar.xz"
 
 
 @pytest.fixture

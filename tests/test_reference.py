@@ -20,7 +20,7 @@ from dreamer.config import Config
 from dreamer.rssm import feature
 from dreamer.types import Space
 
-DATA = Path(__file__).parent / "data" / "reference"
+DATA = Path(__file__).parent / "fixtures" / "reference"
 TOLERANCE = 1e-4
 
 CASES = {

@@ -1,4 +1,4 @@
-"""The small pieces of the mathematics against a trusted implementation's arrays (tests/data/reference/units.npz)."""
+"""The small pieces of the mathematics against a trusted implementation's (tests/fixtures/reference/units.npz)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Arrays = dict[str, np.ndarray]
 
 @pytest.fixture(scope="module")
 def arrays() -> Arrays:
-    return dict(np.load(Path(__file__).parent / "data" / "reference" / "units.npz"))
+    return dict(np.load(Path(__file__).parent / "fixtures" / "reference" / "units.npz"))
 
 
 def close(ours: jax.Array, theirs: np.ndarray, rtol: float = 1e-5, atol: float = 1e-6) -> None:

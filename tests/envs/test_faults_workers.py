@@ -32,7 +32,7 @@ from dreamer.envs import (
 from dreamer.envs.faults import LONGEST_WAIT, TRIES, FaultBudget
 from dreamer.envs.interface import Env, Fault
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 N = 3
 STEPS = 24
 #: When, and where, the trouble is.

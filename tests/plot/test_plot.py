@@ -24,7 +24,7 @@ from dreamer.plot.score_table import as_table, number
 from dreamer.plot.totals import scale_of
 from dreamer.presets import load_config, save_config
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CARTPOLE = ROOT / "docs" / "results" / "dmc_cartpole_swingup"
 
 

@@ -15,7 +15,7 @@ from dreamer.config import AtariConfig, EnvConfig
 from dreamer.envs import human_normalized, list_tasks, make_env
 from dreamer.envs.suites.atari import Atari
 
-GOLDEN = Path(__file__).parent / "data" / "atari_golden.npz"
+GOLDEN = Path(__file__).parents[1] / "fixtures" / "atari_golden.npz"
 RGB = AtariConfig(noops=0)
 GRAY = AtariConfig(noops=0, gray=True, size=(96, 96), actions="all")
 SETTINGS = {"pong": RGB, "breakout": RGB, "ms_pacman": GRAY}

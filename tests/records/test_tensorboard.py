@@ -17,7 +17,7 @@ from dreamer.records.places import as_text, make_logger, table
 from dreamer.records.tensorboard import CHARTS, GROUPS, TensorBoardSink, tag
 from dreamer.schema import options
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def at(agent_steps: int) -> Steps:

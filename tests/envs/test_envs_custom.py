@@ -157,7 +157,7 @@ def test_an_installed_package_brings_suites(folder: Path) -> None:
         "try: check_task('mygame_x')\n"
         "except TaskError as error: assert 'mygames' in str(error), error\n"
     )
-    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{Path(__file__).parent.parent}"}
+    environment = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{Path(__file__).parents[2]}"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "mygames" not in list_tasks()

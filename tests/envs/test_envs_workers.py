@@ -31,7 +31,7 @@ from dreamer.envs import (
 )
 from dreamer.process import STOP_SIGNALS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = [(1.0, False, False)] * 50
 WORKERS = ["inline", "process"]
 

@@ -27,7 +27,7 @@ from dreamer.run.shares import check_processes, own_key, own_seed
 from dreamer.run.signals import StopRequest
 from dreamer.saves.checkpoint import Checkpointer, CheckpointError
 
-HERE = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -161,10 +161,10 @@ def free_port() -> int:
 def pair(logdir: Path, *options: str) -> Iterator[list[subprocess.Popen]]:
     """Two processes that train together; killed in the end if they still run."""
     port = free_port()
-    command = [sys.executable, str(HERE / "sharded_run.py"), "--task", "gym_CartPole-v1", "--logdir", str(logdir)]
+    command = [sys.executable, str(TESTS / "sharded_run.py"), "--task", "gym_CartPole-v1", "--logdir", str(logdir)]
     command += ["--run.batch_size=4", "--run.checkpoint_every=40", "--run.final_eval=false", "--run.eval_every=null"]
     command += [f"--run.coordinator=127.0.0.1:{port}", "--run.processes=2", *options]
-    started = [subprocess.Popen([*command, f"--run.process_id={process}"], cwd=HERE) for process in range(2)]
+    started = [subprocess.Popen([*command, f"--run.process_id={process}"], cwd=TESTS) for process in range(2)]
     try:
         yield started
     finally:

@@ -440,7 +440,7 @@ for step in range(1, 10_000):
 
 
 def test_killed_while_writing(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     for extra in (0.0, 0.007):
         command = [sys.executable, "-c", KILLED, str(tmp_path)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:

@@ -1,4 +1,4 @@
-"""Minecraft and DMLab, against stand-ins of their packages' documented interfaces (tests/stand_ins)."""
+"""Minecraft and DMLab, against stand-ins of their packages' documented interfaces (tests/envs/stand_ins)."""
 
 from __future__ import annotations
 
