@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dreamer"
 
 # Each row may import from rows at or above it. A folder counts as one module.
 LAYERS = [
-    ["paths", "types", "values", "contradictions", "config", "yaml_files", "process", "terminal"],
+    ["paths", "types", "values", "contradictions", "config", "yaml_files", "process", "terminal", "nvidia"],
     ["features", "optimizer", "sharding"],
     ["kernels"],
     ["networks", "distributions", "compiler"],

@@ -112,6 +112,13 @@ def devices() -> dict[str, Any]:
     return {"jax": jax.__version__, "jaxlib": jaxlib.__version__, "devices": found, **said}
 
 
+def cards() -> dict[str, Any]:
+    """What NVIDIA's driver tells of its cards."""
+    from dreamer import nvidia
+
+    return {"cards": nvidia.cards()}
+
+
 def environment(task: str) -> dict[str, Any]:
     """Seconds to make an environment and take two steps in it."""
     from dreamer.config import EnvConfig
@@ -144,6 +151,7 @@ def picture() -> dict[str, Any]:
 
 
 PROBES: Mapping[str, Callable[..., dict[str, Any]]] = {
+    "cards": cards,
     "devices": devices,
     "environment": environment,
     "picture": picture,

@@ -5,15 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 from dreamer.doctor.findings import Finding, Level, Request
-from dreamer.doctor.probe import ProbeError, ask, run_limited
+from dreamer.doctor.probe import ProbeError, ask
 from dreamer.envs.registry import Suite, list_suites
 from dreamer.envs.suites.dmc import NO_RENDERER
+from dreamer.nvidia import Card
 
 #: Seconds that a probe may take.
 DEVICE_LIMIT, RENDERER_LIMIT, SUITE_LIMIT, TOOL_LIMIT = 180.0, 60.0, 120.0, 20.0
@@ -30,31 +30,9 @@ _NO_DRIVER = "install NVIDIA's driver; a container needs NVIDIA's container tool
 _INSTALL = "Install a headless"
 
 
-class Card(NamedTuple):
-    """A graphics card as its driver sees it; memory in MiB."""
-
-    name: str
-    driver: str
-    total: float
-    used: float
-
-
 def cards() -> list[Card]:
     """NVIDIA's cards; none where there is no driver. ProbeError if the driver does not answer."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,memory.used", "--format=csv,noheader,nounits"]
-    out, errors, code = run_limited(query, TOOL_LIMIT, os.environ)
-    if code:
-        raise ProbeError((out + errors).strip() or f"nvidia-smi ended with exit code {code}")
-    return [read_card(line) for line in out.splitlines() if line.strip()]
-
-
-def read_card(line: str) -> Card:
-    """A line of nvidia-smi: name, driver, MiB of memory, MiB in use."""
-    name, driver, *sizes = [word.strip() for word in line.rsplit(",", 3)]
-    total, used = (float(size) if size.replace(".", "").isdigit() else 0.0 for size in sizes)
-    return Card(name, driver, total, used)
+    return [Card(*card) for card in ask("cards", limit=TOOL_LIMIT)["cards"]]
 
 
 def cuda(request: Request) -> Finding:
@@ -128,8 +106,9 @@ def device_memory(request: Request) -> Finding:
         return Finding("device memory", "warn", f"unknown: {error}", "see the line CUDA")
     if not found:
         return Finding("device memory", "ok", "that of the machine, where there is no accelerator")
-    seen = ", ".join(f"{card.used / 1024:.1f} of {card.total / 1024:.1f} GiB in use" for card in found)
-    if any(card.used > BUSY * card.total for card in found):
+    sizes = [(card.used or 0, card.total or 0) for card in found]
+    seen = ", ".join(f"{used / 2**30:.1f} of {total / 2**30:.1f} GiB in use" for used, total in sizes)
+    if any(used > BUSY * total for used, total in sizes):
         remedy = "end the programs that nvidia-smi lists, or share: XLA_PYTHON_CLIENT_MEM_FRACTION=.4"
         return Finding("device memory", "warn", seen, remedy)
     return Finding("device memory", "ok", seen)

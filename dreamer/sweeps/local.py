@@ -6,13 +6,13 @@ import contextlib
 import math
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from dreamer.nvidia import DriverError, cards, visible
 from dreamer.paths import PROGRAM
 from dreamer.presets import save_config
 from dreamer.saves.lock import LogdirInUseError, LogdirLock
@@ -27,18 +27,13 @@ TRAIN = (*PROGRAM, "train")
 
 def found_devices(environment: Mapping[str, str] = os.environ) -> list[str]:
     """NVIDIA devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [device for device in visible.split(",") if device.strip()]
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
+    named = visible(environment)
+    if named is not None:
+        return named
     try:
-        told = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
+        return [str(number) for number in range(len(cards()))]
+    except DriverError:
         return []
-    listed = [line for line in told.stdout.splitlines() if line.startswith("GPU ")]
-    return [str(number) for number in range(len(listed))] if told.returncode == 0 else []
 
 
 def slots(jobs: int | None, devices: Sequence[str]) -> list[dict[str, str]]:

@@ -84,18 +84,23 @@ def test_a_platform_of_the_surroundings_that_is_not_there(monkeypatch, request_)
     check(program_checks.devices(request_)[-1], "fail", "unset JAX_PLATFORMS (it is 'cuda')")
 
 
-H200 = "NVIDIA H200, 570.124.06, 143771, 512"
-CUDA = [  # lines of nvidia-smi (None: not there), plug-ins, platform, level, words
+H200 = {"name": "NVIDIA H200", "driver": "570.124.06", "total": 143_771, "used": 512, "load": 0}
+CUDA = [  # cards (None: no driver), plug-ins, platform, level, words
     (None, {}, "ok", ["no NVIDIA driver"]),
     (None, {"jax-cuda12-plugin": "0.10.2"}, "warn", ["no NVIDIA driver", "--gpus all"]),
-    (H200, {"jax-cuda12-plugin": "0.10.2"}, "ok", ["NVIDIA H200, driver 570.124.06", "jax-cuda12-plugin 0.10.2"]),
-    (H200, {}, "warn", ["JAX has no plug-in", "pip install 'dreamer[cuda12]'"]),
-    (H200.replace("570", "580"), {}, "warn", ["pip install 'dreamer[cuda13]'"]),
-    (H200, {"jax-cuda12-plugin": "0.9.0"}, "fail", ["0.9.0 beside jaxlib 0.10.2", "'jax[cuda12]==0.10.2'"]),
-    (H200, {"jax-cuda13-plugin": "0.10.2"}, "fail", ["driver 580 or newer", "pip install 'dreamer[cuda12]'"]),
-    (H200.replace("570", "470"), {"jax-cuda12-plugin": "0.10.2"}, "fail", ["driver 525 or newer", "update the driver"]),
+    ([H200], {"jax-cuda12-plugin": "0.10.2"}, "ok", ["NVIDIA H200, driver 570.124.06", "jax-cuda12-plugin 0.10.2"]),
+    ([H200], {}, "warn", ["JAX has no plug-in", "pip install 'dreamer[cuda12]'"]),
+    ([H200 | {"driver": "580.65.06"}], {}, "warn", ["pip install 'dreamer[cuda13]'"]),
+    ([H200], {"jax-cuda12-plugin": "0.9.0"}, "fail", ["0.9.0 beside jaxlib 0.10.2", "'jax[cuda12]==0.10.2'"]),
+    ([H200], {"jax-cuda13-plugin": "0.10.2"}, "fail", ["driver 580 or newer", "pip install 'dreamer[cuda12]'"]),
     (
-        f"{H200}\n{H200}",
+        [H200 | {"driver": "470.1"}],
+        {"jax-cuda12-plugin": "0.10.2"},
+        "fail",
+        ["driver 525 or newer", "update the driver"],
+    ),
+    (
+        [H200, H200],
         {"jax-cuda12-plugin": "0.10.2", "jax-cuda13-plugin": "0.10.2"},
         "warn",
         ["2 x NVIDIA H200", "pip uninstall jax-cuda12-plugin"],
@@ -103,35 +108,36 @@ CUDA = [  # lines of nvidia-smi (None: not there), plug-ins, platform, level, wo
 ]
 
 
-def fake_tool(folder: Path, script: str) -> str:
-    """A PATH on which nvidia-smi is this shell script."""
-    path = folder / "nvidia-smi"
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
-    return f"{folder}:/usr/bin:/bin"
+def fake_driver(monkeypatch, said: object) -> None:
+    """A driver that says this, see tests/fake_driver; None: no driver."""
+    folder = next(place for place in Path(__file__).parents if (place / "fake_driver").is_dir()) / "fake_driver"
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.delenv("FAKE_CARDS", raising=False)
+    if said is not None:
+        monkeypatch.setenv("FAKE_CARDS", json.dumps(said))
 
 
 @pytest.mark.parametrize(("cards", "plugins", "level", "words"), CUDA)
-def test_driver_and_plug_in(tmp_path, monkeypatch, request_, cards, plugins, level, words):
-    monkeypatch.setenv("PATH", fake_tool(tmp_path, f"echo '{cards}'") if cards else "/nowhere")
+def test_driver_and_plug_in(monkeypatch, request_, cards, plugins, level, words):
+    fake_driver(monkeypatch, cards)
     monkeypatch.setattr(program_checks, "_installed", lambda prefix: plugins.items())
     monkeypatch.setattr(program_checks.importlib.metadata, "version", lambda name: "0.10.2")
     check(program_checks.cuda(request_), level, *words)
 
 
-def test_a_driver_that_does_not_answer(tmp_path, monkeypatch, request_):
-    said = "Failed to initialize NVML: Driver/library version mismatch"
-    monkeypatch.setenv("PATH", fake_tool(tmp_path, f"echo '{said}'; exit 18"))
+def test_a_driver_that_does_not_answer(monkeypatch, request_):
+    said = "Driver/library version mismatch"
+    fake_driver(monkeypatch, said)
     check(program_checks.cuda(request_), "fail", said, "restart the machine")
     assert program_checks.device_memory(request_).level == "warn"
     monkeypatch.setattr(program_checks, "TOOL_LIMIT", 0.2)
-    monkeypatch.setenv("PATH", fake_tool(tmp_path, "sleep 60"))
+    fake_driver(monkeypatch, "hangs")
     check(program_checks.cuda(request_), "fail", "no answer within 0.2 seconds")
 
 
 @pytest.mark.parametrize(("used", "level", "words"), [(512, "ok", ["0.5 of"]), (90_000, "warn", ["nvidia-smi"])])
-def test_memory_of_cards(tmp_path, monkeypatch, request_, used, level, words):
-    monkeypatch.setenv("PATH", fake_tool(tmp_path, f"echo 'NVIDIA A100, 40 GB, 570.1, 143771, {used}'"))
+def test_memory_of_cards(monkeypatch, request_, used, level, words):
+    fake_driver(monkeypatch, [H200 | {"used": used}])
     check(program_checks.device_memory(request_), level, "of 140.4 GiB in use", *words)
 
 

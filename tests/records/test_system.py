@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
+import importlib.util
+import json
 import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 import jax
 import pytest
 
+from dreamer import nvidia
 from dreamer.records import system
-from dreamer.records.system import INTERVAL, Nvml, SystemMeter
+from dreamer.records.system import INTERVAL, SystemMeter
+from dreamer.sweeps.local import found_devices
 
 
 def test_memory_and_disk_are_those_of_the_machine(tmp_path: Path) -> None:
@@ -58,42 +61,53 @@ def test_memory_of_accelerators_is_summed(monkeypatch: pytest.MonkeyPatch) -> No
     assert system.device_memory() == {}
 
 
-class Driver:
-    """In place of NVIDIA's library: two devices, busy 50 % and 100 %; the second does not tell its memory."""
-
-    def __init__(self, count: int = 2, fails: bool = False) -> None:
-        self.count, self.fails, self.asked = count, fails, list[int]()
-
-    def nvmlInit_v2(self) -> int:  # noqa: N802
-        return 9 if self.fails else 0
-
-    def nvmlDeviceGetCount_v2(self, count: Any) -> int:  # noqa: N802
-        count._obj.value = self.count
-        return 0
-
-    def nvmlDeviceGetHandleByIndex_v2(self, index: ctypes.c_uint, handle: Any) -> int:  # noqa: N802
-        self.asked.append(index.value)
-        handle._obj.value = index.value + 1
-        return 0
-
-    def nvmlDeviceGetUtilizationRates(self, device: ctypes.c_void_p, found: Any) -> int:  # noqa: N802
-        found._obj.gpu = 50 * int(device.value or 0)
-        return 0
-
-    def nvmlDeviceGetMemoryInfo(self, device: ctypes.c_void_p, found: Any) -> int:  # noqa: N802
-        found._obj.used = 7 * 10**9
-        return 0 if device.value == 1 else 3
-
-
-def test_load_is_asked_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+    """Sets what a made-up driver says; see tests/fake_driver."""
+    path = next(Path(folder) for folder in Path(__file__).parents if (folder / "fake_driver").is_dir())
+    spec = importlib.util.spec_from_file_location("fake_pynvml", path / "fake_driver" / "pynvml.py")
+    assert spec is not None and spec.loader is not None
+    fake = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fake)
+    monkeypatch.setattr(nvidia, "pynvml", fake)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    found = Nvml.load(Driver())
-    assert found is not None and found.read() == {"gpu_load": 0.75, "gpu_gigabytes": 7.0}
-    monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", "1")
-    found, driver = Nvml.load(second := Driver()), second
-    assert driver.asked == [1] and found is not None and found.read() == {"gpu_load": 1.0}
+    return lambda said: monkeypatch.setenv("FAKE_CARDS", json.dumps(said))
 
 
-def test_a_driver_that_is_not_there_or_says_nothing_is_left_out() -> None:
-    assert Nvml.load(Driver(fails=True)) is None and Nvml.load(Driver(count=0)) is None
-    assert Nvml.load(object()) is None
+#: The second does not tell its memory.
+CARDS = [
+    {"name": "A", "driver": "570.1", "total": 10_000, "used": 7_000, "load": 50},
+    {"name": "B", "driver": "570.1", "total": 10_000, "used": None, "load": 100},
+]
+
+
+def load(folder: Path) -> dict[str, float]:
+    found = SystemMeter(folder, clock=iter([0.0, 1.0, 1.0]).__next__).result()
+    return {name: value for name, value in found.items() if name.startswith("gpu")}
+
+
+def test_load_is_asked_of_the_driver(tmp_path, monkeypatch, driver) -> None:
+    driver(CARDS)
+    assert load(tmp_path) == {"gpu_load": 0.75, "gpu_gigabytes": pytest.approx(7_000 * 2**20 / 1e9)}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert load(tmp_path) == {"gpu_load": 1.0}
+
+
+def test_a_driver_that_is_not_there_or_says_nothing_is_left_out(tmp_path, driver) -> None:
+    assert nvidia.cards() == [] and load(tmp_path) == {}
+    driver([])
+    assert nvidia.cards() == [] and load(tmp_path) == {}
+    driver("Driver/library version mismatch")
+    assert load(tmp_path) == {}
+    with pytest.raises(nvidia.DriverError, match="version mismatch"):
+        nvidia.cards()
+
+
+def test_a_sweep_deals_to_all_cards_that_there_are(driver) -> None:
+    assert found_devices({}) == []
+    driver(CARDS)
+    assert found_devices({}) == ["0", "1"] and found_devices({"CUDA_VISIBLE_DEVICES": "1,3"}) == ["1", "3"]
+    assert found_devices({"CUDA_VISIBLE_DEVICES": ""}) == []
+    driver("no answer")
+    assert found_devices({}) == []
