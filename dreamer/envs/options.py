@@ -13,48 +13,13 @@ from PIL import Image
 
 from dreamer.config import EnvConfig
 from dreamer.envs.checks import check_spaces
-from dreamer.envs.interface import Env, Restorable, TaskError, Transition, TransitionError, restorable
+from dreamer.envs.interface import Env, TaskError, Transition, TransitionError
 from dreamer.envs.suites.atari import GRAY
-from dreamer.envs.wrappers import TimeLimit
+from dreamer.envs.wrappers import TimeLimit, Wrapper
 from dreamer.types import ACTION_MASK, UNSCALED_REWARD, Space, masks_actions
 
 #: Keeps the noise apart from whatever else an environment draws with the same seed.
 NOISE_STREAM = 1
-
-
-class Wrapper:
-    """An environment that behaves as the one inside; subclasses change what they name."""
-
-    def __init__(self, env: Env) -> None:
-        self.env = env
-        self.observation_spaces = dict(env.observation_spaces)
-        self.action_spaces = dict(env.action_spaces)
-
-    def reset(self) -> Transition:
-        return self.seen(self.env.reset())
-
-    def step(self, action: Mapping[str, np.ndarray]) -> Transition:
-        return self.seen(self.env.step(action))
-
-    def seen(self, result: Transition) -> Transition:
-        """The transition as it leaves the wrapper."""
-        return result
-
-    def render(self) -> np.ndarray | None:
-        return self.env.render()
-
-    def close(self) -> None:
-        self.env.close()
-
-    @property
-    def restorable(self) -> bool:
-        return restorable(self.env)
-
-    def get_state(self) -> Any:
-        return cast(Restorable, self.env).get_state()
-
-    def set_state(self, state: Any) -> None:
-        cast(Restorable, self.env).set_state(state)
 
 
 class Repeat(Wrapper):

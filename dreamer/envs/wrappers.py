@@ -22,43 +22,64 @@ from dreamer.envs.interface import (
 )
 
 
-class TimeLimit:
-    """Ends an episode after `limit` agent steps: last, but not terminal."""
+class Wrapper:
+    """An environment that behaves as the one inside; subclasses change what they name."""
 
-    def __init__(self, env: Env, limit: int) -> None:
-        self.observation_spaces = env.observation_spaces
-        self.action_spaces = env.action_spaces
+    def __init__(self, env: Env) -> None:
         self.env = env
-        self.limit = limit
-        self.steps = 0
+        self.observation_spaces = dict(env.observation_spaces)
+        self.action_spaces = dict(env.action_spaces)
 
     def reset(self) -> Transition:
-        self.steps = 0
-        return self.env.reset()
+        return self.seen(self.env.reset())
 
     def step(self, action: Mapping[str, np.ndarray]) -> Transition:
-        result = self.env.step(action)
-        self.steps += 1
-        if self.steps >= self.limit:
-            result["is_last"] = np.bool_(True)
+        return self.seen(self.env.step(action))
+
+    def seen(self, result: Transition) -> Transition:
+        """The transition as it leaves the wrapper."""
         return result
-
-    @property
-    def restorable(self) -> bool:
-        return restorable(self.env)
-
-    def get_state(self) -> tuple[int, Any]:
-        return self.steps, cast(Restorable, self.env).get_state()
-
-    def set_state(self, state: tuple[int, Any]) -> None:
-        self.steps, inner = state
-        cast(Restorable, self.env).set_state(inner)
 
     def render(self) -> np.ndarray | None:
         return self.env.render()
 
     def close(self) -> None:
         self.env.close()
+
+    @property
+    def restorable(self) -> bool:
+        return restorable(self.env)
+
+    def get_state(self) -> Any:
+        return cast(Restorable, self.env).get_state()
+
+    def set_state(self, state: Any) -> None:
+        cast(Restorable, self.env).set_state(state)
+
+
+class TimeLimit(Wrapper):
+    """Ends an episode after `limit` agent steps: last, but not terminal."""
+
+    def __init__(self, env: Env, limit: int) -> None:
+        super().__init__(env)
+        self.limit = limit
+        self.steps = 0
+
+    def reset(self) -> Transition:
+        self.steps = 0
+        return super().reset()
+
+    def step(self, action: Mapping[str, np.ndarray]) -> Transition:
+        result = super().step(action)
+        self.steps += 1
+        return {**result, "is_last": np.bool_(result["is_last"] or self.steps >= self.limit)}
+
+    def get_state(self) -> tuple[int, Any]:
+        return self.steps, super().get_state()
+
+    def set_state(self, state: tuple[int, Any]) -> None:
+        self.steps, inner = state
+        super().set_state(inner)
 
 
 class AutoReset:

@@ -15,7 +15,8 @@ from dreamer.config import DmlabConfig, EnvConfig, MinecraftConfig
 from dreamer.envs import EnvError, TaskError, list_tasks, make_env
 from dreamer.envs.suites.dmlab import ACTIONS as LAB_ACTIONS
 from dreamer.envs.suites.dmlab import DMLab, word_numbers
-from dreamer.envs.suites.minecraft import ACTIONS, MILESTONES, Minecraft
+from dreamer.envs.suites.minecraft import ACTIONS, MILESTONES
+from dreamer.envs.suites.minecraft import make as make_minecraft
 
 F, T = False, True
 INDEX = {name: np.int32(index) for index, name in enumerate(ACTIONS)}
@@ -39,7 +40,7 @@ def play(env: Any, *names: str) -> list[dict]:
 
 
 def minecraft(**options: Any) -> Any:
-    return Minecraft(MinecraftConfig(**options), seed=0)
+    return make_minecraft("diamond", EnvConfig(minecraft=MinecraftConfig(**options)), 0)
 
 
 def test_the_25_actions_of_the_paper() -> None:
@@ -49,7 +50,7 @@ def test_the_25_actions_of_the_paper() -> None:
     env = minecraft()
     env.reset()
     play(env, *ACTIONS)  # the stand-in checks every key and value
-    assert len(env._env.given) == 25
+    assert len(env.env._env.given) == 25
 
 
 def test_what_is_seen() -> None:
@@ -62,7 +63,7 @@ def test_what_is_seen() -> None:
     assert {key for key in spaces if key.startswith("log/")} == {f"log/item_{item}" for item in MILESTONES}
     assert np.array_equal(env.render(), first["image"])
     env.close()
-    assert env._env.closed
+    assert env.env._env.closed
 
 
 def test_milestones_give_1_once_and_health_its_share() -> None:
@@ -84,7 +85,7 @@ def test_the_most_that_was_owned_stays() -> None:
     env = minecraft()
     env.reset()
     play(env, *["attack"] * 3)
-    env._env.inventory["log"] = env._env.inventory["log2"] = 0
+    env.env._env.inventory["log"] = env.env._env.inventory["log2"] = 0
     (step,) = play(env, "noop")
     assert step["inventory"].sum() == 0 and step["inventory_max"].sum() == 1
 
@@ -104,7 +105,7 @@ def test_death_is_terminal_and_the_time_limit_is_not() -> None:
 
 def test_jumps_go_on_and_attacks_only_at_the_usual_speed() -> None:
     def given(env: Any, key: str) -> list[int]:
-        return [action[key] for action in env._env.given]
+        return [action[key] for action in env.env._env.given]
 
     env = minecraft(sticky_jump=3)
     env.reset()
@@ -126,19 +127,19 @@ def test_the_view_keeps_within_its_limit() -> None:
     env = minecraft()
     env.reset()
     play(env, *["turn_up"] * 6, *["turn_down"] * 9, "turn_left")
-    pitches = [action["camera"][0] for action in env._env.given]
+    pitches = [action["camera"][0] for action in env.env._env.given]
     assert pitches == [-15] * 4 + [0] * 2 + [15] * 8 + [0] * 2
-    assert env._env.given[-1]["camera"].tolist() == [0, -15]
+    assert env.env._env.given[-1]["camera"].tolist() == [0, -15]
 
 
 def test_blocks_break_as_fast_as_asked() -> None:
-    assert minecraft(break_speed=7.0)._env.start == ["<BreakSpeedMultiplier>7.0</BreakSpeedMultiplier>"]
+    assert minecraft(break_speed=7.0).env._env.start == ["<BreakSpeedMultiplier>7.0</BreakSpeedMultiplier>"]
 
 
 def test_a_lost_client_is_an_error() -> None:
     env = minecraft()
     env.reset()
-    env._env.fail = True
+    env.env._env.fail = True
     with pytest.raises(EnvError, match="the client is gone"):
         play(env, "noop")
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from dreamer.config import EnvConfig, MinecraftConfig
-from dreamer.envs.interface import EnvError, Transition, transition
+from dreamer.envs.interface import Env, EnvError, Transition, transition
+from dreamer.envs.wrappers import TimeLimit
 from dreamer.types import Space
 
 TURN = 15  # degrees
@@ -99,10 +100,7 @@ class Minecraft:
         seen, _, dead, info = self._env.step(self._command(int(action["action"])))
         if info and "error" in info:
             raise EnvError(f"expected a step of Minecraft, got the error {info['error']!r} of its Java process")
-        self._steps += 1
-        observation, reward = self._observe(seen)
-        late = self._steps >= self._config.steps
-        return transition(observation, reward, is_last=bool(dead) or late, is_terminal=bool(dead))
+        return transition(*self._observe(seen), is_last=bool(dead), is_terminal=bool(dead))
 
     def render(self) -> np.ndarray:
         return self._image
@@ -111,7 +109,7 @@ class Minecraft:
         self._env.close()
 
     def _begin(self) -> None:
-        self._steps = self._attack = self._jump = self._pitch = 0
+        self._attack = self._jump = self._pitch = 0
         self._health = 0.0
         self._owned: set[str] = set()
         self._most = np.zeros(len(self._items), np.float32)
@@ -226,8 +224,8 @@ def world(size: tuple[int, int], break_speed: float) -> Any:
     return World(name="DreamerMinecraft-v0").make()
 
 
-def make(name: str, config: EnvConfig, seed: int) -> Minecraft:
-    return Minecraft(config.minecraft, seed)
+def make(name: str, config: EnvConfig, seed: int) -> Env:
+    return TimeLimit(Minecraft(config.minecraft, seed), config.minecraft.steps)
 
 
 def tasks() -> Sequence[str]:
