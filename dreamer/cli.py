@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dreamer import __version__
 from dreamer.commands.arguments import USAGE_ERROR
 from dreamer.process import unfailing_output
-from dreamer.schema import ConfigError, suggestion
-from dreamer.values import one_line
+from dreamer.schema import ConfigError
+from dreamer.values import one_line, suggestion
 
 #: What `dreamer --help` says of each command; `dreamer.commands.NAME` runs it.
 COMMANDS: dict[str, str] = {

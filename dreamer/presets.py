@@ -26,9 +26,8 @@ from dreamer.schema import (
     read,
     sections,
     show,
-    suggestion,
 )
-from dreamer.values import brief, native
+from dreamer.values import brief, native, suggestion
 from dreamer.yaml_files import YamlTextError, find_file, key_text, parse_file, plain_node, plain_text, write_file
 
 CONFIG_FILE = "config.yaml"

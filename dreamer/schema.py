@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import math
 import operator
@@ -17,7 +16,7 @@ from typing import Annotated, Any, Literal, Union
 import pydantic
 
 from dreamer.config import Config
-from dreamer.values import ConfigError, brief, describe_fault, native
+from dreamer.values import ConfigError, brief, describe_fault, native, suggestion
 from dreamer.yaml_files import YamlTextError, plain_text
 
 __all__ = ["ConfigError", "Option"]
@@ -121,25 +120,6 @@ def options() -> dict[str, Option]:
                 resume=extra["resume"],
             )
     return found
-
-
-def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The known names that look most like `name`, best first; dotted names are also compared by their last part."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, count, 0.6)
-    last = name.rsplit(".", 1)[-1]
-    by_last: dict[str, list[str]] = {}
-    for candidate in known:
-        by_last.setdefault(candidate.rsplit(".", 1)[-1], []).append(candidate)
-    for match in difflib.get_close_matches(last, by_last, count, 0.75):
-        close += by_last[match]
-    return list(dict.fromkeys(close))[:count]
-
-
-def suggestion(name: str, known: Iterable[str], otherwise: str = "") -> str:
-    """`; nearest: a, b`, or `otherwise` when nothing is near."""
-    close = nearest(name, known)
-    return f"; nearest: {', '.join(close)}" if close else otherwise
 
 
 # --- One value ---------------------------------------------------------------------------------

@@ -6,11 +6,12 @@ arrive: a numpy number becomes a number, a path a text, a tuple in a mapping a l
 
 from __future__ import annotations
 
+import difflib
 import functools
 import math
 import os
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, dataclass_transform
 
 import numpy as np
@@ -60,6 +61,21 @@ def brief(value: Any) -> str:
     """A value as an error shows it."""
     text = one_line(_brief.repr(value))
     return text if len(text) <= 4 * SHOWN else f"{text[: 4 * SHOWN]}..."
+
+
+def suggestion(name: str, known: Iterable[str], otherwise: str = "", prefix: str = "") -> str:
+    """The end of an error: `; nearest: a, b`, the known names that look most like `name`; `otherwise`, if none does.
+
+    Dotted names are also compared by their last part. prefix: set before each name that is shown.
+    """
+    by_last: dict[str, list[str]] = {}
+    for candidate in (known := list(known)):
+        by_last.setdefault(candidate.rsplit(".", 1)[-1], []).append(candidate)
+    close = difflib.get_close_matches(name, known, 3, 0.6)
+    for match in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last, 3, 0.75):
+        close += by_last[match]
+    shown = [prefix + match for match in dict.fromkeys(close)][:3]
+    return f"; nearest: {', '.join(shown)}" if shown else otherwise
 
 
 # --- Values from Python --------------------------------------------------------------------------

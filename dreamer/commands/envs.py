@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from dreamer.commands.arguments import USAGE_ERROR, Parser, count, presets_left_out, split_arguments
 from dreamer.presets import load_config
-from dreamer.schema import ConfigError, suggestion
-from dreamer.values import brief
+from dreamer.schema import ConfigError
+from dreamer.values import brief, suggestion
 
 ENVS_HELP = "List the suites, or all tasks of one. `dreamer envs check TASK` tries one out."
 CHECK_USAGE = """\

@@ -19,9 +19,8 @@ ignores that environment's action ``ak`` and returns transition 0' of a new epis
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -219,9 +218,3 @@ def shown(value: Any, most: int = 80) -> str:
     """A value in a message: on one line, cut to so many characters."""
     text = " ".join(repr(value).split())
     return text if len(text) <= most else f"{text[: most - 3]}..."
-
-
-def nearest(name: str, valid: Iterable[str], prefix: str = "") -> str:
-    """The end of an error message: the valid names most like `name`, or nothing if none is."""
-    close = difflib.get_close_matches(name, list(valid), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(prefix + match for match in close)}?" if close else ""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from dreamer.config import EnvConfig
 from dreamer.envs.faults import in_words, place
-from dreamer.envs.interface import Env, TaskError, VectorEnv, nearest
+from dreamer.envs.interface import Env, TaskError, VectorEnv
 from dreamer.envs.options import wrap
 from dreamer.envs.suites import (
     atari,
@@ -28,6 +28,7 @@ from dreamer.envs.suites import (
     vizdoom,
 )
 from dreamer.envs.workers.fence import fenced
+from dreamer.values import suggestion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +163,7 @@ def split_task(task: str) -> tuple[Suite, str]:
         full = [f"{suite}_{name}" for suite, row in rows.items() for name in row.tasks()]
         raise TaskError(
             f"expected a task suite_name with suite one of {', '.join(rows)}, got {task!r}"
-            f"{nearest(task, full) or nearest(prefix, rows)}"
+            f"{suggestion(task, full, suggestion(prefix, rows))}"
         )
     return rows[prefix], name
 
@@ -174,7 +175,7 @@ def check_task(task: str) -> None:
         prefix = task.partition("_")[0]
         raise TaskError(
             f"expected a task of the suite {prefix!r}, got {task!r}"
-            f"{nearest(name, suite.tasks(), prefix + '_')}; `dreamer envs` lists all"
+            f"{suggestion(name, suite.tasks(), prefix=prefix + '_')}; `dreamer envs` lists all"
         )
     if suite.package is not None and importlib.util.find_spec(suite.package[0]) is None:
         raise TaskError(

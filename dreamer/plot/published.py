@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from dreamer.plot.statistics import mean_interval
-from dreamer.schema import ConfigError, suggestion
+from dreamer.schema import ConfigError
+from dreamer.values import suggestion
 
 FOLDER = Path(__file__).resolve().parent / "published_scores"
 

@@ -16,7 +16,8 @@ from dreamer.plot.figure import draw
 from dreamer.plot.score_table import markdown
 from dreamer.plot.variants import variant, variants
 from dreamer.records.json_lines import SCORE, told
-from dreamer.schema import ConfigError, show, suggestion
+from dreamer.schema import ConfigError, show
+from dreamer.values import suggestion
 
 #: `--reference auto`: the published scores of the tasks that are plotted, where there are any.
 AUTO = "auto"

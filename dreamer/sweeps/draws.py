@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from dreamer.schema import ConfigError, suggestion
-from dreamer.values import brief
+from dreamer.schema import ConfigError
+from dreamer.values import brief, suggestion
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,10 +20,10 @@ from dreamer.presets import (
     flatten_node,
     unknown,
 )
-from dreamer.schema import ConfigError, options, show, suggestion
+from dreamer.schema import ConfigError, options, show
 from dreamer.sweeps.draws import read_draw
 from dreamer.sweeps.spec import MOST_RUNS, Drawn, EarlyStop, Entry, RayTask, Sweep
-from dreamer.values import brief, plain
+from dreamer.values import brief, plain, suggestion
 from dreamer.yaml_files import find_file, key_text, parse_file, plain_node
 
 #: Options that a sweep sets itself, and what to write instead.

@@ -103,7 +103,7 @@ def test_bsuite_has_every_id_of_the_package():
     from bsuite import sweep
 
     assert list_tasks()["bsuite"] == [f"bsuite_{name}" for name in sorted(sweep.SWEEP, key=ordered)]
-    with pytest.raises(TaskError, match="did you mean bsuite_catch/1"):
+    with pytest.raises(TaskError, match="nearest: bsuite_catch/1"):
         check_task("bsuite_catch/199")
 
 
@@ -193,7 +193,7 @@ def test_every_minigrid_world_can_be_made_and_put_back():
 
 
 def test_minigrid_names():
-    with pytest.raises(TaskError, match="did you mean minigrid_DoorKey-8x8-v0"):
+    with pytest.raises(TaskError, match="nearest: minigrid_DoorKey-8x8-v0"):
         check_task("minigrid_DoorKey-8x8")
 
 

@@ -50,9 +50,9 @@ def step(env: Any, action: int = 0) -> dict[str, np.ndarray]:
     [
         ("atary_pong", ["suite_name", "toy, atari", "atari_pong"]),
         ("pong", ["suite_name", "'pong'"]),
-        ("toy_cach", ["did you mean toy_catch?"]),
-        ("atari100k_james_bond", ["did you mean", "jamesbond"]),
-        ("dmc_cartpole_swngup", ["did you mean dmc_cartpole_swingup", "dreamer envs"]),
+        ("toy_cach", ["nearest: toy_catch"]),
+        ("atari100k_james_bond", ["nearest: jamesbond"]),
+        ("dmc_cartpole_swngup", ["nearest: dmc_cartpole_swingup", "dreamer envs"]),
         ("dmc_lqr_2_1", ["expected a task of the suite 'dmc'"]),
         ("crafter_rewrd", ["crafter_reward"]),
         ("gym_CartPol-v1", ["CartPole"]),

@@ -17,9 +17,10 @@ import numpy as np
 from PIL import Image
 
 from dreamer.config import AtariConfig, EnvConfig
-from dreamer.envs.interface import TaskError, Transition, as_rgb, nearest, transition
+from dreamer.envs.interface import TaskError, Transition, as_rgb, transition
 from dreamer.envs.suites.atari_scores import SCORES
 from dreamer.types import Space
+from dreamer.values import suggestion
 
 #: Shares of red, green and blue in gray, in thousandths: whole numbers, so that every machine rounds alike (down).
 GRAY = np.array([299, 587, 114], np.int32)
@@ -161,7 +162,7 @@ def check(name: str) -> None:
 
     known = roms.get_all_rom_ids()
     if name not in known:
-        hint = nearest(name, known)
+        hint = suggestion(name, known)
         raise TaskError(f"expected an Atari game in ALE's spelling, got {name!r}{hint}; `dreamer envs` lists them")
 
 

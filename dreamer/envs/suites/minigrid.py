@@ -16,10 +16,11 @@ import gymnasium
 import numpy as np
 
 from dreamer.config import EnvConfig, MinigridConfig
-from dreamer.envs.interface import TaskError, Transition, nearest, transition
+from dreamer.envs.interface import TaskError, Transition, transition
 from dreamer.envs.options import resize
 from dreamer.envs.suites.seeded import SeededEpisodes
 from dreamer.types import Space
+from dreamer.values import suggestion
 
 PREFIX = "MiniGrid-"
 #: These read pictures that the package does not carry.
@@ -86,5 +87,5 @@ def check(name: str) -> None:
     if name not in known:
         raise TaskError(
             f"expected a MiniGrid id without {PREFIX}, such as DoorKey-8x8-v0, got {name!r}"
-            f"{nearest(name, known, 'minigrid_')}; `dreamer envs minigrid` lists them"
+            f"{suggestion(name, known, prefix='minigrid_')}; `dreamer envs minigrid` lists them"
         )
