@@ -54,6 +54,6 @@ def pytest_make_collect_report() -> Iterator[None]:
 
 
 @pytest.fixture
-def unchecked_envs(monkeypatch: pytest.MonkeyPatch) -> None:
+def unchecked_envs(monkeypatch):
     """Environments in this process whose garbage nobody catches: what the rest of the run then does."""
     monkeypatch.setattr("dreamer.envs.wrappers.TransitionCheck", lambda spaces: lambda result, first: None)

@@ -66,7 +66,7 @@ QUICK = {"atari", "crafter", "dmc_proprio", "minecraft"}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _agents_are_built_for_an_accelerator() -> Iterator[None]:
+def _agents_are_built_for_an_accelerator():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "target", lambda platform, devices=1: kernels.Target("gpu", devices))
         yield
@@ -129,7 +129,7 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def traced() -> Any:
+def traced():
     """The update in bfloat16, with every kind of observation and action."""
     config = load_config(["crafter", "size1m"])
     seen = {**image(64), **vector(speed=5), "item": Space("discrete", (), (4,))}
@@ -161,7 +161,7 @@ def test_what_is_kept_between_updates_is_float32(traced):
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[kernels.Target]:
+def gpu(monkeypatch):
     """The target, with nothing said in XLA_FLAGS."""
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     compiler.options.cache_clear()

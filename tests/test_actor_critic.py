@@ -92,7 +92,7 @@ def loss_of(actor_critic: ActorCritic, imagined: Imagined, critic: TwoHotHead, s
 
 
 @pytest.fixture(scope="module")
-def evaluate() -> Any:
+def evaluate():
     """Imagination loss of the one-action agent, compiled once for all return scales and dreams."""
     graph, state = nnx.split(build())
     slow_graph, slow_state = nnx.split(slow())
@@ -127,7 +127,7 @@ def slow_returns(rewards: Any, values: Any, discounts: Any, lambdas: Any) -> np.
     return returns
 
 
-def test_lambda_return_by_hand() -> None:
+def test_lambda_return_by_hand():
     ours = fast_returns(
         jnp.array([[99.0, 1, 2]]), jnp.array([[99.0, 10, 20]]), jnp.array([[99.0, 0.5, 0.5]]), jnp.float32(0.5)
     )
@@ -136,7 +136,7 @@ def test_lambda_return_by_hand() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_lambda_return_against_a_loop(seed: int) -> None:
+def test_lambda_return_against_a_loop(seed):
     rng = np.random.default_rng(seed)
     rewards, values = rng.normal(0, 3, (2, 5, 9))
     discounts, lambdas = rng.uniform(0, 1, (2, 5, 9))
@@ -147,7 +147,7 @@ def test_lambda_return_against_a_loop(seed: int) -> None:
         np.testing.assert_allclose(ours, slow_returns(rewards, values, discounts, lambdas), rtol=1e-12)
 
 
-def test_lambda_return_at_the_ends_of_lambda() -> None:
+def test_lambda_return_at_the_ends_of_lambda():
     rewards, values = jnp.array([[0.0, 1, 2, 3]]), jnp.array([[5.0, 6, 7, 8]])
     discounts = jnp.full((1, 4), 0.9)
     np.testing.assert_allclose(fast_returns(rewards, values, discounts, 0.0), [[6.4, 8.3, 10.2]], rtol=1e-6)
@@ -155,7 +155,7 @@ def test_lambda_return_at_the_ends_of_lambda() -> None:
     np.testing.assert_allclose(fast_returns(rewards, values, discounts, 1.0)[0, 0], monte_carlo, rtol=1e-6)
 
 
-def test_nothing_crosses_a_discount_of_zero() -> None:
+def test_nothing_crosses_a_discount_of_zero():
     rewards, values, discounts = jnp.ones((1, 5)), jnp.full((1, 5), 100.0), jnp.array([[1, 1, 0.0, 1, 1]])
     np.testing.assert_allclose(fast_returns(rewards, values, discounts, 1.0)[0, :2], [2, 1])
 
@@ -163,7 +163,7 @@ def test_nothing_crosses_a_discount_of_zero() -> None:
 # Return scale
 
 
-def test_return_scale_follows_the_percentiles_of_all_returns() -> None:
+def test_return_scale_follows_the_percentiles_of_all_returns():
     config = ActorCriticConfig(return_rate=0.25)
     rng, low, high = np.random.default_rng(0), 0.0, 0.0
     scale = SCALE
@@ -175,13 +175,13 @@ def test_return_scale_follows_the_percentiles_of_all_returns() -> None:
         np.testing.assert_allclose(return_range(scale, config), max(1, high - low), rtol=1e-5)
 
 
-def test_return_scale_has_a_floor_of_one() -> None:
+def test_return_scale_has_a_floor_of_one():
     config = ActorCriticConfig()
     for low, high, span in ((0, 0, 1), (-0.1, 0.2, 1), (5, 5.99, 1), (-1, 2, 3), (3, -3, 1)):
         assert return_range({"low": jnp.float32(low), "high": jnp.float32(high)}, config) == span
 
 
-def test_no_gradient_reaches_returns_through_the_scale() -> None:
+def test_no_gradient_reaches_returns_through_the_scale():
     slope = jax.grad(lambda r: update_return_scale(SCALE, r, ActorCriticConfig())["high"])(jnp.arange(9.0))
     assert not slope.any()
 
@@ -189,7 +189,7 @@ def test_no_gradient_reaches_returns_through_the_scale() -> None:
 # Losses in imagination
 
 
-def test_imagined_losses_spelled_out(evaluate: Any) -> None:
+def test_imagined_losses_spelled_out(evaluate):
     """Every factor in numpy: weights, advantage, log-probability, entropy, the two cross entropies."""
     actor_critic, critic = build(), slow()
     dream = dream_of(actor_critic)
@@ -217,7 +217,7 @@ def test_imagined_losses_spelled_out(evaluate: Any) -> None:
     np.testing.assert_allclose(metrics["weight"], np.cumprod(np.float64(dream.cont), 1).mean(), rtol=1e-5)
 
 
-def test_losses_are_not_divided_by_the_sum_of_the_weights(evaluate: Any) -> None:
+def test_losses_are_not_divided_by_the_sum_of_the_weights(evaluate):
     """Half the continue probability at every start: no return changes, and every loss is exactly halved."""
     dream = dream_of(build())
     half = dataclasses.replace(dream, cont=dream.cont.at[:, 0].multiply(0.5))
@@ -227,7 +227,7 @@ def test_losses_are_not_divided_by_the_sum_of_the_weights(evaluate: Any) -> None
         np.testing.assert_allclose(half_losses[name], full_losses[name] / 2, rtol=1e-6)
 
 
-def test_states_after_an_imagined_end_weigh_nothing(evaluate: Any) -> None:
+def test_states_after_an_imagined_end_weigh_nothing(evaluate):
     dream = dream_of(build())
     ended = dataclasses.replace(dream, cont=dream.cont.at[:, 1].set(0))
     losses = evaluate(ended)[0]
@@ -235,7 +235,7 @@ def test_states_after_an_imagined_end_weigh_nothing(evaluate: Any) -> None:
         assert np.asarray(losses[name])[:, 0].all() and not np.asarray(losses[name])[:, 1:].any()
 
 
-def test_small_returns_are_not_blown_up(evaluate: Any) -> None:
+def test_small_returns_are_not_blown_up(evaluate):
     dream = dream_of(build())
     spread = {"low": jnp.float32(-500), "high": jnp.float32(500)}
     small, wide = evaluate(dream)[3], evaluate(dream, spread)[3]
@@ -246,7 +246,7 @@ def test_small_returns_are_not_blown_up(evaluate: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def slopes() -> dict[str, dict[str, np.ndarray]]:
+def slopes():
     """Gradient of each imagined loss's sum by every input: parameters, slow critic, features, rewards, continues."""
     graph, state = nnx.split(build())
     slow_graph, slow_state = nnx.split(slow())
@@ -266,7 +266,7 @@ def moved(tree: Any) -> bool:
     return any(np.asarray(leaf).any() for leaf in jax.tree.leaves(tree))
 
 
-def test_policy_loss_trains_the_policy_alone_and_value_loss_the_critic_alone(slopes: Any) -> None:
+def test_policy_loss_trains_the_policy_alone_and_value_loss_the_critic_alone(slopes):
     for loss, trained, other in (("policy", "policy", "value"), ("value", "value", "policy")):
         slope = slopes[loss]
         assert moved(slope["state"][trained]) and not moved(slope["state"][other])
@@ -274,7 +274,7 @@ def test_policy_loss_trains_the_policy_alone_and_value_loss_the_critic_alone(slo
         assert not moved(slope["dream"]["reward"]) and not moved(slope["dream"]["cont"])
 
 
-def test_policy_gradient_by_hand(slopes: Any, evaluate: Any) -> None:
+def test_policy_gradient_by_hand(slopes, evaluate):
     """REINFORCE by the logits' bias: -w (A (a - p) + eta dH/dl), with dH/dl = -p (ln p + H)."""
     actor_critic = build()
     dream = dream_of(actor_critic)
@@ -312,7 +312,7 @@ def loss_of_numbers(seed: int = 0, discount: float = 1.0, inside: float = 1.0, *
     return (*found, {**numbers, "entropy": entropy}, TwoHot(logits))
 
 
-def test_a_discount_beside_the_continues_spelled_out() -> None:
+def test_a_discount_beside_the_continues_spelled_out():
     """Product and recursion in slow Python: the discount of a step is gamma c, but nothing discounts the start."""
     gamma = 0.9
     losses, returns, _, metrics, numbers, critic = loss_of_numbers(discount=gamma)
@@ -335,7 +335,7 @@ def test_a_discount_beside_the_continues_spelled_out() -> None:
     np.testing.assert_allclose(metrics["weight"], weight.mean(), rtol=1e-5)
 
 
-def test_a_discount_beside_the_continues_is_the_one_inside_them_but_for_the_start() -> None:
+def test_a_discount_beside_the_continues_is_the_one_inside_them_but_for_the_start():
     (inside, one, *_), (beside, two, *_) = loss_of_numbers(inside=0.9), loss_of_numbers(discount=0.9)
     np.testing.assert_allclose(one, two, rtol=1e-5)
     for name in ("policy", "value"):
@@ -343,7 +343,7 @@ def test_a_discount_beside_the_continues_is_the_one_inside_them_but_for_the_star
 
 
 @pytest.mark.parametrize("slow_scale", [0.0, 2.0])
-def test_the_slow_critic_regularises_by_its_scale(slow_scale: float) -> None:
+def test_the_slow_critic_regularises_by_its_scale(slow_scale):
     """In imagination and on replayed sequences; at 0 there is the cross entropy with the return alone."""
     losses, returns, _, _, numbers, critic = loss_of_numbers(slow_scale=slow_scale)
     weight = np.cumprod(np.float64(numbers["cont"]), 1)[:, :-1]
@@ -368,7 +368,7 @@ def test_the_slow_critic_regularises_by_its_scale(slow_scale: float) -> None:
 # Several actions
 
 
-def test_log_probs_and_entropies_of_several_actions_add_up() -> None:
+def test_log_probs_and_entropies_of_several_actions_add_up():
     actor_critic, critic = build(ACTIONS, entropy=0.5), slow()
     dream = dream_of(actor_critic)
     # Side by side in key order: act (3), many (2 + 4), walk (2).
@@ -390,7 +390,7 @@ def test_log_probs_and_entropies_of_several_actions_add_up() -> None:
         np.testing.assert_allclose(metrics[f"ent/{key}"], entropy[key].mean(), rtol=1e-4)
 
 
-def test_the_most_likely_action_is_taken_without_a_key() -> None:
+def test_the_most_likely_action_is_taken_without_a_key():
     policy = build(ACTIONS).policy
     x = jnp.asarray(np.random.default_rng(0).normal(0, 1, (7, F)), jnp.float32)
     modes = jnp.concatenate([dist.mode() for dist in policy(x).values()], -1)
@@ -399,7 +399,7 @@ def test_the_most_likely_action_is_taken_without_a_key() -> None:
     assert (samples != np.asarray(modes)).any(0)[-2:].all()
 
 
-def test_a_new_policy_is_nearly_uniform_and_a_new_critic_says_zero() -> None:
+def test_a_new_policy_is_nearly_uniform_and_a_new_critic_says_zero():
     fresh = ActorCritic(F, ACTIONS, MODEL, ActorCriticConfig(), rngs=weights())
     x = jnp.asarray(np.random.default_rng(0).normal(0, 1, (7, F)), jnp.float32)
     dists = fresh.policy(x)
@@ -424,7 +424,7 @@ def replay_batch() -> dict[str, np.ndarray]:
 
 
 @pytest.fixture(scope="module")
-def replayed() -> Any:
+def replayed():
     """(loss (2, 5), features, bootstrap, gradient by features) for a batch."""
     actor_critic, critic = build(), slow()
     rng = np.random.default_rng(3)
@@ -442,7 +442,7 @@ def replayed() -> Any:
     return evaluate
 
 
-def test_replay_loss_spelled_out(replayed: Any) -> None:
+def test_replay_loss_spelled_out(replayed):
     batch = replay_batch()
     loss, _, features, bootstrap = replayed(batch)
     last, terminal, reward = batch["is_last"], batch["is_terminal"], batch["reward"]
@@ -463,7 +463,7 @@ def test_replay_loss_spelled_out(replayed: Any) -> None:
     np.testing.assert_allclose(loss, np.where(last[:, :-1], 0, cross), rtol=1e-4)
 
 
-def test_replay_loss_of_last_steps_is_masked(replayed: Any) -> None:
+def test_replay_loss_of_last_steps_is_masked(replayed):
     batch = replay_batch()
     loss, slope, _, _ = replayed(batch)
     last = batch["is_last"]
@@ -474,7 +474,7 @@ def test_replay_loss_of_last_steps_is_masked(replayed: Any) -> None:
     np.testing.assert_array_equal((np.asarray(slope) != 0).any(-1), expected)
 
 
-def test_nothing_of_the_next_episode_enters_a_replayed_return(replayed: Any) -> None:
+def test_nothing_of_the_next_episode_enters_a_replayed_return(replayed):
     batch = replay_batch()
     loss, _, _, bootstrap = replayed(batch)
     other = batch | {"reward": batch["reward"].copy()}
@@ -487,7 +487,7 @@ def test_nothing_of_the_next_episode_enters_a_replayed_return(replayed: Any) -> 
     assert (np.asarray(loss) != np.asarray(changed))[:, 3:].all()
 
 
-def test_a_terminal_step_has_no_bootstrap_and_a_time_limit_has(replayed: Any) -> None:
+def test_a_terminal_step_has_no_bootstrap_and_a_time_limit_has(replayed):
     batch = replay_batch()
     loss, _, _, bootstrap = replayed(batch)
     changed, *_ = replayed(batch, bootstrap.at[0, 2].add(9.0).at[1, 1].add(9.0))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -78,20 +77,20 @@ def fixed_draws() -> pytest.MonkeyPatch:
 
 
 @pytest.fixture
-def fixed() -> Iterator[None]:
+def fixed():
     patch = fixed_draws()
     yield
     patch.undo()
 
 
 @pytest.fixture(scope="module")
-def mixed() -> Agent:
+def mixed():
     """Everything at once. The encoder does not read `hidden`; the decoder predicts it."""
     return Agent(OBSERVATIONS, ACTIONS, small_config(dict(encoder_keys="^(?!hidden)")))
 
 
 @pytest.fixture(scope="module")
-def start(mixed: Agent) -> Any:
+def start(mixed):
     """A perturbed state: heads predict something, and the prior is sure of what the posterior doubts."""
     state = mixed.init(0)
     params = perturb(state["params"])
@@ -113,7 +112,7 @@ SPACES = {
 
 
 @pytest.mark.parametrize("name", SPACES)
-def test_images_of_any_size_train(name: str) -> None:
+def test_images_of_any_size_train(name):
     agent = Agent(*SPACES[name], small_config())
     step = jax.jit(agent._train_step, compiler_options=CHEAP)
     state, latents, metrics = step(agent.init(0), random_batch(agent))
@@ -139,7 +138,7 @@ OTHER_SPACES = {
 
 
 @pytest.mark.parametrize("name", OTHER_SPACES)
-def test_an_update_can_be_built_for_every_kind_of_space(name: str) -> None:
+def test_an_update_can_be_built_for_every_kind_of_space(name):
     """Traced, not computed: shapes, dtypes and metric names of a whole update."""
     agent = Agent(*OTHER_SPACES[name], small_config())
     state = jax.eval_shape(agent._init, 0)
@@ -152,7 +151,7 @@ def test_an_update_can_be_built_for_every_kind_of_space(name: str) -> None:
     }
 
 
-def test_everything_at_once_trains(mixed: Agent) -> None:
+def test_everything_at_once_trains(mixed):
     _, _, metrics = mixed.train_step(mixed.init(0), random_batch(mixed))
     assert set(metrics) == expected_metrics(mixed)
     assert all(np.isfinite(v) for v in metrics.values()), metrics
@@ -162,19 +161,19 @@ def test_everything_at_once_trains(mixed: Agent) -> None:
     assert metrics["val"] == metrics["slowval"] == metrics["rew"] == 0
 
 
-def test_an_action_without_a_choice_has_no_randomness_to_report() -> None:
+def test_an_action_without_a_choice_has_no_randomness_to_report():
     agent = Agent(VECTOR, {"action": Space("discrete", (), (1,))}, small_config())
     _, _, metrics = jax.eval_shape(agent._train_step, jax.eval_shape(agent._init, 0), random_batch(agent))
     assert "ent/action" in metrics and "rand/action" not in metrics
 
 
-def test_observations_named_like_a_loss_term_are_refused() -> None:
+def test_observations_named_like_a_loss_term_are_refused():
     with pytest.raises(ValueError, match=r"named unlike the loss terms .*got \['policy', 'rew'\].*model.decoder_keys"):
         Agent({k: Space("vector", (1,)) for k in ("policy", "rew", "x")}, DISCRETE, small_config())
     Agent({k: Space("vector", (1,)) for k in ("policy", "x")}, DISCRETE, small_config(dict(decoder_keys="x")))
 
 
-def test_everything_that_a_step_stores_is_a_name_that_is_taken(mixed: Agent) -> None:
+def test_everything_that_a_step_stores_is_a_name_that_is_taken(mixed):
     assert {*mixed.extras, *TRANSITION_FIELDS} <= set(TAKEN)
     for name in mixed.extras:
         with pytest.raises(ValueError, match=rf"extra names \['{name}'\] are taken"):
@@ -190,7 +189,7 @@ def observation(agent: Agent, envs: int, seed: int = 0) -> dict[str, np.ndarray]
     return obs | {"is_first": np.zeros(envs, bool)}
 
 
-def test_actions_come_as_the_environments_take_them(mixed: Agent, start: Any) -> None:
+def test_actions_come_as_the_environments_take_them(mixed, start):
     carry, action, extras = mixed.policy(
         start["params"], mixed.init_policy(5), observation(mixed, 5), jax.random.key(0)
     )
@@ -212,7 +211,7 @@ def test_actions_come_as_the_environments_take_them(mixed: Agent, start: Any) ->
     np.testing.assert_array_equal(flat[:, 9:], action["walk"])
 
 
-def test_without_a_key_the_policy_is_deterministic_and_with_one_it_samples(mixed: Agent, start: Any) -> None:
+def test_without_a_key_the_policy_is_deterministic_and_with_one_it_samples(mixed, start):
     obs = observation(mixed, 8)
 
     def act(key: jax.Array | None) -> dict[str, np.ndarray]:
@@ -225,7 +224,7 @@ def test_without_a_key_the_policy_is_deterministic_and_with_one_it_samples(mixed
     assert (same["walk"] != other["walk"]).any() and (same["walk"] != one["walk"]).any()
 
 
-def test_environments_do_not_see_each_other(mixed: Agent, start: Any) -> None:
+def test_environments_do_not_see_each_other(mixed, start):
     """Without a key: what one environment shows changes its own action only."""
     obs = observation(mixed, 8)
     other = observation(mixed, 8, seed=1)
@@ -238,7 +237,7 @@ def test_environments_do_not_see_each_other(mixed: Agent, start: Any) -> None:
 
 
 @pytest.mark.usefixtures("fixed")
-def test_acting_and_training_compute_the_same_states() -> None:
+def test_acting_and_training_compute_the_same_states():
     """A sequence is acted, stored, replayed: the world model filters it into the states the policy had."""
     agent = Agent(VECTOR, {"a": ACTIONS["act"], "b": ACTIONS["walk"]}, small_config())
     params = perturb(agent.init(0)["params"])
@@ -272,7 +271,7 @@ def test_acting_and_training_compute_the_same_states() -> None:
 # Compilation and memory
 
 
-def test_every_function_compiles_once(mixed: Agent) -> None:
+def test_every_function_compiles_once(mixed):
     state, carry = mixed.init(3), mixed.init_policy(3)
     before = mixed.policy._cache_size()
     for i in range(3):
@@ -283,7 +282,7 @@ def test_every_function_compiles_once(mixed: Agent) -> None:
     assert mixed.init._cache_size() == 1
 
 
-def test_the_old_state_is_donated(mixed: Agent) -> None:
+def test_the_old_state_is_donated(mixed):
     """No second copy of weights and optimizer is alive after an update, nor of the policy's carry after a step."""
     state, carry = mixed.init(0), mixed.init_policy(3)
     new, _, _ = mixed.train_step(state, random_batch(mixed))
@@ -295,7 +294,7 @@ def test_the_old_state_is_donated(mixed: Agent) -> None:
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new["params"]))
 
 
-def test_updates_are_deterministic_and_each_draws_anew(mixed: Agent, start: Any) -> None:
+def test_updates_are_deterministic_and_each_draws_anew(mixed, start):
     batch = random_batch(mixed)
     one, _, first = mixed.train_step(copy(start), batch)
     two, _, second = mixed.train_step(copy(start), batch)
@@ -319,9 +318,7 @@ def test_updates_are_deterministic_and_each_draws_anew(mixed: Agent, start: Any)
         ("walk", {"image", "rew", "dyn", "rep", "policy"}, set()),
     ],
 )
-def test_a_broken_number_shows_in_the_losses_it_touches(
-    mixed: Agent, start: Any, key: str, broken: set[str], sound: set[str]
-) -> None:
+def test_a_broken_number_shows_in_the_losses_it_touches(mixed, start, key, broken, sound):
     batch = random_batch(mixed)
     batch[key][1, 2] = np.nan
     _, _, metrics = mixed.train_step(copy(start), batch)
@@ -334,7 +331,7 @@ def test_a_broken_number_shows_in_the_losses_it_touches(
 
 
 @pytest.mark.usefixtures("fixed")
-def test_rematerialisation_and_accumulation_change_no_number() -> None:
+def test_rematerialisation_and_accumulation_change_no_number():
     """Three agents, one batch whose sequences differ: the same gradients, latents, return scale and metrics."""
     agents = {
         "plain": Agent(VECTOR, DISCRETE, small_config()),
@@ -367,7 +364,7 @@ def test_rematerialisation_and_accumulation_change_no_number() -> None:
 
 
 @pytest.mark.parametrize("slices", [1, 2, 4, 8, 16])
-def test_spread_between_sequences_is_in_the_return_scale_however_a_batch_is_sliced(slices: int) -> None:
+def test_spread_between_sequences_is_in_the_return_scale_however_a_batch_is_sliced(slices):
     """Returns that spread by 5 between sequences and by 1 within: percentiles, gradient and metrics of the whole."""
     rng = np.random.default_rng(0)
     returns = (rng.normal(0, 5, (16, 1)) + rng.normal(0, 1, (16, 30))).astype(np.float32)
@@ -415,7 +412,7 @@ def test_spread_between_sequences_is_in_the_return_scale_however_a_batch_is_slic
         np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
 
 
-def test_an_accumulated_update_can_be_built() -> None:
+def test_an_accumulated_update_can_be_built():
     agent = Agent(VECTOR, DISCRETE, small_config(optimizer=dict(accumulate=2)))
     state = jax.eval_shape(agent._init, 0)
     _, latents, metrics = jax.eval_shape(agent._train_step, state, random_batch(agent))
@@ -423,7 +420,7 @@ def test_an_accumulated_update_can_be_built() -> None:
 
 
 @pytest.mark.usefixtures("fixed")
-def test_imagining_from_the_last_steps_only() -> None:
+def test_imagining_from_the_last_steps_only():
     """After a reset the past is forgotten: the last two steps of a sequence teach what a sequence of two steps does."""
     behaviour = [f"loss/{k}" for k in sorted(BEHAVIOUR_TERMS)] + ["adv", "tar", "weight", "ret", "ent/action"]
     every = Agent(VECTOR, DISCRETE, small_config())
@@ -451,7 +448,7 @@ def test_imagining_from_the_last_steps_only() -> None:
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_dtypes_under_strict_promotion(dtype: jnp.dtype) -> None:
+def test_dtypes_under_strict_promotion(dtype):
     """No implicit promotion anywhere in the loss; whatever is kept or summed up is float32 in either precision."""
     agent = Agent(OBSERVATIONS, ACTIONS, small_config(), dtype)
     state, batch, key = jax.eval_shape(agent._init, 0), random_batch(agent), jax.random.key(0)
@@ -473,7 +470,7 @@ def test_dtypes_under_strict_promotion(dtype: jnp.dtype) -> None:
 
 
 @pytest.mark.usefixtures("fixed")
-def test_bfloat16_activations_give_nearly_the_same_losses() -> None:
+def test_bfloat16_activations_give_nearly_the_same_losses():
     agents = [Agent(VECTOR, DISCRETE, small_config(), dtype) for dtype in (jnp.float32, jnp.bfloat16)]
     state, batch = agents[0].init(0), random_batch(agents[0])
     args = (state["params"], state["slow_value"], state["return_scale"], batch, jax.random.key(0))
@@ -485,7 +482,7 @@ def test_bfloat16_activations_give_nearly_the_same_losses() -> None:
 # Learning
 
 
-def test_updates_on_one_batch_lower_every_loss_of_the_world_model(mixed: Agent, start: Any) -> None:
+def test_updates_on_one_batch_lower_every_loss_of_the_world_model(mixed, start):
     batch, state = random_batch(mixed), copy(start)
     history = []
     for _ in range(80):

@@ -62,14 +62,14 @@ SIZES = {
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_geometry_of_usual_images(size: tuple[int, int]) -> None:
+def test_geometry_of_usual_images(size):
     geometry = ImageGeometry.of(*size, usual=4)
     stages, small = SIZES[size]
     assert (geometry.stages, geometry.map) == (stages, small)
     assert all(3 <= side <= 7 for side in geometry.map)
 
 
-def test_every_image_shrinks_to_a_small_map_and_grows_back() -> None:
+def test_every_image_shrinks_to_a_small_map_and_grows_back():
     for height in range(5, 300, 7):
         for width in range(5, 300, 11):
             geometry = ImageGeometry.of(height, width, usual=4)
@@ -84,7 +84,7 @@ def test_every_image_shrinks_to_a_small_map_and_grows_back() -> None:
                 assert min(geometry.map) >= 3, (height, width)
 
 
-def test_depths_repeat_the_last_multiplier() -> None:
+def test_depths_repeat_the_last_multiplier():
     assert ImageGeometry.of(64, 64, 4).depths(config(depth=3)) == [6, 9, 12, 12]
     assert ImageGeometry.of(210, 160, 4).depths(config(depth=3)) == [6, 9, 12, 12, 12]
     assert ImageGeometry.of(32, 32, 4).depths(config(depth=3)) == [6, 9, 12]
@@ -92,7 +92,7 @@ def test_depths_repeat_the_last_multiplier() -> None:
 
 @pytest.mark.parametrize("size", [(64, 64), (84, 84), (210, 160), (32, 48)])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_images_of_any_size_come_back_in_their_size(size: tuple[int, int], channels: int) -> None:
+def test_images_of_any_size_come_back_in_their_size(size, channels):
     """Shapes only: nothing is computed."""
     spaces, c = {"image": Space("image", (*size, channels))}, config()
 
@@ -114,7 +114,7 @@ def test_images_of_any_size_come_back_in_their_size(size: tuple[int, int], chann
 # Encoder
 
 
-def test_vectors_are_symlogged_and_choices_one_hot_in_key_order() -> None:
+def test_vectors_are_symlogged_and_choices_one_hot_in_key_order():
     spaces = {k: MIXED[k] for k in ("item", "mass", "position", "tools")}
     observations = {
         "item": jnp.array([2]),
@@ -127,13 +127,13 @@ def test_vectors_are_symlogged_and_choices_one_hot_in_key_order() -> None:
     np.testing.assert_allclose(flatten_vectors(observations, spaces)[0], oracle, rtol=1e-6)
 
 
-def test_one_hot_of_nested_choices() -> None:
+def test_one_hot_of_nested_choices():
     space = Space("discrete", (2, 2), (2, 3, 4, 2))
     ours = one_hot(jnp.array([[[1, 0], [3, 0]]], jnp.int32), space, jnp.float32)
     np.testing.assert_array_equal(ours, [[0, 1, 1, 0, 0, 0, 0, 0, 1, 1, 0]])
 
 
-def test_tokens_are_vector_features_then_image_features() -> None:
+def test_tokens_are_vector_features_then_image_features():
     encoder = Encoder(MIXED, config(), rngs=weights())
     observations = batch_of(MIXED, 2, 3)
     tokens = np.asarray(encoder(observations, (2, 3), jnp.float32))
@@ -145,7 +145,7 @@ def test_tokens_are_vector_features_then_image_features() -> None:
     assert not changed[..., :6].any() and changed[..., 6:].any()
 
 
-def test_log_keys_are_invisible() -> None:
+def test_log_keys_are_invisible():
     encoder = Encoder(MIXED, config(encoder_keys="secret|mass"), rngs=weights())
     assert list(encoder.vectors) == ["mass"]
     assert "log/secret" not in Decoder(MIXED, config(), rngs=weights()).spaces
@@ -157,7 +157,7 @@ def test_log_keys_are_invisible() -> None:
         Encoder(MIXED, config(encoder_keys="log/"), rngs=weights())
 
 
-def test_key_filters_choose_what_is_read_and_predicted() -> None:
+def test_key_filters_choose_what_is_read_and_predicted():
     encoder = Encoder(MIXED, config(encoder_keys="^(mass|image)$"), rngs=weights())
     assert list(encoder.vectors) == ["mass"] and encoder.cnn.keys == ("image",)
     encoder = Encoder(MIXED, config(encoder_keys="tools"), rngs=weights())
@@ -169,7 +169,7 @@ def test_key_filters_choose_what_is_read_and_predicted() -> None:
     assert decoder.cnn is None and set(decoder(*model_state(config(), 2))) == {"mass"}
 
 
-def test_constant_padding_is_gray_and_only_at_the_bottom_and_right() -> None:
+def test_constant_padding_is_gray_and_only_at_the_bottom_and_right():
     """20x20 is padded to 24x24: as if mid-gray (127.5 of 255) pixels had been appended."""
     c = config(depth=1, blocks=1)
     small, large = Space("image", (20, 20, 1)), Space("image", (24, 24, 1))
@@ -187,7 +187,7 @@ def test_constant_padding_is_gray_and_only_at_the_bottom_and_right() -> None:
 # Decoder
 
 
-def test_decoder_predicts_every_observation_as_its_kind() -> None:
+def test_decoder_predicts_every_observation_as_its_kind():
     c = config()
     decoder, observations = Decoder(MIXED, c, rngs=weights()), batch_of(MIXED, 2, 3)
     outputs, targets = decoder(*model_state(c, 2, 3)), decoder.targets(observations)
@@ -209,7 +209,7 @@ def test_decoder_predicts_every_observation_as_its_kind() -> None:
 
 
 @pytest.mark.parametrize("key", ["items", "keys", "0", "a/b", "params", "_private"])
-def test_observations_may_have_any_name(key: str) -> None:
+def test_observations_may_have_any_name(key):
     spaces, c = {key: Space("vector", (2,)), "z": Space("image", (8, 8, 1))}, config()
     state = model_state(c, 3)
     tree = nnx.to_pure_dict(nnx.state(Decoder(spaces, c, rngs=weights()), nnx.Param))
@@ -217,7 +217,7 @@ def test_observations_may_have_any_name(key: str) -> None:
     assert set(Decoder(spaces, c, rngs=weights())(*state)) == {key, "z"}
 
 
-def test_rematerialisation_changes_no_number() -> None:
+def test_rematerialisation_changes_no_number():
     spaces = {"image": Space("image", (12, 16, 1))}
     observations = batch_of(spaces, 2)
 
@@ -243,7 +243,7 @@ def test_rematerialisation_changes_no_number() -> None:
 # Errors
 
 
-def test_images_of_different_sizes_are_refused() -> None:
+def test_images_of_different_sizes_are_refused():
     spaces = {"left": Space("image", (16, 16, 3)), "right": Space("image", (16, 24, 3))}
     for coder in (Encoder, Decoder):
         with pytest.raises(ValueError, match=r"images of one size.*left.*16, 16.*right.*16, 24.*encoder_keys"):
@@ -251,19 +251,19 @@ def test_images_of_different_sizes_are_refused() -> None:
     Encoder(spaces, config(encoder_keys="left"), rngs=weights())
 
 
-def test_a_filter_that_matches_nothing_is_refused() -> None:
+def test_a_filter_that_matches_nothing_is_refused():
     with pytest.raises(ValueError, match=r"model.encoder_keys to match at least one of \['depth', .*'pixels'"):
         Encoder(MIXED, config(encoder_keys="pixels"), rngs=weights())
     with pytest.raises(ValueError, match="model.decoder_keys to match"):
         Decoder(MIXED, config(decoder_keys="$^"), rngs=weights())
 
 
-def test_a_broken_filter_is_refused() -> None:
+def test_a_broken_filter_is_refused():
     with pytest.raises(ValueError, match=r"model.encoder_keys to be a regular expression, got '\(image'"):
         Encoder(MIXED, config(encoder_keys="(image"), rngs=weights())
 
 
-def test_image_channels_that_the_blocks_do_not_divide_are_refused() -> None:
+def test_image_channels_that_the_blocks_do_not_divide_are_refused():
     spaces = {"image": Space("image", (32, 32, 3))}
     with pytest.raises(ValueError, match=r"model.depth x 4 = 12, to be a multiple of model.blocks = 8"):
         Decoder(spaces, config(depth=3, blocks=8), rngs=weights())

@@ -135,7 +135,7 @@ def test_a_replay_that_training_can_never_begin_with_is_refused():
 
 
 @hypothesis.given(envs=st.integers(1, 9), size=st.integers(1, 9), length=st.integers(2, 9))
-def test_filling_counts_the_places_where_sequences_can_begin(envs: int, size: int, length: int):
+def test_filling_counts_the_places_where_sequences_can_begin(envs, size, length):
     """Row by row: a sequence of T steps and the one before it begins at every step that has T behind it."""
     config = load_config([], {"env.num_envs": envs, "run.batch_size": size, "run.batch_length": length})
     rows = 0
@@ -157,7 +157,7 @@ def test_what_will_not_happen_is_told():
     [{"actor_critic.return_low": 95, "actor_critic.return_high": 5}, {"model.encoder_keys": "(?P<"}]
     + [{"run.process_id": 4, "run.processes": 4}, {"model.depth_multipliers": "[]"}],
 )
-def test_contradictions_are_refused(overrides: dict[str, Any]):
+def test_contradictions_are_refused(overrides):
     refusal([], overrides)
 
 

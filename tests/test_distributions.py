@@ -40,7 +40,7 @@ def mixed(logits: np.ndarray, unimix: float) -> np.ndarray:
 # Symlog
 
 
-def test_symlog_is_odd_monotone_and_inverted_by_symexp() -> None:
+def test_symlog_is_odd_monotone_and_inverted_by_symexp():
     x = np.concatenate([-np.logspace(6, -6, 40), [0.0], np.logspace(-6, 6, 40)]).astype(np.float32)
     y = np.asarray(symlog(jnp.asarray(x)))
     np.testing.assert_array_equal(y, -np.asarray(symlog(jnp.asarray(-x))))
@@ -49,7 +49,7 @@ def test_symlog_is_odd_monotone_and_inverted_by_symexp() -> None:
     np.testing.assert_allclose(y, np.sign(x) * np.log1p(np.abs(np.float64(x))), rtol=1e-6)
 
 
-def test_symlog_gradient_at_zero_is_one() -> None:
+def test_symlog_gradient_at_zero_is_one():
     # d/dx symlog(x) = 1 / (1 + |x|)
     np.testing.assert_allclose(jax.vmap(jax.grad(symlog))(jnp.array([-3.0, 1e-4, 1.0])), [0.25, 1, 0.5], rtol=2e-4)
 
@@ -57,7 +57,7 @@ def test_symlog_gradient_at_zero_is_one() -> None:
 # Categorical
 
 
-def test_draw_class_frequencies() -> None:
+def test_draw_class_frequencies():
     probs = np.array([[0.02, 0.5, 0.0, 0.48], [0.25, 0.25, 0.25, 0.25], [0.0, 0.1, 0.9, 0.0]], np.float32)
     draws = 20_000
     index = np.asarray(draw_class(jax.random.key(1), jnp.broadcast_to(probs, (draws, *probs.shape))))
@@ -70,7 +70,7 @@ def test_draw_class_frequencies() -> None:
         assert scipy.stats.chisquare(counts[possible], expected).pvalue > 1e-3
 
 
-def test_draw_class_inverts_the_cumulative_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draw_class_inverts_the_cumulative_distribution(monkeypatch):
     """Each uniform picks the class whose interval [F(k-1), F(k)) holds it; none falls off the end."""
     probs = np.array([0.0, 0.25, 0.5, 0.0, 0.25], np.float32)
     uniforms = np.array([0.0, 0.2499, 0.25, 0.7499, 0.75, 0.9999999], np.float32)
@@ -82,14 +82,14 @@ def test_draw_class_inverts_the_cumulative_distribution(monkeypatch: pytest.Monk
     assert index.max() == 4
 
 
-def test_draw_class_draws_variables_independently() -> None:
+def test_draw_class_draws_variables_independently():
     index = np.asarray(draw_class(jax.random.key(2), jnp.full((4000, 2, 2), 0.5)))
     table = np.histogram2d(*index.T, bins=2)[0]
     assert scipy.stats.chi2_contingency(table).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("unimix", [0.0, 0.01, 1.0])
-def test_onehot_against_scipy(unimix: float) -> None:
+def test_onehot_against_scipy(unimix):
     p, q = RNG.normal(0, 3, (2, 5, 4, 6)).astype(np.float32)
     event = np.eye(6, dtype=np.float32)[RNG.integers(0, 6, (5, 4))]
     ours, other = OneHot(jnp.asarray(p), unimix), OneHot(jnp.asarray(q), unimix)
@@ -101,12 +101,12 @@ def test_onehot_against_scipy(unimix: float) -> None:
     np.testing.assert_allclose(ours.loss(event), -np.log((pp * event).sum(-1)), rtol=2e-5)
 
 
-def test_unimix_bounds_the_probabilities() -> None:
+def test_unimix_bounds_the_probabilities():
     probs = OneHot(jnp.array([[100.0, 0.0, -100.0]]), 0.01).probs
     np.testing.assert_allclose(probs, [[0.99 + 0.01 / 3, 0.01 / 3, 0.01 / 3]], rtol=1e-5)
 
 
-def test_onehot_mode_and_sample() -> None:
+def test_onehot_mode_and_sample():
     logits = jnp.asarray(RNG.normal(0, 1, (50, 4)), jnp.float32)
     dist = OneHot(logits)
     np.testing.assert_array_equal(dist.mode(), np.eye(4)[np.argmax(logits, -1)])
@@ -118,7 +118,7 @@ def test_onehot_mode_and_sample() -> None:
 
 
 @pytest.mark.parametrize("key", [None, 7])
-def test_straight_through_gradient_is_that_of_the_mixed_probabilities(key: int | None) -> None:
+def test_straight_through_gradient_is_that_of_the_mixed_probabilities(key):
     logits = RNG.normal(0, 2, (3, 5)).astype(np.float32)
     weights = RNG.normal(0, 1, (3, 5)).astype(np.float32)
     key = None if key is None else jax.random.key(key)
@@ -129,7 +129,7 @@ def test_straight_through_gradient_is_that_of_the_mixed_probabilities(key: int |
     np.testing.assert_allclose(grad, oracle, rtol=1e-4, atol=1e-6)
 
 
-def test_loss_target_gets_no_gradient() -> None:
+def test_loss_target_gets_no_gradient():
     logits, target = jnp.array([0.3, -0.2]), jnp.array([0.5, 0.5])
     assert not jax.grad(lambda t: OneHot(logits).loss(t))(target).any()
     assert not jax.grad(lambda t: MultiOneHot(logits, (2,)).loss(t))(target).any()
@@ -138,7 +138,7 @@ def test_loss_target_gets_no_gradient() -> None:
     assert not jax.grad(lambda t: SquaredError(logits, rank=1).loss(t))(target).any()
 
 
-def test_multi_onehot_is_the_sum_of_its_parts() -> None:
+def test_multi_onehot_is_the_sum_of_its_parts():
     classes = (3, 1, 4)
     logits = jnp.asarray(RNG.normal(0, 2, (6, 8)), jnp.float32)
     whole = MultiOneHot(logits, classes)
@@ -158,7 +158,7 @@ def test_multi_onehot_is_the_sum_of_its_parts() -> None:
 # Normal
 
 
-def test_bounded_normal_against_scipy() -> None:
+def test_bounded_normal_against_scipy():
     raw_mean, raw_std, action = RNG.normal(0, 2, (3, 9, 2)).astype(np.float32)
     dist = Normal.bounded(jnp.asarray(raw_mean), jnp.asarray(raw_std), 0.1, 1.0)
     mean, std = np.tanh(np.float64(raw_mean)), 0.9 * scipy.special.expit(np.float64(raw_std) + 2) + 0.1
@@ -169,12 +169,12 @@ def test_bounded_normal_against_scipy() -> None:
     np.testing.assert_allclose(dist.mode(), mean, rtol=1e-5)
 
 
-def test_bounded_normal_std_stays_within_its_limits() -> None:
+def test_bounded_normal_std_stays_within_its_limits():
     std = Normal.bounded(jnp.zeros(3), jnp.array([-1e9, 0.0, 1e9]), 0.1, 1.0).std
     np.testing.assert_allclose(std, [0.1, 0.9 / (1 + math.exp(-2)) + 0.1, 1.0], rtol=1e-6)
 
 
-def test_normal_samples_follow_the_distribution() -> None:
+def test_normal_samples_follow_the_distribution():
     dist = Normal(jnp.full((20_000,), -0.7), jnp.full((20_000,), 0.3))
     sample = np.asarray(dist.sample(jax.random.key(0)))
     assert scipy.stats.kstest(sample, scipy.stats.norm(-0.7, 0.3).cdf).pvalue > 1e-3
@@ -183,7 +183,7 @@ def test_normal_samples_follow_the_distribution() -> None:
 # Binary
 
 
-def test_bernoulli_against_the_definition() -> None:
+def test_bernoulli_against_the_definition():
     logit = np.array([-30.0, -2.0, 0.0, 0.5, 30.0], np.float32)
     target = np.array([0.0, 0.3, 1.0, 1 - 1 / 333, 1.0], np.float32)
     dist = Bernoulli(jnp.asarray(logit))
@@ -193,7 +193,7 @@ def test_bernoulli_against_the_definition() -> None:
     np.testing.assert_allclose(dist.mode(), scipy.special.expit(z), rtol=1e-6)
 
 
-def test_bernoulli_loss_is_least_at_the_soft_target() -> None:
+def test_bernoulli_loss_is_least_at_the_soft_target():
     target = 1 - 1 / 333
     best = math.log(target / (1 - target))
     assert abs(jax.grad(lambda z: Bernoulli(z).loss(jnp.float32(target)))(best)) < 1e-6
@@ -218,7 +218,7 @@ def spelled_out_twohot(target: float, bins: np.ndarray) -> np.ndarray:
     return label
 
 
-def test_twohot_bins_are_symmetric_exponential_and_hold_zero() -> None:
+def test_twohot_bins_are_symmetric_exponential_and_hold_zero():
     for count in (3, 31, 255):
         bins = twohot_bins(count)
         assert bins.shape == (count,) and bins.dtype == np.float32
@@ -228,7 +228,7 @@ def test_twohot_bins_are_symmetric_exponential_and_hold_zero() -> None:
         np.testing.assert_allclose(bins[: count // 2 + 1], -np.expm1(-half), rtol=2e-5)
 
 
-def test_twohot_loss_on_between_and_outside_the_bins() -> None:
+def test_twohot_loss_on_between_and_outside_the_bins():
     bins = np.float64(twohot_bins(31))
     targets = [*bins, *(bins[1:] * 0.4 + bins[:-1] * 0.6), -1e12, 1e12, 0.0, -0.0, 1e-6, -7.3, 123.4]
     targets = np.array(targets, np.float32)
@@ -238,7 +238,7 @@ def test_twohot_loss_on_between_and_outside_the_bins() -> None:
     np.testing.assert_allclose(TwoHot(jnp.asarray(logits)).loss(jnp.asarray(targets)), oracle, rtol=1e-4)
 
 
-def test_twohot_best_logits_predict_the_target() -> None:
+def test_twohot_best_logits_predict_the_target():
     """Label and prediction are inverse: the logits whose softmax is the label give the target back."""
     bins = np.float64(twohot_bins(255))
     targets = np.array([-1e5, -12.0, -0.3, 0.0, 0.01, 1.0, 77.0, 1e6], np.float32)
@@ -249,7 +249,7 @@ def test_twohot_best_logits_predict_the_target() -> None:
     np.testing.assert_allclose(dist.loss(jnp.asarray(targets)), entropy, rtol=1e-2, atol=1e-4)
 
 
-def test_twohot_gradient_is_softmax_minus_label() -> None:
+def test_twohot_gradient_is_softmax_minus_label():
     bins = np.float64(twohot_bins(31))
     logits = RNG.normal(0, 2, (4, 31)).astype(np.float32)
     targets = np.array([-3.3, 0.0, 5e9, 40.0], np.float32)
@@ -259,14 +259,14 @@ def test_twohot_gradient_is_softmax_minus_label() -> None:
 
 
 @pytest.mark.parametrize("count", [3, 31, 255])
-def test_twohot_symmetric_logits_predict_exactly_zero(count: int) -> None:
+def test_twohot_symmetric_logits_predict_exactly_zero(count):
     half = RNG.normal(0, 1, (7, count // 2)).astype(np.float32)
     logits = np.concatenate([half, np.ones((7, 1), np.float32), half[:, ::-1]], -1)
     for predict in (lambda x: TwoHot(x).mode(), jax.jit(lambda x: TwoHot(x).mode())):
         np.testing.assert_array_equal(predict(jnp.asarray(logits)), 0)
 
 
-def test_a_broken_target_shows_in_every_loss() -> None:
+def test_a_broken_target_shows_in_every_loss():
     nan = jnp.float32(np.nan)
     assert jnp.isnan(TwoHot(jnp.zeros(5)).loss(nan))
     assert jnp.isnan(Bernoulli(jnp.float32(0)).loss(nan))
@@ -277,7 +277,7 @@ def test_a_broken_target_shows_in_every_loss() -> None:
 # Squared errors
 
 
-def test_squared_error_sums_over_the_event_without_a_half() -> None:
+def test_squared_error_sums_over_the_event_without_a_half():
     prediction, target = RNG.normal(0, 3, (2, 2, 5, 3, 4)).astype(np.float32)
     plain = SquaredError(jnp.asarray(prediction), rank=2)
     np.testing.assert_allclose(plain.loss(target), ((prediction - target) ** 2).sum((-1, -2)), rtol=1e-5)
@@ -288,14 +288,14 @@ def test_squared_error_sums_over_the_event_without_a_half() -> None:
     np.testing.assert_allclose(squashed.mode(), np.sign(prediction) * np.expm1(np.abs(prediction)), rtol=1e-5)
 
 
-def test_squared_error_of_a_scalar_event() -> None:
+def test_squared_error_of_a_scalar_event():
     np.testing.assert_allclose(SquaredError(jnp.array([1.0, 2.0]), rank=0).loss(jnp.array([0.0, 5.0])), [1, 9])
 
 
 # Precision
 
 
-def test_losses_of_bfloat16_outputs_are_float32() -> None:
+def test_losses_of_bfloat16_outputs_are_float32():
     x = jnp.ones((2, 3), jnp.bfloat16)
     losses = {
         "onehot": OneHot(x).loss(x),
@@ -310,7 +310,7 @@ def test_losses_of_bfloat16_outputs_are_float32() -> None:
     assert {k: v.dtype for k, v in losses.items()} == {k: jnp.dtype(jnp.float32) for k in losses}
 
 
-def test_float64_passes_through_all_losses() -> None:
+def test_float64_passes_through_all_losses():
     """In float64 the losses agree with the oracles to 12 digits: nothing inside rounds to float32."""
     with jax.enable_x64(True):
         p, q = (jnp.asarray(RNG.normal(0, 2, (4, 5))) for _ in range(2))

@@ -290,7 +290,7 @@ class Recorder:
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory) -> set[str]:
+def written(tmp_path_factory):
     """Every name that a run writes: the loop's own logging over a learner whose updates are only traced."""
     logdir, recorder = tmp_path_factory.mktemp("run"), Recorder()
     config = load_config(["debug"])

@@ -1,7 +1,5 @@
 """Arithmetic in docs/sizing.md: what the presets and the sizes give, computed anew."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -200,7 +200,7 @@ def watch(clone: Path, binaries: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def walked(tmp_path_factory) -> Path:
+def walked(tmp_path_factory):
     """The newcomer's path: train, watch, stop, resume, evaluate, plot, each command as the README has it."""
     clone = copy_of_the_project(tmp_path_factory.mktemp("newcomer"))
     binaries, logdir = clone / ".venv" / "bin", clone / "runs" / "catch"

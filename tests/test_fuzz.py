@@ -210,7 +210,7 @@ def drawn(strategy: st.SearchStrategy, examples: int, check: Callable[[Any], Non
 
 
 @many(120, 4_000)
-def test_command_lines(examples: int) -> None:
+def test_command_lines(examples):
     codes: collections.Counter[int] = collections.Counter()
     with in_folder(), nothing_begins():
         drawn(command_line(), examples, lambda line: codes.update([check_outcome(line)]))
@@ -288,7 +288,7 @@ documents = st.one_of(
 
 
 @many(60, 3_000)
-def test_files(examples: int) -> None:
+def test_files(examples):
     codes: collections.Counter[int] = collections.Counter()
     with in_folder() as folder, nothing_begins():
 
@@ -319,7 +319,7 @@ objects = st.one_of(
 
 
 @many(150, 3_000)
-def test_values_from_python(examples: int) -> None:
+def test_values_from_python(examples):
     """A value is refused in one line, or the configuration can be written down and read back as it is."""
     accepted: collections.Counter[bool] = collections.Counter()
     with in_folder() as folder:
@@ -554,7 +554,7 @@ def train_in(plan: dict[str, Any], folder: Path, workers: str) -> int:
 
 
 @many(6, 300)
-def test_environments(examples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environments(examples, monkeypatch):
     """A run in any environment ends: done, refused in one line, or stopped for its failures with a checkpoint saved."""
     monkeypatch.setattr("dreamer.run.setup.Agent", Random)
     codes: collections.Counter[int] = collections.Counter()
@@ -586,7 +586,7 @@ def checked(plan: dict[str, Any]) -> bool:
 
 
 @many(10, 300)
-def test_what_training_refuses_the_check_finds(examples: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_training_refuses_the_check_finds(examples, monkeypatch):
     monkeypatch.setattr("dreamer.run.setup.Agent", Random)
     found: collections.Counter[tuple[int, bool]] = collections.Counter()
 

@@ -22,7 +22,7 @@ ARCHIVE = Path(__file__).parent / "fixtures" / "run_of_0.1.0.tar.xz"
 
 
 @pytest.fixture
-def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def old(tmp_path, monkeypatch):
     """The logdir of the old run."""
     share_agents(monkeypatch)
     with tarfile.open(ARCHIVE) as archive:
@@ -36,7 +36,7 @@ def metrics(logdir: Path) -> dict[int, dict[str, float]]:
     return {line["step"]: line for line in lines if "train/opt/loss" in line}
 
 
-def test_it_goes_on_with_the_same_numbers(old: Path) -> None:
+def test_it_goes_on_with_the_same_numbers(old):
     before = metrics(old)
     assert main(["train", "--logdir", str(old)]) == 0
     after = metrics(old)
@@ -52,7 +52,7 @@ def test_it_goes_on_with_the_same_numbers(old: Path) -> None:
             assert after[step][name] == expected, f"{name} at step {step}"
 
 
-def test_it_plays_and_is_evaluated(old: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_plays_and_is_evaluated(old, capsys):
     agent = dreamer.Agent.load(old)
     action = agent.act({"image": np.zeros((16, 16, 3), np.uint8)}, first=True)
     assert int(action) in range(3)
@@ -60,7 +60,7 @@ def test_it_plays_and_is_evaluated(old: Path, capsys: pytest.CaptureFixture[str]
     assert "toy_catch" in capsys.readouterr().out
 
 
-def test_it_is_plotted_and_exported(old: Path, tmp_path: Path) -> None:
+def test_it_is_plotted_and_exported(old, tmp_path):
     assert main(["plot", str(old), "--out", str(tmp_path / "curves")]) == 0
     assert (tmp_path / "curves.png").stat().st_size > 1000
     assert main(["export", str(old), str(tmp_path / "episodes")]) == 0

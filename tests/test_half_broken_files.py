@@ -58,7 +58,7 @@ LINES = [
 
 
 @pytest.mark.parametrize(("line", "words"), LINES, ids=range(len(LINES)))
-def test_a_line_that_cannot_be_used_is_left_out_and_told_by_its_number(tmp_path: Path, line: bytes, words: str) -> None:
+def test_a_line_that_cannot_be_used_is_left_out_and_told_by_its_number(tmp_path, line, words):
     path = tmp_path / "scores.jsonl"
     path.write_bytes(in_between(line))
     (steps, scores), told = columns(path, "step", "episode/score")
@@ -70,7 +70,7 @@ def test_a_line_that_cannot_be_used_is_left_out_and_told_by_its_number(tmp_path:
 @pytest.mark.parametrize(
     "last", [b'{"step": 30, "episode/sc', b"\0\0\0", b'{"step": 30, "episode/score": null}\n', b'{"step": 30}\n', b""]
 )
-def test_what_is_half_written_or_not_finite_says_nothing(tmp_path: Path, last: bytes) -> None:
+def test_what_is_half_written_or_not_finite_says_nothing(tmp_path, last):
     path = tmp_path / "scores.jsonl"
     path.write_bytes(GOOD + last)
     assert [c.tolist() for c in columns(path, "step", "episode/score").values] == [[10, 20], [1, 3]]
@@ -109,9 +109,7 @@ def deny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
 
 
-def test_files_that_cannot_be_read_are_left_out_each_with_its_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_that_cannot_be_read_are_left_out_each_with_its_reason(tmp_path, monkeypatch):
     words = broken(tmp_path)
     deny(monkeypatch)
     found = read([str(tmp_path)])
@@ -122,9 +120,7 @@ def test_files_that_cannot_be_read_are_left_out_each_with_its_reason(
         assert remark.startswith("Left out: ") and reason in remark and "\n" not in remark
 
 
-def test_the_others_are_drawn_with_warnings_and_exit_code_0(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_others_are_drawn_with_warnings_and_exit_code_0(tmp_path, capsys, monkeypatch):
     words = broken(tmp_path / "runs")
     deny(monkeypatch)
     out = tmp_path / "plot"
@@ -138,7 +134,7 @@ def test_the_others_are_drawn_with_warnings_and_exit_code_0(
     assert "| gym_A | other code | 1 |" in table and out.with_suffix(".png").stat().st_size > 1000
 
 
-def test_where_nothing_can_be_read_one_line_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_nothing_can_be_read_one_line_says_why(tmp_path, capsys):
     broken(tmp_path)
     (tmp_path / "good" / "scores.jsonl").write_bytes(b"nothing\n")
     (tmp_path / "denied" / "scores.jsonl").write_bytes(b"nothing\n")
@@ -147,7 +143,7 @@ def test_where_nothing_can_be_read_one_line_says_why(tmp_path: Path, capsys: pyt
     assert error.count("\n") == 1 and "nothing can be drawn" in error and "(and 6 more faults)" in error
 
 
-def test_steps_that_go_back_are_told(tmp_path: Path) -> None:
+def test_steps_that_go_back_are_told(tmp_path):
     folder = written(tmp_path / "run", GOOD + GOOD)
     found = read([str(folder)])
     assert found.runs[0].xs.tolist() == [10, 20, 10, 20]
@@ -168,7 +164,7 @@ def test_steps_that_go_back_are_told(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_metrics_that_are_half_broken(tmp_path: Path, lines: str, axis: str, expected: list[float]) -> None:
+def test_metrics_that_are_half_broken(tmp_path, lines, axis, expected):
     folder = written(tmp_path / "run")
     (folder / "metrics.jsonl").write_text(lines)
     found = read([str(folder)], axis)
@@ -176,7 +172,7 @@ def test_metrics_that_are_half_broken(tmp_path: Path, lines: str, axis: str, exp
     assert len(found.remarks) == (0 if axis == "hours" else 1) and all("metrics.jsonl:3: " in r for r in found.remarks)
 
 
-def test_metrics_that_say_nothing_leave_their_run_out(tmp_path: Path) -> None:
+def test_metrics_that_say_nothing_leave_their_run_out(tmp_path):
     folders = [written(tmp_path / name) for name in ("a", "b")]
     for folder, line in zip(folders, ('{"step": 0, "updates": 0}', '{"step": 20, "updates": 2}'), strict=True):
         (folder / "metrics.jsonl").write_text(line + "\n")
@@ -200,7 +196,7 @@ CURVE: dict[str, Any] = {"task": "gym_A", "method": "ppo", "seed": 0, "xs": [1, 
         ({"ys": [1, 2]}, "expected as many ys as xs, got 2 and 3"),
     ],
 )
-def test_a_curve_of_a_list_that_cannot_be_is_left_out(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+def test_a_curve_of_a_list_that_cannot_be_is_left_out(tmp_path, changes, words):
     path = tmp_path / "curves.json"
     path.write_text(json.dumps([CURVE, CURVE | changes, 7]))
     found = read([str(path)])
@@ -209,7 +205,7 @@ def test_a_curve_of_a_list_that_cannot_be_is_left_out(tmp_path: Path, changes: d
     assert f"{path}, curve 1: {words}" in remark and remark.endswith("(and 1 more curves of it).")
 
 
-def test_points_of_a_list_that_cannot_be_are_left_out(tmp_path: Path) -> None:
+def test_points_of_a_list_that_cannot_be_are_left_out(tmp_path):
     path = tmp_path / "curves.json"
     path.write_text(json.dumps([CURVE | {"xs": [1, -2, 3, 4, 5], "ys": [1, 2, 1e308, float("inf"), 4]}]))
     found = read([str(path)])
@@ -221,7 +217,7 @@ CUT = gzip.compress(b"[]" * 99, mtime=0)[:20]
 
 
 @pytest.mark.parametrize("content", [b"\x1f\x8b\x08 not gzip", CUT, b"[" * 100_000, b"\0"])
-def test_lists_that_are_no_json_are_one_line(tmp_path: Path, content: bytes) -> None:
+def test_lists_that_are_no_json_are_one_line(tmp_path, content):
     path = tmp_path / "curves.json.gz"
     path.write_bytes(content if content[:1] == b"\x1f" else gzip.compress(content))
     with pytest.raises(ConfigError, match=r"Left out: .*curves\.json\.gz: (cannot be read|expected JSON)") as caught:
@@ -229,7 +225,7 @@ def test_lists_that_are_no_json_are_one_line(tmp_path: Path, content: bytes) -> 
     assert "\n" not in str(caught.value)
 
 
-def test_scores_that_are_packed_are_read(tmp_path: Path) -> None:
+def test_scores_that_are_packed_are_read(tmp_path):
     folder = written(tmp_path / "run", gzip.compress(GOOD), "scores-seed4.jsonl.gz")
     (run,) = read([str(folder)]).runs
     assert (run.seed, run.ys.tolist()) == ("4", [1, 3])
@@ -239,12 +235,12 @@ def test_scores_that_are_packed_are_read(tmp_path: Path) -> None:
     ("prefix", "label"), [("a=", "a"), ("a=b=", "a=b"), ("lr=1e-4, x==", "lr=1e-4, x="), ("$a_1$=", "$a_1$")]
 )
 @pytest.mark.parametrize("name", ["run", "run.train_ratio=64"])
-def test_names_may_have_equals_signs(tmp_path: Path, prefix: str, label: str, name: str) -> None:
+def test_names_may_have_equals_signs(tmp_path, prefix, label, name):
     folder = written(tmp_path / name)
     assert [run.label for run in read([f"{prefix}{folder}"]).runs] == [label]
 
 
-def test_a_configuration_of_another_version_is_ours(tmp_path: Path) -> None:
+def test_a_configuration_of_another_version_is_ours(tmp_path):
     folder = written(tmp_path / "run")
     save_config(load_config(["gym", "cpu"], {"task": "gym_A"}), folder / "config.yaml")
     with (folder / "config.yaml").open("a") as file:
@@ -264,7 +260,7 @@ def test_a_configuration_of_another_version_is_ours(tmp_path: Path) -> None:
         (["l"], "['l']"),
     ],
 )
-def test_names_out_of_files_are_one_line(tmp_path: Path, name: Any, shown: str) -> None:
+def test_names_out_of_files_are_one_line(tmp_path, name, shown):
     path = tmp_path / "curves.json"
     path.write_text(json.dumps([CURVE | {"method": name}]))
     assert [run.label for run in read([str(path)]).runs] == [shown]
@@ -278,7 +274,7 @@ def curves_of(*labels: str, scores: tuple[float, ...] = (1.0, 2.0)) -> list[Run]
     return [Run("gym_$a_{$", label, "0", Path("x"), xs, np.array(scores)) for label in labels]
 
 
-def test_names_are_no_formulas_and_none_is_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_are_no_formulas_and_none_is_hidden(tmp_path, monkeypatch):
     """Nor does a matplotlibrc in the working folder turn them into LaTeX."""
     import matplotlib
 
@@ -295,7 +291,7 @@ def test_names_are_no_formulas_and_none_is_hidden(tmp_path: Path, monkeypatch: p
     assert matplotlib.rcParams["text.usetex"] is True
 
 
-def test_more_names_and_panels_than_have_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_names_and_panels_than_have_room(tmp_path, monkeypatch):
     made: list[Any] = []
     monkeypatch.setattr(figure, "_save", lambda whole, paths: made.append(whole))
     labels = [f"curve {i}" for i in range(100)]
@@ -308,7 +304,7 @@ def test_more_names_and_panels_than_have_room(tmp_path: Path, monkeypatch: pytes
     assert len(made[1].axes) == 60 and "13 more panels are not drawn" in made[1].get_supxlabel()
 
 
-def test_the_largest_scores_have_finite_means(tmp_path: Path) -> None:
+def test_the_largest_scores_have_finite_means(tmp_path):
     large = float(np.finfo(np.float32).max)
     found = compare(curves_of("x", "x", "x", scores=(large, -large, large)), {})
     assert np.isfinite([(final.mean, final.low, final.high) for final in found.finals]).all()
@@ -318,7 +314,7 @@ def test_the_largest_scores_have_finite_means(tmp_path: Path) -> None:
 # --- Sweeps ------------------------------------------------------------------------------------
 
 
-def test_a_sweep_passes_over_lines_that_cannot_be_used(tmp_path: Path) -> None:
+def test_a_sweep_passes_over_lines_that_cannot_be_used(tmp_path):
     metrics = [b'{"step": 8, "agent_steps": 4, "fps/policy": 2}', b'{"step": "x", "agent_steps": 9}', b"[" * 100_000]
     metrics += [b'{"agent_steps": NaN}', b'{"agent_steps": null, "step": 9}', b"\0"]
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(metrics) + b"\n")
@@ -333,18 +329,18 @@ def test_a_sweep_passes_over_lines_that_cannot_be_used(tmp_path: Path) -> None:
     "content",
     [b"", b"[]", b"\0\0", b'{"status": "odd"}', b'{"status": 3}', b'{"steps": "x"}', b'{"seconds": NaN}'],
 )
-def test_a_state_that_cannot_be_is_a_new_one(tmp_path: Path, content: bytes) -> None:
+def test_a_state_that_cannot_be_is_a_new_one(tmp_path, content):
     (tmp_path / "sweep.json").write_bytes(content)
     assert load_state(tmp_path) == RunState()
 
 
-def test_a_state_comes_back(tmp_path: Path) -> None:
+def test_a_state_comes_back(tmp_path):
     state = RunState(FINISHED, 10, 2, 1, 3.5, "because")
     save_state(tmp_path, state)
     assert load_state(tmp_path) == state
 
 
-def test_the_report_of_a_sweep_says_that_there_are_no_curves(tmp_path: Path) -> None:
+def test_the_report_of_a_sweep_says_that_there_are_no_curves(tmp_path):
     folder = written(tmp_path / "run", b"nothing\n")
     text, notes, files = summary.comparison(tmp_path, [str(folder)])
     assert (text, files) == ("", []) and "No curves: nothing can be drawn. Left out: " in notes[0]

@@ -58,7 +58,7 @@ def draw(*shape: int) -> jax.Array:
 
 @few
 @hypothesis.given(size=st.integers(1, 6), height=small, width=small, inputs=small, outputs=small)
-def test_convolutions(size: int, height: int, width: int, inputs: int, outputs: int) -> None:
+def test_convolutions(size, height, width, inputs, outputs):
     with jax.enable_x64(True):
         kernel, x = draw(size, size, inputs, outputs), draw(2, height, width, inputs)
         padding = ((1, size), (0, size - 1))
@@ -70,7 +70,7 @@ def test_convolutions(size: int, height: int, width: int, inputs: int, outputs: 
 
 @few
 @hypothesis.given(images=st.integers(3, 12), part=st.integers(100, 400))
-def test_images_in_parts(images: int, part: int) -> None:
+def test_images_in_parts(images, part):
     with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "PART_BYTES", part)
         kernel, sizes = draw(3, 3, 2, 2), []
@@ -87,14 +87,14 @@ def test_images_in_parts(images: int, part: int) -> None:
 
 @few
 @hypothesis.given(lead=st.lists(small, max_size=2), inputs=small, outputs=small, batch=small)
-def test_transposed_product(lead: list[int], inputs: int, outputs: int, batch: int) -> None:
+def test_transposed_product(lead, inputs, outputs, batch):
     with jax.enable_x64(True):
         same(*kernels.REWRITES["transposed_product"][:2], draw(*lead, inputs, outputs), draw(*lead, inputs, batch))
 
 
 @few
 @hypothesis.given(blocks=small, own=small, outputs=small, shared=small, batch=small)
-def test_block_linear_with_items_last(blocks: int, own: int, outputs: int, shared: int, batch: int) -> None:
+def test_block_linear_with_items_last(blocks, own, outputs, shared, batch):
     with jax.enable_x64(True):
         layer = BlockLinear(blocks, blocks * own, blocks * outputs, shared=shared, rngs=weights())
         graph, state = nnx.split(layer)
@@ -116,7 +116,7 @@ def test_block_linear_with_items_last(blocks: int, own: int, outputs: int, share
 
 @few
 @hypothesis.given(batch=small, units=small)
-def test_recomputed_norms(batch: int, units: int) -> None:
+def test_recomputed_norms(batch, units):
     with jax.enable_x64(True):
         fast, plain, _ = kernels.REWRITES["recomputed"]
         squash = lambda scale, y: jax.nn.silu(y * scale / jnp.sqrt(jnp.square(y).mean(-1, keepdims=True)))  # noqa: E731
@@ -126,9 +126,7 @@ def test_recomputed_norms(batch: int, units: int) -> None:
 
 @pytest.mark.parametrize("last", [False, True], ids=["items first", "items last"])
 @pytest.mark.parametrize("name", SPACES)
-def test_heads_read_the_same_inside_the_scan_and_after_it(
-    name: str, last: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_heads_read_the_same_inside_the_scan_and_after_it(name, last, monkeypatch):
     """Every number of a dream, and the gradients of what is trained, in float64; nothing else has a gradient."""
     monkeypatch.setattr(distributions, "draw_class", fixed_class)
     monkeypatch.setattr(distributions, "draw_normal", fixed_normal)
@@ -160,7 +158,7 @@ def test_heads_read_the_same_inside_the_scan_and_after_it(
     assert seen["value"].shape == (4, 3) and seen["log_prob"].shape == (3, 3)
 
 
-def test_both_ways_to_draw_classes_follow_the_probabilities() -> None:
+def test_both_ways_to_draw_classes_follow_the_probabilities():
     probs = jnp.asarray([[0.1, 0.6, 0.3, 0.0], [0.25, 0.25, 0.25, 0.25]])
     keys = jax.random.split(jax.random.key(0), 20_000)
     for function in kernels.REWRITES["draw_class"][:2]:
@@ -173,7 +171,7 @@ def test_both_ways_to_draw_classes_follow_the_probabilities() -> None:
 
 
 @pytest.mark.parametrize("name", SPACES)
-def test_the_whole_update_is_the_same_function(name: str) -> None:
+def test_the_whole_update_is_the_same_function(name):
     """Loss terms, metrics, latents and gradients of all parameters; every draw fixed."""
     results = []
     for how in (contextlib.nullcontext(), kernels.plain()):
@@ -192,7 +190,7 @@ def test_the_whole_update_is_the_same_function(name: str) -> None:
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), one, two)
 
 
-def test_every_rewrite_is_used_and_plain_takes_all_of_them_away(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_rewrite_is_used_and_plain_takes_all_of_them_away(monkeypatch):
     """What an update of an image agent on a CPU calls."""
     called: dict[str, set[str]] = {}
 
@@ -218,7 +216,7 @@ def test_every_rewrite_is_used_and_plain_takes_all_of_them_away(monkeypatch: pyt
         assert called[form] | missing == set(kernels.REWRITES)
 
 
-def test_the_target_is_that_of_the_agents_device() -> None:
+def test_the_target_is_that_of_the_agents_device():
     gpu = kernels.Target("gpu")
     assert kernels.current() == kernels.Target("cpu")
     with kernels.traced_for(gpu):

@@ -20,7 +20,7 @@ CLASSES = 18
 
 
 @pytest.fixture(scope="module")
-def drawn() -> tuple[np.ndarray, np.ndarray]:
+def drawn():
     """Logits and masks of 64 rows; every mask allows something, one allows a single class, one all."""
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 2, (64, CLASSES)).astype(np.float32)
@@ -34,7 +34,7 @@ def drawn() -> tuple[np.ndarray, np.ndarray]:
 # The distribution
 
 
-def test_it_is_the_renormalised_distribution(drawn: Any) -> None:
+def test_it_is_the_renormalised_distribution(drawn):
     logits, allowed = drawn
     dist = MaskedOneHot(jnp.asarray(logits), jnp.asarray(allowed))
     entropies = np.asarray(dist.entropy())
@@ -51,7 +51,7 @@ def test_it_is_the_renormalised_distribution(drawn: Any) -> None:
     assert entropies[0] == 0
 
 
-def test_ten_thousand_draws_and_the_mode_are_allowed(drawn: Any) -> None:
+def test_ten_thousand_draws_and_the_mode_are_allowed(drawn):
     """Forbidden logits are the largest by far, and every mask is met by more than 150 draws."""
     logits, allowed = drawn
     logits = np.where(allowed, logits, 50.0).astype(np.float32)
@@ -69,14 +69,14 @@ def test_ten_thousand_draws_and_the_mode_are_allowed(drawn: Any) -> None:
     np.testing.assert_array_equal(np.asarray(dist.sample(None)).argmax(-1), best)
 
 
-def test_a_draw_that_rounding_put_on_a_forbidden_class_becomes_the_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_draw_that_rounding_put_on_a_forbidden_class_becomes_the_mode(monkeypatch):
     monkeypatch.setattr(distributions, "draw_class", lambda key, probs: jnp.full(probs.shape[:-1], 2))
     logits = jnp.asarray([[0.0, 1.0, 2.0], [0.0, 1.0, 2.0]])
     dist = MaskedOneHot(logits, jnp.asarray([[True, True, False], [True, True, True]]))
     assert dist.sample(jax.random.key(0)).argmax(-1).tolist() == [1, 2]
 
 
-def test_forbidden_logits_get_no_gradient(drawn: Any) -> None:
+def test_forbidden_logits_get_no_gradient(drawn):
     logits, allowed = drawn
     weights = jnp.asarray(np.random.default_rng(1).normal(size=logits.shape), jnp.float32)
 
@@ -95,7 +95,7 @@ def test_forbidden_logits_get_no_gradient(drawn: Any) -> None:
         assert np.abs(np.asarray(gradient)[allowed]).max() > 1e-3, name
 
 
-def test_a_mask_that_allows_all_or_nothing_changes_no_number(drawn: Any) -> None:
+def test_a_mask_that_allows_all_or_nothing_changes_no_number(drawn):
     logits, _ = drawn
     plain = OneHot(jnp.asarray(logits))
     for value in (True, False):
@@ -116,12 +116,12 @@ def agent_of(imagine_mask: str = "predict") -> Agent:
 
 
 @pytest.fixture(scope="module")
-def agent() -> Agent:
+def agent():
     return agent_of()
 
 
 @pytest.fixture(scope="module")
-def params(agent: Agent) -> Any:
+def params(agent):
     """The policy longs for action 4; the decoder says that only 1 and 2 are ever allowed."""
     params = perturb(agent.init(0)["params"])
     head = params["actor_critic"]["policy"]["heads"]["action"]["logits"]
@@ -133,7 +133,7 @@ def params(agent: Agent) -> Any:
 
 
 @pytest.mark.parametrize("sampled", [True, False])
-def test_the_policy_takes_allowed_actions(agent: Agent, params: Any, sampled: bool) -> None:
+def test_the_policy_takes_allowed_actions(agent, params, sampled):
     rng, envs = np.random.default_rng(2), 10_000
     masks = (rng.random((envs, 5)) < 0.4).astype(np.int32)
     masks[masks.sum(-1) == 0, 2] = 1
@@ -161,19 +161,19 @@ def dream_of(agent: Agent, params: Any) -> tuple[Any, np.ndarray]:
     return allowed, np.asarray(actions)
 
 
-def test_dreams_keep_to_the_predicted_mask(agent: Agent, params: Any) -> None:
+def test_dreams_keep_to_the_predicted_mask(agent, params):
     allowed, actions = dream_of(agent, params)
     np.testing.assert_array_equal(allowed, np.broadcast_to([False, True, True, False, False], (3, 200, 5)))
     assert set(np.unique(actions)) == {1, 2}
 
 
-def test_dreams_may_ignore_masks(params: Any) -> None:
+def test_dreams_may_ignore_masks(params):
     allowed, actions = dream_of(agent_of("ignore"), params)
     assert allowed is None
     assert (actions == 4).mean() > 0.9
 
 
-def test_the_losses_are_those_of_the_masked_policy(agent: Agent, params: Any) -> None:
+def test_the_losses_are_those_of_the_masked_policy(agent, params):
     """Two actions left, equally likely: the entropy is ln 2, and the forbidden logits get no gradient."""
     head = params["actor_critic"]["policy"]["heads"]["action"]["logits"]
     even = {"kernel": jnp.zeros_like(head["kernel"]), "bias": jnp.asarray([5.0, 1.0, 1.0, -2.0, 9.0])}
@@ -192,7 +192,7 @@ def test_the_losses_are_those_of_the_masked_policy(agent: Agent, params: Any) ->
     assert "loss/action_mask" in metrics, "the mask is predicted like any other observation"
 
 
-def test_a_mask_that_does_not_fit_is_refused() -> None:
+def test_a_mask_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="single discrete action"):
         Agent(OBSERVATIONS, {"action": Space("vector", (2,))}, small_config())
     with pytest.raises(ValueError, match="single discrete action"):

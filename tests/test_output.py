@@ -9,7 +9,6 @@ import pty
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, TextIO
 
 import pytest
@@ -71,7 +70,7 @@ BROKEN = [closed_pipe, full_disk, closed_terminal, full_pipe]
 
 
 @pytest.fixture
-def broken() -> Iterator[Callable[[Callable[[], int]], TextIO]]:
+def broken():
     """Makes text streams of such descriptors, and ends them quietly."""
     made: list[TextIO] = []
 
@@ -104,7 +103,7 @@ def print_much() -> None:
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_nothing_that_is_printed_raises(kind: Callable[[], int], broken: Callable[..., TextIO]) -> None:
+def test_nothing_that_is_printed_raises(kind, broken):
     with pytest.raises(OSError), standing_for(broken(kind), io.StringIO()):
         print_much()
     stream, told = broken(kind), io.StringIO()
@@ -118,13 +117,13 @@ def test_nothing_that_is_printed_raises(kind: Callable[[], int], broken: Callabl
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_standard_error_may_fail_as_well(kind: Callable[[], int], broken: Callable[..., TextIO]) -> None:
+def test_standard_error_may_fail_as_well(kind, broken):
     with standing_for(broken(full_disk), broken(kind)), unfailing_output():
         print_much()
         print("a line", file=sys.stderr, flush=True)
 
 
-def test_output_goes_on_when_there_is_room_again(tmp_path: Path, broken: Callable[..., TextIO]) -> None:
+def test_output_goes_on_when_there_is_room_again(tmp_path, broken):
     stream = broken(full_disk)
     with standing_for(stream, io.StringIO()), unfailing_output(), (tmp_path / "out").open("w") as again:
         print("lost", flush=True)
@@ -133,7 +132,7 @@ def test_output_goes_on_when_there_is_room_again(tmp_path: Path, broken: Callabl
     assert (tmp_path / "out").read_text() == "kept\n"
 
 
-def test_a_closed_stream_is_like_none() -> None:
+def test_a_closed_stream_is_like_none():
     closed = io.StringIO()
     closed.close()
     with standing_for(closed, closed), unfailing_output():
@@ -143,7 +142,7 @@ def test_a_closed_stream_is_like_none() -> None:
         sys.stderr.write("nowhere")
 
 
-def test_characters_that_an_encoding_lacks_become_escapes() -> None:
+def test_characters_that_an_encoding_lacks_become_escapes():
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
     with standing_for(stream, io.StringIO()), unfailing_output():
@@ -153,7 +152,7 @@ def test_characters_that_an_encoding_lacks_become_escapes() -> None:
     assert found.startswith("\\xe9 \\u2192 run/\\udcff, plain\n\\u2192")
 
 
-def test_streams_are_as_before_afterwards() -> None:
+def test_streams_are_as_before_afterwards():
     before = sys.stdout, sys.stderr
     with unfailing_output():
         within = sys.stdout
@@ -163,7 +162,7 @@ def test_streams_are_as_before_afterwards() -> None:
     assert (sys.stdout, sys.stderr) == before
 
 
-def test_files_never_become_standard_output() -> None:
+def test_files_never_become_standard_output():
     """Without one, the first file to be opened would be what libraries print to."""
     code = (
         "from dreamer.process import unfailing_output\n"
@@ -177,7 +176,7 @@ def test_files_never_become_standard_output() -> None:
 
 
 @pytest.mark.parametrize("kind", [closed_pipe, full_disk])
-def test_listings_end_with_their_own_code(kind: Callable[[], int], broken: Callable[..., TextIO]) -> None:
+def test_listings_end_with_their_own_code(kind, broken):
     stream, program = broken(kind), [sys.executable, "-m", "dreamer", "--version"]
     ended = subprocess.run(program, stdout=stream, stderr=subprocess.PIPE, check=False)
     assert ended.returncode == 0
@@ -187,9 +186,7 @@ def test_listings_end_with_their_own_code(kind: Callable[[], int], broken: Calla
 
 
 @pytest.mark.parametrize("kind", [closed_pipe, full_disk])
-def test_a_run_that_nobody_sees_trains_and_saves(
-    kind: Callable[[], int], broken: Callable[..., TextIO], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_nobody_sees_trains_and_saves(kind, broken, tmp_path, monkeypatch):
     share_agents(monkeypatch)
     config = tiny_config(logdir=str(tmp_path), run__agent_steps=20, run__final_eval=False, run__eval_every=None)
 
@@ -204,9 +201,7 @@ def test_a_run_that_nobody_sees_trains_and_saves(
     assert "failures" not in (tmp_path / "metrics.jsonl").read_text()
 
 
-def test_numbers_that_are_not_finite_keep_their_code_on_a_full_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_numbers_that_are_not_finite_keep_their_code_on_a_full_disk(tmp_path, monkeypatch, capsys):
     share_agents(monkeypatch)
 
     def fail(*arguments: Any) -> None:
@@ -231,13 +226,13 @@ def shown(what: RenderableType, console: type[rich.console.Console] = Console) -
     return out.getvalue()
 
 
-def test_the_name_of_these_tests_is_a_hard_one() -> None:
+def test_the_name_of_these_tests_is_a_hard_one():
     with pytest.raises(rich.markup.MarkupError):
         shown(NAME, rich.console.Console)
 
 
 @given(st.text("[]/\\:ab$_ #(){}|", min_size=1))
-def test_any_text_is_printed_as_it_is(text: str) -> None:
+def test_any_text_is_printed_as_it_is(text):
     assert shown(text) == f"{text}\n"
     table = Table(text)
     table.add_column(text, no_wrap=True)
@@ -246,7 +241,7 @@ def test_any_text_is_printed_as_it_is(text: str) -> None:
         assert shown(table, console).count(text.strip()) >= 3
 
 
-def test_lines_are_left_whole_and_tables_fit() -> None:
+def test_lines_are_left_whole_and_tables_fit():
     out, path = io.StringIO(), "runs/" + "long name " * 20
     console = Console(file=out, width=40)
     console.print("go on with:", path)
@@ -268,11 +263,11 @@ def test_lines_are_left_whole_and_tables_fit() -> None:
     ],
     ids=["evaluation", "summary", "doctor", "plan", "bench"],
 )
-def test_tables_show_names_as_they_are(table: RenderableType, console: type[rich.console.Console]) -> None:
+def test_tables_show_names_as_they_are(table, console):
     assert NAME in shown(table, console)
 
 
-def test_a_terminal_that_cannot_redraw_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_terminal_that_cannot_redraw_gets_lines(monkeypatch):
     from dreamer.records.display import Display, Steps
 
     monkeypatch.setenv("TERM", "dumb")

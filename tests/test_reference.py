@@ -93,7 +93,7 @@ class Reference:
 
 
 @pytest.fixture(params=list(CASES))
-def reference(request: pytest.FixtureRequest) -> Reference:
+def reference(request):
     arrays = dict(np.load(DATA / f"{request.param}.npz"))
     observations, _ = CASES[request.param]
     images = "image" in observations
@@ -102,17 +102,17 @@ def reference(request: pytest.FixtureRequest) -> Reference:
 
 
 @pytest.fixture(autouse=True)
-def fixed_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+def fixed_draws(monkeypatch):
     monkeypatch.setattr(distributions, "draw_class", lambda key, probs: probs.argmax(-1))
     monkeypatch.setattr(distributions, "draw_normal", lambda key, shape, dtype: jnp.full(shape, 0.5, dtype))
 
 
-def test_every_reference_parameter_is_mapped(reference: Reference) -> None:
+def test_every_reference_parameter_is_mapped(reference):
     theirs = {k for k in reference.group("init/") if not k.startswith(("slowval", "retnorm"))}
     assert set(reference.names) == theirs
 
 
-def test_forward(reference: Reference) -> None:
+def test_forward(reference):
     # A vanishing rate leaves the return scale where it was, as the reference's forward pass does.
     agent = Agent(*CASES[reference.name], config(return_rate=1e-30))
     state, batch = reference.state(agent), reference.batch(0)
@@ -125,7 +125,7 @@ def test_forward(reference: Reference) -> None:
     assert error(metrics["opt/loss"], expected["loss"]) < TOLERANCE
 
 
-def test_forward_tensors(reference: Reference) -> None:
+def test_forward_tensors(reference):
     agent = Agent(*CASES[reference.name], config(return_rate=1e-30))
     state, batch = reference.state(agent), reference.batch(0)
     expected = reference.group("forward/")
@@ -161,7 +161,7 @@ def test_forward_tensors(reference: Reference) -> None:
     check(ours, theirs)
 
 
-def test_gradients(reference: Reference) -> None:
+def test_gradients(reference):
     agent = Agent(*CASES[reference.name], config())
     state, batch = reference.state(agent), reference.batch(0)
     args = (state["params"], state["slow_value"], state["return_scale"], batch, jax.random.key(0))
@@ -170,7 +170,7 @@ def test_gradients(reference: Reference) -> None:
     check(rn.flatten(grads), reference.params("grad/"))
 
 
-def test_three_updates(reference: Reference) -> None:
+def test_three_updates(reference):
     agent = Agent(*CASES[reference.name], config())
     state = reference.state(agent)
     initial = {k: np.array(v) for k, v in rn.flatten(state["params"]).items()}
@@ -198,7 +198,7 @@ def test_three_updates(reference: Reference) -> None:
     check({"lo": state["return_scale"]["low"], "hi": state["return_scale"]["high"]}, scale)
 
 
-def test_a_shifted_action_is_noticed(reference: Reference) -> None:
+def test_a_shifted_action_is_noticed(reference):
     """The check above can fail: actions shifted by one step change the losses far beyond the tolerance."""
     agent = Agent(*CASES[reference.name], config(return_rate=1e-30))
     state, batch = reference.state(agent), reference.batch(0)
@@ -208,7 +208,7 @@ def test_a_shifted_action_is_noticed(reference: Reference) -> None:
     assert error(loss, reference.arrays["forward/loss"]) > 10 * TOLERANCE
 
 
-def test_a_missing_reset_mask_is_noticed(reference: Reference) -> None:
+def test_a_missing_reset_mask_is_noticed(reference):
     """Nor does a sequence whose is_first flags were lost pass."""
     agent = Agent(*CASES[reference.name], config(return_rate=1e-30))
     state, batch = reference.state(agent), reference.batch(0)

@@ -22,27 +22,27 @@ ACTIONS = {"action": Space("vector", (2,))}
 
 
 @pytest.fixture(scope="module")
-def agent() -> Agent:
+def agent():
     return Agent(OBSERVATIONS, ACTIONS, small_config())
 
 
 @pytest.fixture(scope="module")
-def state(agent: Agent) -> Any:
+def state(agent):
     state = agent.init(0)
     return state | {"params": perturb(state["params"])}
 
 
 @pytest.fixture(scope="module")
-def batch(agent: Agent) -> dict[str, np.ndarray]:
+def batch(agent):
     return random_batch(agent, seed=3)
 
 
 @pytest.fixture(scope="module")
-def views(agent: Agent, state: Any, batch: dict[str, np.ndarray]) -> Any:
+def views(agent, state, batch):
     return jax.device_get(agent.report(state["params"], batch, jax.random.key(5)))
 
 
-def test_everything_has_its_shape(views: Any) -> None:
+def test_everything_has_its_shape(views):
     for name in ("reward", "cont", "open_reward", "open_cont", "kl", "value"):
         assert views[name].shape == (B, T) and views[name].dtype == np.float32, name
     assert views["probs"].shape == (B, T, 4, 4)
@@ -51,7 +51,7 @@ def test_everything_has_its_shape(views: Any) -> None:
     np.testing.assert_allclose(views["probs"].sum(-1), 1, atol=1e-5)
 
 
-def test_errors_are_those_of_the_pictures_handed_out(views: Any, batch: dict[str, np.ndarray]) -> None:
+def test_errors_are_those_of_the_pictures_handed_out(views, batch):
     np.testing.assert_allclose(views["true"]["image"], batch["image"][:, 1:] / 255, atol=1e-6)
     np.testing.assert_array_equal(views["true"]["item"], np.eye(3)[batch["item"][:, 1:]])
     for name, true in views["true"].items():
@@ -63,7 +63,7 @@ def test_errors_are_those_of_the_pictures_handed_out(views: Any, batch: dict[str
         assert views["guess"][name] == pytest.approx(np.abs(true.reshape(B * T, -1) - mean).mean(), 1e-4)
 
 
-def test_the_open_loop_sees_the_first_half_only(agent: Agent, state: Any, batch: dict[str, np.ndarray]) -> None:
+def test_the_open_loop_sees_the_first_half_only(agent, state, batch):
     """With other observations in the second half, nothing of the open loop changes, all of the filter does."""
     other = dict(batch) | {"image": batch["image"].copy()}
     other["image"][:, 1 + T // 2 :] = 255 - other["image"][:, 1 + T // 2 :]
@@ -76,9 +76,7 @@ def test_the_open_loop_sees_the_first_half_only(agent: Agent, state: Any, batch:
     assert (a["kl"][:, T // 2 :] != b["kl"][:, T // 2 :]).all() and (a["kl"][:, : T // 2] == b["kl"][:, : T // 2]).all()
 
 
-def test_heads_kl_and_value_are_those_of_the_filtered_states(
-    agent: Agent, state: Any, batch: dict[str, np.ndarray], views: Any
-) -> None:
+def test_heads_kl_and_value_are_those_of_the_filtered_states(agent, state, batch, views):
     """The same keys, the modules called one by one, the KL summed by hand."""
     model = agent._merge(state["params"])
     world = model.world_model
@@ -103,7 +101,7 @@ def test_heads_kl_and_value_are_those_of_the_filtered_states(
     np.testing.assert_allclose(views["kl"], (post * np.log(post / prior)).sum((-1, -2)), atol=1e-3)
 
 
-def test_norms_by_module(agent: Agent, state: Any, views: Any) -> None:
+def test_norms_by_module(agent, state, views):
     expected = {
         name: np.sqrt(sum(float(np.square(leaf, dtype=np.float64).sum()) for leaf in jax.tree.leaves(tree)))
         for part in jax.device_get(state["params"]).values()
@@ -116,7 +114,7 @@ def test_norms_by_module(agent: Agent, state: Any, views: Any) -> None:
     assert total == pytest.approx(float(np.linalg.norm(everything)), rel=1e-5)
 
 
-def test_a_report_has_numbers_videos_and_a_page(agent: Agent, state: Any, batch: dict[str, np.ndarray]) -> None:
+def test_a_report_has_numbers_videos_and_a_page(agent, state, batch):
     metrics = {"opt/module_grad_norm/rssm": np.array([1.0, 2.0]), "loss/dyn": 1.0}
     found = make_report(agent, state, batch, random_batch(agent, seed=4), metrics)
     assert {"report/kl", "report/imagined_error/item", "report/bias/cont"} <= set(found.scalars)
@@ -128,7 +126,7 @@ def test_a_report_has_numbers_videos_and_a_page(agent: Agent, state: Any, batch:
     assert not {"report/return_gap", "report/bias/value"} & set(make_report(agent, state, batch, None, {}).scalars)
 
 
-def test_a_discount_beside_the_continue_head_changes_no_figure(agent: Agent, views: Any, batch: Any) -> None:
+def test_a_discount_beside_the_continue_head_changes_no_figure(agent, views, batch):
     """A head that learns it and one that leaves it to the returns, both with the same idea of the world."""
     bare = {name: view / (1 - 1 / 333) if name.endswith("cont") else view for name, view in views.items()}
 
@@ -144,7 +142,7 @@ def test_a_discount_beside_the_continue_head_changes_no_figure(agent: Agent, vie
     assert figures(bare)["report/bias/cont"] != pytest.approx(whole["report/bias/cont"], rel=1e-3)
 
 
-def test_the_newest_sequences_of_replay() -> None:
+def test_the_newest_sequences_of_replay():
     """Two environments, sequences of 1 + 3 steps: side by side, then one behind the other, the newest first."""
     replay = Replay({"step": Field((), np.dtype(np.int64)), "is_first": Field((), np.dtype(bool)),
                      "is_last": Field((), np.dtype(bool))}, 2, 100, 4, 0, latent_keys=())  # fmt: skip

@@ -32,7 +32,7 @@ def build(**changes: Any) -> RSSM:
 
 
 @pytest.fixture(scope="module")
-def rssm() -> RSSM:
+def rssm():
     return build()
 
 
@@ -45,7 +45,7 @@ def random_state(batch: int = B) -> State:
 
 
 @pytest.fixture(scope="module")
-def observe(rssm: RSSM) -> Any:
+def observe(rssm):
     """`rssm.observe`, compiled once; key None."""
     return jax.jit(lambda *args: rssm.observe(*args, None))
 
@@ -63,7 +63,7 @@ def differs(a: State, b: State) -> np.ndarray:
 # One step
 
 
-def test_step_against_a_spelled_out_gru(rssm: RSSM) -> None:
+def test_step_against_a_spelled_out_gru(rssm):
     """The recurrence in numpy float64, block by block, from the algorithm's description."""
 
     def value(param: Any) -> np.ndarray:
@@ -103,7 +103,7 @@ def test_step_against_a_spelled_out_gru(rssm: RSSM) -> None:
     np.testing.assert_allclose(rssm.step(state, action), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_large_actions_are_scaled_to_one_without_gradient_through_the_divisor(rssm: RSSM) -> None:
+def test_large_actions_are_scaled_to_one_without_gradient_through_the_divisor(rssm):
     state = random_state()
     total = jax.jit(lambda action: rssm.step(state, action).sum())
     slope = jax.jit(jax.grad(lambda action: rssm.step(state, action).sum()))
@@ -112,7 +112,7 @@ def test_large_actions_are_scaled_to_one_without_gradient_through_the_divisor(rs
     np.testing.assert_allclose(slope(big), slope(one) / 4, rtol=1e-5)
 
 
-def test_states_before_an_episode_are_zero(rssm: RSSM) -> None:
+def test_states_before_an_episode_are_zero(rssm):
     state = rssm.init(2, jnp.bfloat16)
     assert {k: (v.shape, v.dtype, bool(v.any())) for k, v in state.items()} == {
         "deter": ((2, 8), jnp.bfloat16, False),
@@ -120,7 +120,7 @@ def test_states_before_an_episode_are_zero(rssm: RSSM) -> None:
     }
 
 
-def test_prior_and_posterior_mix_in_one_percent_uniform(rssm: RSSM) -> None:
+def test_prior_and_posterior_mix_in_one_percent_uniform(rssm):
     logits = rssm.prior(normal(B, 8) * 100)
     assert logits.shape == (B, 3, 4)
     probs = np.asarray(rssm.dist(logits * 1000).probs)
@@ -131,7 +131,7 @@ def test_prior_and_posterior_mix_in_one_percent_uniform(rssm: RSSM) -> None:
 # Filtering
 
 
-def test_observe_is_a_chain_of_steps(rssm: RSSM) -> None:
+def test_observe_is_a_chain_of_steps(rssm):
     """Also the random numbers: step t uses the t-th part of the key."""
     state, actions, tokens, is_first = sequence()
     is_first = is_first.at[1, 2].set(True)
@@ -151,7 +151,7 @@ def test_observe_is_a_chain_of_steps(rssm: RSSM) -> None:
         np.testing.assert_allclose(logits[:, t], step_logits, rtol=1e-4, atol=1e-5)
 
 
-def test_samples_are_one_hot_and_follow_the_posterior(rssm: RSSM) -> None:
+def test_samples_are_one_hot_and_follow_the_posterior(rssm):
     args = (random_state(1), normal(1, 1, ACTION), normal(1, 1, TOKENS), jnp.zeros((1, 1), bool))
     many = jax.jit(jax.vmap(lambda key: rssm.observe(*args, key)))
     states, logits = many(jax.random.split(jax.random.key(0), 4000))
@@ -160,7 +160,7 @@ def test_samples_are_one_hot_and_follow_the_posterior(rssm: RSSM) -> None:
     np.testing.assert_allclose(stoch.mean(0), rssm.dist(logits).probs[0, 0, 0], atol=0.04)
 
 
-def test_a_reset_makes_the_rest_independent_of_the_past(observe: Any) -> None:
+def test_a_reset_makes_the_rest_independent_of_the_past(observe):
     state, actions, tokens, is_first = sequence()
     is_first = is_first.at[:, 3].set(True)
     other_actions = actions.at[:, :4].set(normal(B, 4, ACTION))  # with the action that leads to the first step
@@ -178,7 +178,7 @@ def test_a_reset_makes_the_rest_independent_of_the_past(observe: Any) -> None:
     assert differs(one, observe(state, actions, tokens, jnp.zeros((B, T), bool))[0])[:, 3:].all()
 
 
-def test_a_reset_concerns_its_own_sequence_only(observe: Any) -> None:
+def test_a_reset_concerns_its_own_sequence_only(observe):
     state, actions, tokens, is_first = sequence()
     one, _ = observe(state, actions, tokens, is_first)
     two, _ = observe(state, actions, tokens, is_first.at[1, 3].set(True))
@@ -187,7 +187,7 @@ def test_a_reset_concerns_its_own_sequence_only(observe: Any) -> None:
     np.testing.assert_array_equal(differs(one, two), expected)
 
 
-def test_the_action_at_t_leads_to_step_t(observe: Any) -> None:
+def test_the_action_at_t_leads_to_step_t(observe):
     state, actions, tokens, is_first = sequence()
     one, _ = observe(state, actions, tokens, is_first)
     two, _ = observe(state, actions.at[:, 3].add(0.3), tokens, is_first)
@@ -195,7 +195,7 @@ def test_the_action_at_t_leads_to_step_t(observe: Any) -> None:
     assert not changed[:, :3].any() and changed[:, 3:].all()
 
 
-def test_the_tokens_at_t_inform_the_posterior_at_t_and_the_deterministic_state_after(observe: Any) -> None:
+def test_the_tokens_at_t_inform_the_posterior_at_t_and_the_deterministic_state_after(observe):
     state, actions, tokens, is_first = sequence()
     one, logits_one = observe(state, actions, tokens, is_first)
     two, logits_two = observe(state, actions, tokens.at[:, 3].add(20.0), is_first)
@@ -208,7 +208,7 @@ def test_the_tokens_at_t_inform_the_posterior_at_t_and_the_deterministic_state_a
 # Dreaming
 
 
-def test_timeline_of_imagination(rssm: RSSM) -> None:
+def test_timeline_of_imagination(rssm):
     """start -actions[0]-> states[0] -actions[1]-> states[1] ..., each action the policy's for the state before."""
     chosen = lambda state: jnp.tanh(state["deter"][:, :ACTION] + state["stoch"][:, 0, :ACTION])  # noqa: E731
     policy = lambda state, key: (chosen(state), {"seen": state["deter"][:, 0]})  # noqa: E731
@@ -228,7 +228,7 @@ def test_timeline_of_imagination(rssm: RSSM) -> None:
     np.testing.assert_allclose(feature(replayed).swapaxes(0, 1), feature(states), rtol=1e-5, atol=1e-6)
 
 
-def test_imagination_samples_from_the_prior(rssm: RSSM) -> None:
+def test_imagination_samples_from_the_prior(rssm):
     start, action = random_state(1), normal(1, ACTION)
     many = jax.jit(jax.vmap(lambda key: rssm.imagine(start, lambda *_: (action, None), 1, key)[0]))
     states = many(jax.random.split(jax.random.key(0), 4000))
@@ -239,7 +239,7 @@ def test_imagination_samples_from_the_prior(rssm: RSSM) -> None:
 # Gradients
 
 
-def test_gradients_flow_through_time_but_not_through_a_reset(rssm: RSSM) -> None:
+def test_gradients_flow_through_time_but_not_through_a_reset(rssm):
     state, actions, tokens, is_first = sequence()
 
     def last(actions: jax.Array, tokens: jax.Array, state: State, is_first: jax.Array) -> jax.Array:
@@ -258,7 +258,7 @@ def test_gradients_flow_through_time_but_not_through_a_reset(rssm: RSSM) -> None
     assert not by_state["deter"].any() and not by_state["stoch"].any()
 
 
-def test_imagination_does_not_stop_gradients(rssm: RSSM) -> None:
+def test_imagination_does_not_stop_gradients(rssm):
     start = random_state()
 
     def end(start: State, weight: jax.Array) -> jax.Array:
@@ -274,7 +274,7 @@ def test_imagination_does_not_stop_gradients(rssm: RSSM) -> None:
 
 
 @pytest.mark.parametrize("classes, dtype", [(4, np.uint8), (256, np.uint8), (257, np.uint16), (300, np.uint16)])
-def test_stored_form_round_trip(classes: int, dtype: type) -> None:
+def test_stored_form_round_trip(classes, dtype):
     rssm = RSSM(TOKENS, ACTION, ModelConfig(deter=8, hidden=4, stoch=3, classes=classes, blocks=2), rngs=weights())
     index = np.array([[0, 1, classes - 1], [classes - 1, classes // 2, 2]])
     state = {"deter": normal(2, 8), "stoch": jax.nn.one_hot(index, classes)}
@@ -304,7 +304,7 @@ def test_stored_form_round_trip(classes: int, dtype: type) -> None:
     unit=st.integers(1, 3),
     shape=st.tuples(st.integers(1, 4), st.integers(2, 5)),
 )
-def test_items_last_compute_what_items_first_do(batch: int, blocks: int, unit: int, shape: tuple[int, int]) -> None:
+def test_items_last_compute_what_items_first_do(batch, blocks, unit, shape):
     """One step, prior and posterior of a random model, and the gradient of everything, in float64."""
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -73,7 +72,7 @@ def test_a_mesh_that_cannot_be(options, slices, devices, processes, says):
 
 
 @pytest.fixture(scope="module")
-def leaves() -> dict[str, tuple[int, ...]]:
+def leaves():
     """Path -> shape of every weight of the size 100m for images and vectors."""
     spaces = {"image": Space("image", (64, 64, 3)), "speed": Space("vector", (5,))}
     agent = Agent(spaces, {"action": Space("discrete", (), (6,))}, load_config(["size100m"]))
@@ -102,7 +101,7 @@ def test_one_device_has_no_mesh():
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def runs(tmp_path_factory):
     """(arrays, facts) of `sharded_updates.py`: updates on one device, and each of them on 8 x 1 and 4 x 2 ones."""
     folder = tmp_path_factory.mktemp("sharded")
     surroundings = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}

@@ -110,7 +110,7 @@ def quiet_config(**overrides: Any) -> Config:
     return tiny_config(**(off | overrides))
 
 
-def test_the_door_counts() -> None:
+def test_the_door_counts():
     with watched_door() as door:
         assert transfer.read({"a": jnp.ones(3)})["a"].sum() == 3
         assert (door["reads"], door["elsewhere"]) == (1, 0)
@@ -131,9 +131,7 @@ def test_the_door_counts() -> None:
         pytest.param(24, 3, 1, "device", marks=pytest.mark.slow),
     ],
 )
-def test_one_read_for_each_step_of_the_environments(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ratio: float, together: int, dispatches: float, storage: str
-) -> None:
+def test_one_read_for_each_step_of_the_environments(monkeypatch, tmp_path, ratio, together, dispatches, storage):
     """And one for each further dispatch of the same step, whose latents must be there first, and for each log line."""
     share_agents(monkeypatch)
     config = quiet_config(
@@ -149,7 +147,7 @@ def test_one_read_for_each_step_of_the_environments(
 
 
 @pytest.mark.slow
-def test_several_seeds_share_the_read(tmp_path: Path) -> None:
+def test_several_seeds_share_the_read(tmp_path):
     config = quiet_config(run__train_ratio=8, run__seeds=2, run__agent_steps=120, logdir=str(tmp_path))
     runs = SeedRuns(config, None, Console(quiet=True))
     found: list[tuple[int, int, bool]] = []
@@ -176,7 +174,7 @@ def test_several_seeds_share_the_read(tmp_path: Path) -> None:
     assert {(reads, elsewhere) for reads, elsewhere, _ in found} == {(1, 0)}
 
 
-def test_packed_metrics_count_as_those_added_one_by_one() -> None:
+def test_packed_metrics_count_as_those_added_one_by_one():
     apart, packed = Aggregator(), Aggregator()
     for values in ((1.0, 2.0), (3.0, 7.0)):
         apart.add({"a": values[0], "b_last": values[1]}, "train/")
@@ -187,7 +185,7 @@ def test_packed_metrics_count_as_those_added_one_by_one() -> None:
 
 
 @pytest.mark.parametrize("together", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_every_program_is_compiled_once(tmp_path: Path, together: int) -> None:
+def test_every_program_is_compiled_once(tmp_path, together):
     traced: collections.Counter[str] = collections.Counter()
     late: list[str] = []
     # Four updates are due in each step: three together and one.

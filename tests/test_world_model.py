@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ ACTIONS = {"action": Space("discrete", (), (3,))}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def fixed_draws() -> Iterator[None]:
+def fixed_draws():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(distributions, "draw_class", fixed_class)
         patch.setattr(distributions, "draw_normal", fixed_normal)
@@ -30,13 +29,13 @@ def fixed_draws() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def agent() -> Agent:
+def agent():
     # Without free nats every KL has a gradient.
     return Agent(OBSERVATIONS, ACTIONS, small_config(loss=dict(free_nats=0)))
 
 
 @pytest.fixture(scope="module")
-def params(agent: Agent) -> Any:
+def params(agent):
     return perturb(agent.init(0)["params"])
 
 
@@ -63,7 +62,7 @@ def spelled_out_kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     return total
 
 
-def test_kl_terms_spelled_out(agent: Agent, params: Any) -> None:
+def test_kl_terms_spelled_out(agent, params):
     seen = observe(agent, params, random_batch(agent))
     kl = spelled_out_kl(seen["posterior"], seen["prior"])
     assert kl.min() > 0
@@ -71,7 +70,7 @@ def test_kl_terms_spelled_out(agent: Agent, params: Any) -> None:
     np.testing.assert_allclose(seen["losses"]["rep"], kl, rtol=1e-3)
 
 
-def test_free_nats_are_for_each_state_and_not_for_the_mean(agent: Agent, params: Any) -> None:
+def test_free_nats_are_for_each_state_and_not_for_the_mean(agent, params):
     batch = random_batch(agent)
     kl = np.float64(observe(agent, params, batch)["losses"]["dyn"])
     middle = float(np.median(kl))
@@ -83,7 +82,7 @@ def test_free_nats_are_for_each_state_and_not_for_the_mean(agent: Agent, params:
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_continue_target_and_first_predictions(agent: Agent, inside: bool) -> None:
+def test_continue_target_and_first_predictions(agent, inside):
     """Before training the reward is exactly 0; the continue loss is a cross entropy with (1 - terminal) gamma.
 
     Without gamma where the discount stands beside the head's predictions.
@@ -129,7 +128,7 @@ TRAINS = {
 }
 
 
-def test_each_loss_trains_exactly_its_parts(agent: Agent, params: Any) -> None:
+def test_each_loss_trains_exactly_its_parts(agent, params):
     """The truth table above. `dyn` reaches the encoder through the deterministic state; `rep` never the prior."""
     state, batch = agent.init(0), random_batch(agent)
     slow = perturb(state["slow_value"], seed=1)

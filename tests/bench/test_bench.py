@@ -19,7 +19,7 @@ from dreamer.types import Space
 SPACES = {"vector": ({"position": Space("vector", (3,))}, {"action": Space("vector", (2,))})}
 
 
-def test_updates_in_one_dispatch_are_those_of_single_dispatches() -> None:
+def test_updates_in_one_dispatch_are_those_of_single_dispatches():
     agent = Agent(*SPACES["vector"], small_config())
     batches = [random_batch(agent, seed=i) for i in range(3)]
     one, many = (jax.jit(f, compiler_options=CHEAP) for f in (agent._train_step, agent._train_steps))
@@ -50,7 +50,7 @@ class FakeProgram:
         return {"compile_s": 1.0, "temp_mb": 2.0}
 
 
-def test_the_protocol_is_one_update_for_each_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_protocol_is_one_update_for_each_line(capsys):
     program = FakeProgram(3.0, 4.0, 5.0)
     bench.serve(program, io.StringIO("\n\nq\n\n"))
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -58,14 +58,14 @@ def test_the_protocol_is_one_update_for_each_line(capsys: pytest.CaptureFixture[
     assert program.times == [5.0]
 
 
-def test_programs_take_turns_and_ratios_are_paired() -> None:
+def test_programs_take_turns_and_ratios_are_paired():
     figures = bench.measure({"update": FakeProgram(1, 2, 9), "plain": FakeProgram(3, 4, 27)}, 3)
     assert figures["update"]["ms"] == 2 and figures["plain"]["ms"] == 4
     assert figures["update"]["speedup"] == figures["update"]["cpu_speedup"] == 3
     assert figures["update"]["ms_quartiles"] == [1.5, 5.5] and figures["plain"]["speedup"] == 1
 
 
-def test_arguments_reach_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_reach_the_benchmark(monkeypatch):
     seen: list[bench.Request] = []
     monkeypatch.setattr(bench, "bench_update", lambda request: seen.append(request))
     line = "bench update --size 12m --obs image --updates-per-dispatch 4 --against plain --protocol"
@@ -75,7 +75,7 @@ def test_arguments_reach_the_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dispatch", "seeds"), [(None, None), (2, 2)])
-def test_the_benchmark_measures(dispatch: int | None, seeds: int | None) -> None:
+def test_the_benchmark_measures(dispatch, seeds):
     program = bench.Program("1m", "vector", dispatch, seeds)
     wall, cpu = program()
     assert wall > 0 and cpu > 0 and program.facts()["params"] == 640_867

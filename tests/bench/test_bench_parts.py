@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,13 +34,13 @@ def report(ms: float = 10.0, part: str = "policy", **changes: Any) -> Report:
 # Tables, files, comparisons
 
 
-def test_medians_and_quartiles() -> None:
+def test_medians_and_quartiles():
     assert figure("ms", [5, 1, 3, 2, 4]) == {"ms": 3, "ms_quartiles": [2, 4]}
     assert figure("ms", [7]) == {"ms": 7, "ms_quartiles": [7, 7]}
     assert figure("ms", []) == {}
 
 
-def test_contenders_take_turns() -> None:
+def test_contenders_take_turns():
     order: list[str] = []
     contenders: dict[str, Callable[[], int]] = {
         name: lambda name=name: (order.append(name), len(order))[1] for name in ("a", "b")
@@ -50,7 +49,7 @@ def test_contenders_take_turns() -> None:
     assert order == ["a", "b", "a", "b"]
 
 
-def test_a_report_names_the_machine_and_shows_median_and_spread(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_names_the_machine_and_shows_median_and_spread(capsys):
     show(report())
     text = capsys.readouterr().out
     assert "a fast one, 2 cores; 1 x cpu (cpu); python 3, jax 1" in text
@@ -58,7 +57,7 @@ def test_a_report_names_the_machine_and_shows_median_and_spread(capsys: pytest.C
     assert " x" not in text.replace("1 x cpu", "")
 
 
-def test_ratios_stand_beside_the_figures_of_another_report(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_ratios_stand_beside_the_figures_of_another_report(capsys, tmp_path):
     save_report(tmp_path / "other.json", report(20.0, jax="0.9"))
     other = read_report(tmp_path / "other.json", "policy")
     assert other == dataclasses.replace(report(20.0, jax="0.9"), columns=list(report().columns))
@@ -70,7 +69,7 @@ def test_ratios_stand_beside_the_figures_of_another_report(capsys: pytest.Captur
 
 
 @pytest.mark.parametrize("content", [None, "{", "{}", '{"part": "loop", "request": {}, "columns": [], "rows": {}}'])
-def test_what_is_no_report_of_this_part_is_refused(tmp_path: Path, content: str | None) -> None:
+def test_what_is_no_report_of_this_part_is_refused(tmp_path, content):
     file = tmp_path / "other.json"
     if content is not None:
         file.write_text(content)
@@ -78,7 +77,7 @@ def test_what_is_no_report_of_this_part_is_refused(tmp_path: Path, content: str 
         read_report(file, "policy")
 
 
-def test_the_machine_is_named() -> None:
+def test_the_machine_is_named():
     found = measuring.machine()
     assert {"processor", "cores", "device", "system", "python", "jax", "dreamer", "numpy"} <= set(found)
     assert all(isinstance(value, str) and value for value in found.values())
@@ -88,7 +87,7 @@ def test_the_machine_is_named() -> None:
 # The command
 
 
-def test_every_part_takes_the_options_of_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_every_part_takes_the_options_of_a_run(monkeypatch, tmp_path):
     seen: list[tuple[Any, ...]] = []
     for part in ("policy", "replay", "env", "loop"):
         measure = lambda *arguments, part=part: (seen.append(arguments), report(part=part))[1]  # noqa: E731
@@ -107,14 +106,14 @@ def test_every_part_takes_the_options_of_a_run(monkeypatch: pytest.MonkeyPatch, 
     assert json.loads(file.read_text())["part"] == "policy"
 
 
-def test_the_loop_is_measured_on_three_suites_unless_told_otherwise() -> None:
+def test_the_loop_is_measured_on_three_suites_unless_told_otherwise():
     configs = bench.loop_configs(["--env.num_envs", "2"])
     assert [config.task for config in configs.values()] == ["toy_catch", "atari100k_pong", "dmc_cartpole_swingup"]
     assert all(config.env.num_envs == 2 for config in configs.values())
 
 
 @pytest.mark.parametrize("line", ["update --seed 1", "policy 3", "env --configs", "loop --train-ratios x", "nothing"])
-def test_mistakes_end_in_one_line(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_end_in_one_line(line, capsys):
     assert main(["bench", *line.split()]) == 2
     assert "dreamer: error:" in capsys.readouterr().err
 
@@ -122,7 +121,7 @@ def test_mistakes_end_in_one_line(line: str, capsys: pytest.CaptureFixture[str])
 # Measuring, small
 
 
-def test_the_policy_is_measured_for_every_number_of_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_policy_is_measured_for_every_number_of_environments(monkeypatch):
     monkeypatch.setattr("dreamer.bench.bench_policy.CALLS", 2)
     found = bench_policy(tiny_config(), [2, 1], rounds=3)
     assert list(found.rows) == ["1 environment", "2 environments"]
@@ -132,7 +131,7 @@ def test_the_policy_is_measured_for_every_number_of_environments(monkeypatch: py
         np.testing.assert_allclose(row["steps_per_s"], count * 1e3 / row["ms"])
 
 
-def test_replay_is_measured_beside_plain_copying(tmp_path: Path) -> None:
+def test_replay_is_measured_beside_plain_copying(tmp_path):
     found = bench_replay(tiny_config(), rounds=3, capacity=200, folder=tmp_path)
     operations = ("draw a batch", "add a step", "write latents")
     assert list(found.rows) == [f"{storage}: {what}" for storage in ("host", "disk") for what in operations]
@@ -140,7 +139,7 @@ def test_replay_is_measured_beside_plain_copying(tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
-def test_environments_are_measured_by_where_they_run() -> None:
+def test_environments_are_measured_by_where_they_run():
     before = psutil.Process().num_threads()
     atari = load_config(["atari100k"], {"env.num_envs": 2})
     found = bench_env(atari, rounds=2, steps=4)
@@ -152,7 +151,7 @@ def test_environments_are_measured_by_where_they_run() -> None:
 
 
 @pytest.mark.parametrize(("ratio", "together"), [(4, 1), pytest.param(32, 2, marks=pytest.mark.slow)])
-def test_the_loop_is_measured_beside_its_parts(monkeypatch: pytest.MonkeyPatch, ratio: float, together: int) -> None:
+def test_the_loop_is_measured_beside_its_parts(monkeypatch, ratio, together):
     share_agents(monkeypatch)
     config = tiny_config(run__updates_per_dispatch=together)
     found = bench_loop.bench_loop({"tiny": config}, [ratio], seconds=0.5, rounds=2)
@@ -168,9 +167,7 @@ def test_the_loop_is_measured_beside_its_parts(monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.parametrize(("shared", "bound"), [(True, 2 + 5 + 9), (False, 2 + 9)])
-def test_the_bound_on_an_accelerator_is_the_slower_of_environments_and_updates(
-    monkeypatch: pytest.MonkeyPatch, shared: bool, bound: float
-) -> None:
+def test_the_bound_on_an_accelerator_is_the_slower_of_environments_and_updates(monkeypatch, shared, bound):
     monkeypatch.setattr(bench_loop, "cores_are_shared", lambda: shared)
     both = lambda ms: np.array([ms, 10 * ms])  # noqa: E731
     before = bench_loop.Cost(both(1), both(4), {1: both(2)})

@@ -1,7 +1,5 @@
 """Operations and memory of traced programs: against sums by hand, and against what XLA says of small programs."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 import numpy as np

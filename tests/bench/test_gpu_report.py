@@ -24,7 +24,7 @@ def program(name: str, text: str, updates: int = 1) -> Job:
     return Job("size", name, (sys.executable, "-c", text), updates=updates)
 
 
-def test_programs_are_timed_and_broken_ones_are_told() -> None:
+def test_programs_are_timed_and_broken_ones_are_told():
     wanted = [program("steady", STEADY), program("four", STEADY, 4), program("broken", BROKEN)]
     steady, four, broken = time_all(wanted, time.monotonic() + 60)
     assert steady["ms"] == 3.0 and steady["ms_quartiles"] == [2.0, 4.0] and steady["compile_s"] == 2.0
@@ -33,7 +33,7 @@ def test_programs_are_timed_and_broken_ones_are_told() -> None:
     assert "no memory left" in broken["missing"]
 
 
-def test_a_program_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_that_hangs_is_given_up(monkeypatch):
     monkeypatch.setattr(gpu_report, "GRACE", 1.0)
     (row,) = time_all([program("hanging", HANGING)], time.monotonic() - 1)
     assert row["missing"] == "no time was left"
@@ -41,7 +41,7 @@ def test_a_program_that_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> No
     assert row["missing"].startswith("it ended")
 
 
-def test_everything_asked_for_is_timed() -> None:
+def test_everything_asked_for_is_timed():
     found = jobs(SIZES, "python update.py")
     assert len(found) == len({(job.group, job.name) for job in found}) == 14 + len(SEEDS) + 14 + 4
     assert [job.updates for job in found if job.group == "seeds"] == list(SEEDS)
@@ -49,7 +49,7 @@ def test_everything_asked_for_is_timed() -> None:
     assert not any(job.group == "yardstick" for job in jobs(SIZES, None))
 
 
-def test_the_page() -> None:
+def test_the_page():
     row = {"group": "size", "name": "1m vector", "ms": 2.0, "ms_quartiles": [1.9, 2.2], "updates_per_s": 500.0}
     report = {
         "machine": {"device": "1 x H", "jax": "0.11"},

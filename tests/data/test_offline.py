@@ -62,7 +62,7 @@ OBSERVATIONS, ACTIONS = {"vector": Space("vector", (3,))}, {"action": Space("dis
 
 
 @pytest.fixture(autouse=True)
-def shared(monkeypatch: pytest.MonkeyPatch) -> None:
+def shared(monkeypatch):
     share_agents(monkeypatch)
 
 
@@ -89,7 +89,7 @@ def follows_the_script(episode: dict[str, np.ndarray]) -> bool:
 # --- dreamer collect ---------------------------------------------------------------------------
 
 
-def test_collect_writes_what_happened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_collect_writes_what_happened(tmp_path, capsys):
     line = ["collect", TASK, str(tmp_path / "out"), "--steps", "999", "--env.num_envs", "2", "--seed", "3"]
     assert main(line) == 0
     episodes = read(tmp_path / "out")
@@ -101,7 +101,7 @@ def test_collect_writes_what_happened(tmp_path: Path, capsys: pytest.CaptureFixt
     assert ((taken - 200.0) ** 2 / 200).sum() < 18.5  # chi-squared, 4 degrees of freedom, one in a thousand
 
 
-def test_the_seed_decides_what_is_collected(tmp_path: Path) -> None:
+def test_the_seed_decides_what_is_collected(tmp_path):
     def actions(name: str, seed: str) -> list[int]:
         line = ["collect", TASK, str(tmp_path / name), "--steps", "90", "--env.num_envs", "1", "--seed", seed]
         assert main(line) == 0
@@ -112,9 +112,7 @@ def test_the_seed_decides_what_is_collected(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("after", [0, 30])
-def test_collecting_that_is_asked_to_stop_keeps_what_was_played(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, after: int
-) -> None:
+def test_collecting_that_is_asked_to_stop_keeps_what_was_played(tmp_path, monkeypatch, request, after):
     def hung_up(*arguments: Any) -> Iterator[Any]:
         for number, step in enumerate(random_steps(*arguments)):
             if number == after:
@@ -129,16 +127,14 @@ def test_collecting_that_is_asked_to_stop_keeps_what_was_played(
     assert max(2, after) <= sum(len(episode["reward"]) for episode in read(tmp_path)) <= after + 2
 
 
-def test_what_goes_on_when_collecting_ends_is_cut(tmp_path: Path) -> None:
+def test_what_goes_on_when_collecting_ends_is_cut(tmp_path):
     assert main(["collect", TASK, str(tmp_path), "--steps", "8", "--env.num_envs", "1"]) == 0
     won, cut = read(tmp_path)
     assert follows_the_script(won) and not follows_the_script(cut)
     assert len(cut["reward"]) == 4 and not cut["is_terminal"].any()
 
 
-def test_random_play_takes_what_is_allowed_and_outlives_failures(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_random_play_takes_what_is_allowed_and_outlives_failures(tmp_path, capsys):
     """Each life of the environment is two episodes of 4 steps and 2 steps of a third; one of 10 steps begins anew."""
     line = ["collect", "gym_Masked-v0", str(tmp_path), "--steps", "30", "--env.num_envs", "1"]
     assert main([*line, "--env.restart_seconds", "0"]) == 0
@@ -165,7 +161,7 @@ def test_random_play_takes_what_is_allowed_and_outlives_failures(
         ("export OUT OUT2", ["OUT", "found none"]),
     ],
 )
-def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], line: str, words: list[str]) -> None:
+def test_mistakes_are_one_line(tmp_path, capsys, line, words):
     EpisodeWriter(tmp_path / "FULL").write({"reward": np.zeros(3, np.float32)})
     arguments = [str(tmp_path / word) if word.isupper() or word == "OUT2" else word for word in line.split()]
     assert main(arguments) == 2
@@ -180,7 +176,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory):
     """A tiny run of 51 steps in each of two environments; its ring holds the last 30 of each."""
     logdir = tmp_path_factory.mktemp("runs") / "run"
     options = {"run__agent_steps": 102, "run__eval_every": None, "run__final_eval": False, "replay__capacity": 60}
@@ -190,7 +186,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return logdir
 
 
-def test_export_writes_the_whole_episodes_that_are_stored(trained: Path, tmp_path: Path) -> None:
+def test_export_writes_the_whole_episodes_that_are_stored(trained, tmp_path):
     """Row 50 is the newest, step 0 of episode 10; rows 21 to 50 are stored; episodes of 4 and 6 steps begin at 0, 4,
     10, 14, 20, 24, ...: so the beginning of episode 4 (row 20) is gone, and 5 to 9 are whole."""
     before = sorted((path, path.stat().st_mtime_ns) for path in trained.rglob("*"))
@@ -201,7 +197,7 @@ def test_export_writes_the_whole_episodes_that_are_stored(trained: Path, tmp_pat
     assert sorted((path, path.stat().st_mtime_ns) for path in trained.rglob("*")) == before
 
 
-def test_export_of_what_has_not_ended(tmp_path: Path) -> None:
+def test_export_of_what_has_not_ended(tmp_path):
     options = {"run__agent_steps": 106, "run__eval_every": None, "run__final_eval": False}
     logdir = str(tmp_path / "run")
     assert dreamer.train(tiny_config(task=TASK, logdir=logdir, **options)) == 0
@@ -215,7 +211,7 @@ def test_export_of_what_has_not_ended(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("policy", ["sample", "mode"])
-def test_collect_with_a_trained_agent(trained: Path, tmp_path: Path, policy: str) -> None:
+def test_collect_with_a_trained_agent(trained, tmp_path, policy):
     line = ["collect", TASK, str(tmp_path), "--from", str(trained), "--steps", "40", "--policy", policy]
     assert main([*line, "--env.num_envs", "1"]) == 0
     episodes = read(tmp_path)
@@ -224,9 +220,7 @@ def test_collect_with_a_trained_agent(trained: Path, tmp_path: Path, policy: str
     assert policy == "mode" or len(actions) > 1, "sampled actions differ between episodes of the same script"
 
 
-def test_collect_with_an_agent_of_another_task(
-    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_collect_with_an_agent_of_another_task(trained, tmp_path, capsys):
     assert main(["collect", "toy_catch", str(tmp_path), "--from", str(trained), "--steps", "40"]) == 2
     assert "that the agent was trained with" in capsys.readouterr().err
 
@@ -264,7 +258,7 @@ def numbers(replay: Replay) -> set[int]:
     return set(replay.gather(replay.select(200))["vector"].astype(int).reshape(-1).tolist())
 
 
-def test_preloading_fills_the_replay(tmp_path: Path) -> None:
+def test_preloading_fills_the_replay(tmp_path):
     write(tmp_path / "random", 10, 12)
     write(tmp_path / "trained", 11, 9)
     found = find_preload(preload_config(tmp_path), *task_spaces(preload_config(tmp_path)))
@@ -275,7 +269,7 @@ def test_preloading_fills_the_replay(tmp_path: Path) -> None:
     assert len(replay) == 42
 
 
-def test_the_newest_episodes_win_where_not_all_have_room(tmp_path: Path) -> None:
+def test_the_newest_episodes_win_where_not_all_have_room(tmp_path):
     write(tmp_path, *[10] * 12)
     found = find_preload(preload_config(tmp_path), OBSERVATIONS, ACTIONS)
     assert found is not None
@@ -285,7 +279,7 @@ def test_the_newest_episodes_win_where_not_all_have_room(tmp_path: Path) -> None
     assert numbers(replay) == {8, 9, 10, 11}
 
 
-def test_of_an_episode_longer_than_its_ring_the_end_stays(tmp_path: Path) -> None:
+def test_of_an_episode_longer_than_its_ring_the_end_stays(tmp_path):
     write(tmp_path, 100)
     found = find_preload(preload_config(tmp_path), OBSERVATIONS, ACTIONS)
     assert found is not None
@@ -296,11 +290,11 @@ def test_of_an_episode_longer_than_its_ring_the_end_stays(tmp_path: Path) -> Non
     assert replay.gather(replay.select(200))["is_last"].any()
 
 
-def test_a_run_without_preloading_needs_nothing() -> None:
+def test_a_run_without_preloading_needs_nothing():
     assert find_preload(tiny_config(task=TASK), OBSERVATIONS, ACTIONS) is None
 
 
-def test_capacity_has_room_for_what_is_given_and_what_is_collected(tmp_path: Path) -> None:
+def test_capacity_has_room_for_what_is_given_and_what_is_collected(tmp_path):
     options: dict[str, Any] = {"run__agent_steps": 100, "env__num_envs": 2, "replay__capacity": 1000}
     config = preload_config(tmp_path, **options)
     assert replay_capacity(tiny_config(**options)) == 102
@@ -309,7 +303,7 @@ def test_capacity_has_room_for_what_is_given_and_what_is_collected(tmp_path: Pat
     assert replay_capacity(preload_config(tmp_path, run__collect=False, **options), 300) == 300
 
 
-def test_data_that_cannot_be_trained_on_is_refused(tmp_path: Path) -> None:
+def test_data_that_cannot_be_trained_on_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"--replay\.preload: expected a folder with episodes.*found none"):
         find_preload(preload_config(tmp_path / "none"), OBSERVATIONS, ACTIONS)
     write(tmp_path, 10, 12)
@@ -319,7 +313,7 @@ def test_data_that_cannot_be_trained_on_is_refused(tmp_path: Path) -> None:
         found.fill(Replay(replay_fields({"vector": Space("vector", (4,))}, ACTIONS, {}), 1, 99, 9, 0, latent_keys=()))
 
 
-def test_too_little_data_to_train_on_alone_is_told(tmp_path: Path) -> None:
+def test_too_little_data_to_train_on_alone_is_told(tmp_path):
     """Two rings of 23 steps have 2 x 15 positions at which 9 steps begin; a batch of 2 x 8 needs 16 of them."""
     write(tmp_path, 10, 10, 13, 13)
     config = preload_config(tmp_path, run__collect=False)
@@ -334,7 +328,7 @@ def test_too_little_data_to_train_on_alone_is_told(tmp_path: Path) -> None:
     check_trainable(preload_config(tmp_path, run__batch_size=4), replay)
 
 
-def test_training_on_nothing_is_refused() -> None:
+def test_training_on_nothing_is_refused():
     with pytest.raises(ConfigError, match=r"run\.collect false.*--replay\.preload"):
         tiny_config(run__collect=False)
 
@@ -346,7 +340,7 @@ def records(logdir: Path, name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (logdir / name).read_text().splitlines()]
 
 
-def test_a_run_that_collects_nothing_trains_on_its_data(tmp_path: Path) -> None:
+def test_a_run_that_collects_nothing_trains_on_its_data(tmp_path):
     """60 steps are counted, though none is taken; it goes on without the files; the data is what it was."""
     assert main(["collect", TASK, str(tmp_path / "data"), "--steps", "100", "--env.num_envs", "2"]) == 0
     data, logdir = tmp_path / "data", tmp_path / "run"
@@ -370,7 +364,7 @@ def test_a_run_that_collects_nothing_trains_on_its_data(tmp_path: Path) -> None:
     assert len(episodes) == 20 and all(follows_the_script(episode) for episode in episodes)
 
 
-def test_a_run_can_begin_with_data_and_collect(tmp_path: Path) -> None:
+def test_a_run_can_begin_with_data_and_collect(tmp_path):
     assert main(["collect", TASK, str(tmp_path / "data"), "--steps", "100", "--env.num_envs", "2"]) == 0
     logdir = tmp_path / "run"
     options: dict[str, Any] = {"run__agent_steps": 40, "run__eval_every": None, "run__final_eval": False}
@@ -407,7 +401,7 @@ def dataset(
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::UserWarning")
-def test_a_dataset_is_converted_as_its_environment_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_is_converted_as_its_environment_is(tmp_path, monkeypatch):
     """Every kind of space: our actions go out through the environment's door, and come back from the file."""
     env = Nested()
     rng = np.random.default_rng(0)
@@ -442,7 +436,7 @@ def test_a_dataset_is_converted_as_its_environment_is(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::UserWarning")
-def test_a_dataset_as_preloaded_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_as_preloaded_data(tmp_path, monkeypatch):
     """By the folder that Minari names after the dataset; a time limit is an end, but not a terminal one."""
     rng = np.random.default_rng(0)
     folder, _ = dataset(tmp_path, monkeypatch, Scripted(WON, CUT), lambda: rng.integers(5), episodes=4)
@@ -456,7 +450,7 @@ def test_a_dataset_as_preloaded_data(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::UserWarning")
-def test_a_dataset_of_another_task_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dataset_of_another_task_is_refused(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     folder, _ = dataset(tmp_path, monkeypatch, Scripted(WON), lambda: rng.integers(5), episodes=1)
     with pytest.raises(ConfigError, match="expected a dataset with the actions of the task"):
@@ -473,7 +467,7 @@ def test_a_dataset_of_another_task_is_refused(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_random_play_is_enough_to_learn_from(tmp_path: Path) -> None:
+def test_random_play_is_enough_to_learn_from(tmp_path):
     """A fresh agent, trained on 20,000 steps of random play without one of its own, plays almost perfectly."""
 
     def run(*arguments: str) -> None:

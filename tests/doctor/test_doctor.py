@@ -45,7 +45,7 @@ def check(finding: Finding, level: str, *words: str) -> None:
 
 
 @pytest.fixture
-def request_(tmp_path) -> Request:
+def request_(tmp_path):
     return Request(tmp_path / "runs" / "mine")
 
 

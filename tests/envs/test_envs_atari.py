@@ -64,7 +64,7 @@ def preprocess(last: np.ndarray, before: np.ndarray, config: AtariConfig) -> np.
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_frames_follow_the_protocol(name: str) -> None:
+def test_frames_follow_the_protocol(name):
     seen, rewards = play(name, SETTINGS[name])
     expected, expected_rewards = recompute(name, SETTINGS[name])
     assert rewards == expected_rewards
@@ -72,7 +72,7 @@ def test_frames_follow_the_protocol(name: str) -> None:
         assert np.array_equal(one, two), f"frame {t}"
 
 
-def test_frames_equal_the_stored_ones() -> None:
+def test_frames_equal_the_stored_ones():
     """Stored: some frames of each game, and a hash of all of them, made once and looked at."""
     with np.load(GOLDEN) as golden:
         for name, config in SETTINGS.items():
@@ -83,7 +83,7 @@ def test_frames_equal_the_stored_ones() -> None:
             assert rewards == golden[f"{name}_rewards"].tolist()
 
 
-def test_noops_vary_and_stay_in_range() -> None:
+def test_noops_vary_and_stay_in_range():
     env = Atari("breakout", AtariConfig(noops=5), seed=0)
     counts = set()
     for _ in range(60):
@@ -92,7 +92,7 @@ def test_noops_vary_and_stay_in_range() -> None:
     assert counts == {0, 1, 2, 3, 4, 5}
 
 
-def test_time_limit_counts_frames_and_is_not_terminal() -> None:
+def test_time_limit_counts_frames_and_is_not_terminal():
     env = Atari("pong", AtariConfig(max_frames=10), seed=0)  # 4 + 4 + 2 frames
     for _ in range(2):
         env.reset()
@@ -103,7 +103,7 @@ def test_time_limit_counts_frames_and_is_not_terminal() -> None:
         assert env._ale.getFrameNumber() - before == 10
 
 
-def test_game_over_is_terminal_and_lost_lives_on_request() -> None:
+def test_game_over_is_terminal_and_lost_lives_on_request():
     ends = {}
     for lives in (False, True):
         env = Atari("breakout", AtariConfig(noops=0, terminal_on_life_loss=lives), seed=0)
@@ -115,7 +115,7 @@ def test_game_over_is_terminal_and_lost_lives_on_request() -> None:
     assert ends == {False: 1, True: 5}
 
 
-def test_sticky_actions_follow_the_seed() -> None:
+def test_sticky_actions_follow_the_seed():
     def frames(sticky: float, seed: int) -> bytes:
         env = Atari("breakout", AtariConfig(noops=0, sticky=sticky, actions="all"), seed)
         env.reset()
@@ -127,20 +127,20 @@ def test_sticky_actions_follow_the_seed() -> None:
     assert frames(0.25, 1) != frames(0.0, 1)
 
 
-def test_action_sets() -> None:
+def test_action_sets():
     for name, minimal in (("pong", 6), ("breakout", 4), ("freeway", 3)):
         assert Atari(name, AtariConfig(), 0).action_spaces["action"].classes == (minimal,)
         assert Atari(name, AtariConfig(actions="all"), 0).action_spaces["action"].classes == (18,)
 
 
-def test_every_listed_game_loads() -> None:
+def test_every_listed_game_loads():
     known = set(roms.get_all_rom_ids())
     assert {task.removeprefix("atari_") for task in list_tasks()["atari"]} <= known
     env = make_env("atari_tetris", EnvConfig(), 0)  # not one of the 57, but ale-py has it
     env.reset()
 
 
-def test_human_normalized_scores() -> None:
+def test_human_normalized_scores():
     assert human_normalized("atari_pong", 14.6) == 1.0
     assert human_normalized("atari100k_pong", -20.7) == 0.0
     assert human_normalized("atari_breakout", 30.5 + 28.8) == pytest.approx(2.0)

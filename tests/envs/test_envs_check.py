@@ -150,7 +150,7 @@ BAD = {
 }
 
 
-def test_a_good_one_has_no_violations() -> None:
+def test_a_good_one_has_no_violations():
     report = audit(Fine, STEPS)
     assert report.violations == () and report.repeats == "" and report.state == ""
     assert report.steps == STEPS and report.scores == (10.0,) * 6 and report.lengths == (10,) * 6
@@ -158,19 +158,19 @@ def test_a_good_one_has_no_violations() -> None:
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_every_violation_is_told(name: str) -> None:
+def test_every_violation_is_told(name):
     make, words = BAD[name]
     report = audit(make, STEPS)
     assert any(words in line for line in report.violations), report.violations
 
 
-def test_only_what_is_wrong_is_told() -> None:
+def test_only_what_is_wrong_is_told():
     for name in ("nan", "first again", "reuse", "late", "action", "render", "shape", "dtype"):
         report = audit(BAD[name][0], STEPS)
         assert len(report.violations) == 1, (name, report.violations)
 
 
-def test_the_first_step_and_the_count_are_told() -> None:
+def test_the_first_step_and_the_count_are_told():
     report = audit(spoiled(vector=lambda env: np.full(2, np.nan if env.time == 3 else 0, np.float32)), STEPS)
     assert report.violations == ("'vector' holds nan: numbers must be finite (step 3, 6 times)",)
 
@@ -182,7 +182,7 @@ def test_the_first_step_and_the_count_are_told() -> None:
         ({"restorable": False}, "says itself"),
     ],
 )
-def test_states_that_are_not_exact_are_told_but_no_violation(changes: dict[str, Any], words: str) -> None:
+def test_states_that_are_not_exact_are_told_but_no_violation(changes, words):
     cls: Any = type("Stateful", (Fine,), changes)
     report = audit(cls, STEPS)
     assert words in report.state and report.violations == ()
@@ -247,14 +247,14 @@ RAW = {
 }
 
 
-def test_a_good_gymnasium_environment_has_no_violations() -> None:
+def test_a_good_gymnasium_environment_has_no_violations():
     for cls in (Raw, Nested):
         report = audit(lambda seed, cls=cls: GymEnv(cls(), GymConfig(), seed, cls), STEPS)
         assert report.violations == () and report.state == ""
 
 
 @pytest.mark.parametrize("name", RAW)
-def test_gymnasium_s_own_rules(name: str) -> None:
+def test_gymnasium_s_own_rules(name):
     make, words = RAW[name]
     report = audit(make, STEPS)
     assert any(words in line for line in report.violations), report.violations
@@ -287,7 +287,7 @@ class Refuses(Raw):
 
 @pytest.mark.parametrize("error", [RuntimeError, SystemExit, AttributeError, StopIteration])
 @pytest.mark.parametrize("where", ["reset", "step", "close"])
-def test_whatever_it_raises_and_wherever_is_told(where: str, error: type[BaseException]) -> None:
+def test_whatever_it_raises_and_wherever_is_told(where, error):
     cls: Any = type("Fails", (Refuses,), {"where": where, "error": error})
     report = audit(lambda seed: GymEnv(cls(), GymConfig(), seed, cls), 5)
     words = f"it raised {error.__name__}: as told (test_envs_check.py, line "
@@ -296,7 +296,7 @@ def test_whatever_it_raises_and_wherever_is_told(where: str, error: type[BaseExc
 
 
 @pytest.mark.parametrize("error", [RuntimeError, SystemExit])
-def test_what_cannot_be_made_is_one_line(error: type[BaseException]) -> None:
+def test_what_cannot_be_made_is_one_line(error):
     cls: Any = type("Fails", (Refuses,), {"where": "construct", "error": error})
     with pytest.raises(
         TaskError, match=rf"^expected an environment that can be made, it raised {error.__name__}: as told"
@@ -304,7 +304,7 @@ def test_what_cannot_be_made_is_one_line(error: type[BaseException]) -> None:
         audit(lambda seed: GymEnv(cls(), GymConfig(), seed, cls), 5)
 
 
-def test_what_no_agent_can_be_made_for_is_told(capsys: Any) -> None:
+def test_what_no_agent_can_be_made_for_is_told(capsys):
     """What training refuses for its networks' sake, the check knows."""
     code, out, _ = run(capsys, "py_test_envs_check:TwoCameras", "--steps", "3", "--configs", "debug")
     assert code == 1 and "no agent can be made for it: expected images of one size" in out
@@ -324,7 +324,7 @@ class TwoCameras(Raw):
         return {key: self.np_random.integers(0, 256, (side, side, 3), np.uint8) for key, side in (("a", 8), ("b", 16))}
 
 
-def test_edges_are_the_bounds_and_every_choice() -> None:
+def test_edges_are_the_bounds_and_every_choice():
     spaces = {"action": Space("discrete", (), (4,))}
     assert [int(action["action"]) for _, action in edge_actions(spaces)] == [0, 3, 1, 2]
     spaces = {"action/a": Space("vector", (2,)), "action/b": Space("discrete", (2,), (2, 5))}
@@ -334,7 +334,7 @@ def test_edges_are_the_bounds_and_every_choice() -> None:
     assert {value.dtype for value in (*low.values(), *high.values())} == {np.dtype(np.float32), np.dtype(np.int32)}
 
 
-def test_memory_that_grows_is_measured() -> None:
+def test_memory_that_grows_is_measured():
     class Hoards(Fine):
         def changed(self, result: dict[str, Any]) -> dict[str, Any]:
             self.hoard = [*getattr(self, "hoard", []), np.ones(125_000)]  # 1 MB each step
@@ -344,7 +344,7 @@ def test_memory_that_grows_is_measured() -> None:
     assert abs(audit(Fine, 100).growth) < 1e8
 
 
-def test_what_a_table_says() -> None:
+def test_what_a_table_says():
     report: Report = audit(Fine, STEPS)
     said = dict(rows(report))
     assert said["observations"].splitlines()[0] == "image: image (4, 4, 3) uint8"
@@ -362,7 +362,7 @@ def run(capsys: Any, *arguments: str) -> tuple[int, str, str]:
     return code, captured.out, captured.err
 
 
-def test_the_command_reports_and_its_exit_code_tells(capsys: Any) -> None:
+def test_the_command_reports_and_its_exit_code_tells(capsys):
     code, out, _ = run(capsys, "toy_catch", "--steps", "50", "--env.toy.balls", "1")
     assert code == 0 and "No violation found" in out and "50 agent steps" in out and "mean length 7 steps" in out
     code, out, _ = run(capsys, "py_test_envs_check:bad_one", "--steps", "20")
@@ -379,13 +379,13 @@ def test_the_command_reports_and_its_exit_code_tells(capsys: Any) -> None:
         ("py_test_envs_check:nothing", ["'nothing'"]),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(capsys: Any, line: str, words: list[str]) -> None:
+def test_mistakes_are_one_line_and_exit_code_2(capsys, line, words):
     code, out, err = run(capsys, *line.split())
     assert code == 2 and out == "" and err.count("\n") == 1
     assert all(word in err for word in words), err
 
 
-def test_help(capsys: Any) -> None:
+def test_help(capsys):
     assert run(capsys, "--help")[0] == 0 and run(capsys)[0] == 2
 
 
@@ -393,7 +393,7 @@ def bad_one(seed: int) -> Env:
     return BAD["nan"][0](seed)
 
 
-def test_task_errors_pass_through() -> None:
+def test_task_errors_pass_through():
     with pytest.raises(TaskError):
         audit(lambda seed: make_env("toy_nothing", None, seed), 5)  # type: ignore[arg-type]
     assert "dreamer.envs.audit" in sys.modules
@@ -415,6 +415,6 @@ class Masked(Fine):
         return {**super().observed(), "action_mask": np.eye(3, dtype=np.int32)[self.time % 3]}
 
 
-def test_masks_are_respected() -> None:
+def test_masks_are_respected():
     report = audit(Masked, STEPS)
     assert report.violations == () and report.state == "" and report.repeats == ""

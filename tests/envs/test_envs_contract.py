@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import importlib.util
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,7 @@ N = 2
 
 
 @pytest.fixture(scope="module", autouse=True)
-def stand_ins() -> Iterator[None]:
+def stand_ins():
     """Minecraft and DMLab are played by stand-ins of their packages, here and in worker processes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(Path(__file__).parent / "stand_ins")
@@ -127,7 +126,7 @@ def same(one: list[Batch], two: list[Batch]) -> bool:
 
 
 @each(*CASES)
-def test_shapes_dtypes_and_values(name: str) -> None:
+def test_shapes_dtypes_and_values(name):
     env = make_env(CASES[name].task, EnvConfig(**CASES[name].options), seed=0)
     fields = {key: (space.shape, space.dtype) for key, space in env.observation_spaces.items()}
     fields |= {key: ((), np.dtype(dtype)) for key, dtype in TRANSITION_FIELDS.items()}
@@ -143,7 +142,7 @@ def test_shapes_dtypes_and_values(name: str) -> None:
 
 
 @each(*CASES)
-def test_flags_tell_one_story(name: str) -> None:
+def test_flags_tell_one_story(name):
     batches = reference(name)
     assert batches[0]["is_first"].all() and not batches[0]["is_last"].any()
     for before, after in zip(batches, batches[1:], strict=False):
@@ -163,13 +162,13 @@ def test_flags_tell_one_story(name: str) -> None:
 
 
 @each(*CASES)
-def test_worker_processes_give_the_same_numbers(name: str) -> None:
+def test_worker_processes_give_the_same_numbers(name):
     """At once: equal seeds give equal episodes, and inline and worker environments agree."""
     assert same(rollout(CASES[name], "process"), reference(name))
 
 
 @each(*(name for name in CASES if name not in BEGIN_ALIKE))
-def test_seeds_differ(name: str) -> None:
+def test_seeds_differ(name):
     """Environments of a run differ, and evaluation environments differ from training ones."""
     short = dataclasses.replace(CASES[name], steps=min(12, CASES[name].steps))
     training = reference(name)[: short.steps + 1]
@@ -180,14 +179,14 @@ def test_seeds_differ(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["dmc-vector", "gym-pendulum", "gym-nested"])
-def test_actions_beyond_the_bounds_are_clipped(name: str) -> None:
+def test_actions_beyond_the_bounds_are_clipped(name):
     case = dataclasses.replace(CASES[name], steps=8)
     assert same(rollout(case, "inline", scale=1e6), rollout(case, "inline", scale=1e9))
 
 
 @pytest.mark.parametrize("workers", ["inline", "process"])
 @pytest.mark.parametrize("name", ["toy", "atari-gray", "atari-native", "gym-cartpole", "gym-nested", "dmc-vector"])
-def test_render_and_fresh_arrays(name: str, workers: str) -> None:
+def test_render_and_fresh_arrays(name, workers):
     env = vector_env(CASES[name], workers)
     first = env.reset()
     kept = {key: value.copy() for key, value in first.items()}
@@ -201,7 +200,7 @@ def test_render_and_fresh_arrays(name: str, workers: str) -> None:
     env.close()
 
 
-def test_reset_in_the_middle_begins_new_episodes() -> None:
+def test_reset_in_the_middle_begins_new_episodes():
     for workers in ("inline", "process"):
         env = vector_env(CASES["toy"], workers)
         env.reset()
@@ -212,13 +211,13 @@ def test_reset_in_the_middle_begins_new_episodes() -> None:
         env.close()
 
 
-def test_seeds_of_a_run_are_all_different() -> None:
+def test_seeds_of_a_run_are_all_different():
     seeds = [env_seed(seed, training, i) for seed in range(4) for training in (True, False) for i in range(64)]
     assert len(set(seeds)) == len(seeds)
     assert all(0 <= seed < 2**32 for seed in seeds)
 
 
-def test_every_suite_lists_its_tasks() -> None:
+def test_every_suite_lists_its_tasks():
     tasks = list_tasks()
     assert len(tasks["atari"]) == len(tasks["atari100k"]) == 57
     assert "atari100k_up_n_down" in tasks["atari100k"]

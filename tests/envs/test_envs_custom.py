@@ -1,7 +1,5 @@
 """Environments of other people: by a Python path, by a file, by the entry point of an installed package."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -72,7 +70,7 @@ number = 5
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path, monkeypatch):
     """Holds my_envs.py and what it imports; the working folder."""
     (tmp_path / "my_envs.py").write_text(FILE)
     (tmp_path / "beside.py").write_text("REWARD = 0.5\n")
@@ -83,7 +81,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_file_and_a_module_name_the_same_class(folder: Path) -> None:
+def test_a_file_and_a_module_name_the_same_class(folder):
     for task in (f"py_{folder / 'my_envs.py'}:Coin", "py_my_envs.py:Coin", "py_./my_envs.py:coin", "py_my_envs:Coin"):
         check_task(task)
         env = make_env(task, EnvConfig(), seed=1)
@@ -95,7 +93,7 @@ def test_a_file_and_a_module_name_the_same_class(folder: Path) -> None:
         env.close()
 
 
-def test_arguments_and_options_arrive(folder: Path) -> None:
+def test_arguments_and_options_arrive(folder):
     env = make_env("py_my_envs:Coin", EnvConfig(gym={"kwargs": {"sides": 1}, "repeat": 3}), seed=1)
     env.reset()
     assert env.step({"action": np.int32(1)})["reward"] == 1.5
@@ -106,7 +104,7 @@ def test_arguments_and_options_arrive(folder: Path) -> None:
     assert not restorable(ours)
 
 
-def test_workers_find_the_file_too(folder: Path) -> None:
+def test_workers_find_the_file_too(folder):
     env = make_vector_env("py_my_envs.py:Coin", EnvConfig(workers="process"), 2, 0, True)
     env.reset()
     env.step_async({"action": np.ones(2, np.int32)})
@@ -124,13 +122,13 @@ def test_workers_find_the_file_too(folder: Path) -> None:
         ("py_my_envs:number", ["class or function", "int"]),
     ],
 )
-def test_mistakes_in_the_name_are_told_without_making_anything(folder: Path, task: str, words: list[str]) -> None:
+def test_mistakes_in_the_name_are_told_without_making_anything(folder, task, words):
     with pytest.raises(TaskError) as error:
         check_task(task)
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_what_comes_must_be_an_environment(folder: Path) -> None:
+def test_what_comes_must_be_an_environment(folder):
     with pytest.raises(TaskError, match=r"expected a gymnasium.Env or .* for py_my_envs:nothing.*got int"):
         make_env("py_my_envs:nothing", EnvConfig(), 0)
     with pytest.raises(TaskError, match="with.*'size'"):
@@ -139,7 +137,7 @@ def test_what_comes_must_be_an_environment(folder: Path) -> None:
         make_env("py_my_envs:Ours", EnvConfig(gym={"repeat": 2}), 0)
 
 
-def test_an_installed_package_brings_suites(folder: Path) -> None:
+def test_an_installed_package_brings_suites(folder):
     """In another process, because the packages of a process are looked through once."""
     info = folder / "my_games-1.0.dist-info"
     info.mkdir()

@@ -89,7 +89,7 @@ def box(shape: tuple[int, ...], low: float, high: float, dtype: Any = np.float32
         (box((64, 64, 3), 0, 1, np.bool_), ["bool (64, 64, 3)"]),
     ],
 )
-def test_pictures_in_another_form_are_no_vectors(space: gs.Box, words: list[str]) -> None:
+def test_pictures_in_another_form_are_no_vectors(space, words):
     refused(changed(observation_space=space), "'image'" if "moveaxis" in str(words) else "observation", *words)
     refused(changed(observation_space=gs.Dict({"camera": space})), "'camera'", *words)
 
@@ -113,7 +113,7 @@ def test_pictures_in_another_form_are_no_vectors(space: gs.Box, words: list[str]
         (box((128,), 0, 255, np.uint8), "vector"),
     ],
 )
-def test_what_is_an_image_and_what_a_grid_stays_one(space: gs.Box, kind: str) -> None:
+def test_what_is_an_image_and_what_a_grid_stays_one(space, kind):
     kept = changed(observation_space=space)
     assert first_look(kept)[kind].shape == (
         1,
@@ -123,7 +123,7 @@ def test_what_is_an_image_and_what_a_grid_stays_one(space: gs.Box, kind: str) ->
 
 
 @pytest.mark.parametrize("image", [np.linspace(0, 1, 48), np.ones(48) > 0, np.ones(48), np.full(48, 0.5, np.float16)])
-def test_pixels_from_0_to_1_are_not_cut_to_black(image: np.ndarray) -> None:
+def test_pixels_from_0_to_1_are_not_cut_to_black(image):
     class Dark(Raw):
         observation_space = box((4, 4, 3), 0, 255, np.uint8)
 
@@ -133,7 +133,7 @@ def test_pixels_from_0_to_1_are_not_cut_to_black(image: np.ndarray) -> None:
     refused(Dark, "pixels from 0 to 255 in observation 'image'", "to 1" if image.max() == 1 else "0.5", "255 * image")
 
 
-def test_black_and_bright_floats_and_small_whole_numbers_are_pixels() -> None:
+def test_black_and_bright_floats_and_small_whole_numbers_are_pixels():
     for image in (np.zeros((2, 2)), np.full((2, 2), 1.5), np.ones((2, 2), np.uint8), np.ones((2, 2), np.int64)):
         assert as_pixels(image, "it").tolist() == image.astype(np.uint8).tolist()
     for nothing in (None, "x", [[1], [2, 3]], np.array(["a"])):
@@ -141,7 +141,7 @@ def test_black_and_bright_floats_and_small_whole_numbers_are_pixels() -> None:
             as_pixels(nothing, "it")
 
 
-def test_an_image_of_another_layout_is_not_read_row_by_row() -> None:
+def test_an_image_of_another_layout_is_not_read_row_by_row():
     """It has as many pixels."""
     picture = changed(
         observation_space=box((6, 4, 3), 0, 255, np.uint8), seen=lambda self: np.zeros((3, 6, 4), np.uint8)
@@ -156,7 +156,7 @@ def test_an_image_of_another_layout_is_not_read_row_by_row() -> None:
 @pytest.mark.parametrize(
     ("picture", "shape"), [(np.ones((4, 6)), None), ([], None), (None, None), (np.full((4, 6), 9, np.uint8), (4, 6, 3))]
 )
-def test_what_is_rendered_must_be_a_picture(picture: Any, shape: Any) -> None:
+def test_what_is_rendered_must_be_a_picture(picture, shape):
     class Drawn(Raw):
         render_mode = "rgb_array"
 
@@ -184,13 +184,13 @@ def test_what_is_rendered_must_be_a_picture(picture: Any, shape: Any) -> None:
         ({"a": gs.Dict({"": VECTOR})}, ["at least one character", "('a', '')"]),
     ],
 )
-def test_parts_with_one_name_are_refused(space: dict, words: list[str]) -> None:
+def test_parts_with_one_name_are_refused(space, words):
     space = gs.Dict(space)
     refused(changed(observation_space=space), *words)
     refused(changed(action_space=space), words[0].replace("'a/", "'action/a/").replace("'1'", "'action/1'"))
 
 
-def test_names_that_differ_are_kept_whatever_their_kind() -> None:
+def test_names_that_differ_are_kept_whatever_their_kind():
     space = gs.Dict({7: VECTOR, "a/b": CHOICE, "a": gs.Dict({"c": CHOICE}), "priority": VECTOR, "é [x] ~": VECTOR})
     found = first_look(
         changed(observation_space=space, action_space=gs.Dict({"x/y": CHOICE, "x": gs.Tuple((VECTOR,))}))
@@ -199,7 +199,7 @@ def test_names_that_differ_are_kept_whatever_their_kind() -> None:
 
 
 @pytest.mark.parametrize("name", [*TAKEN, " ", "_x", "__class__", "a\nb", "\ud800"])
-def test_names_that_are_taken_or_unfit_are_refused(name: str) -> None:
+def test_names_that_are_taken_or_unfit_are_refused(name):
     refused(changed(observation_space=gs.Dict({"x": VECTOR, name: VECTOR})), f"{name!r}", "rename")
     spaces = {"x": Space("vector", (2,))}, {name: Space("vector", (2,))}
     with pytest.raises(TaskError, match="rename"):
@@ -222,11 +222,11 @@ def test_names_that_are_taken_or_unfit_are_refused(name: str) -> None:
         (gs.Box(-1, 1, (MOST_NUMBERS + 1,)), CHOICE, "1,048,577"),
     ],
 )
-def test_empty_and_enormous_spaces_are_refused(observations: gs.Space, actions: gs.Space, words: str) -> None:
+def test_empty_and_enormous_spaces_are_refused(observations, actions, words):
     refused(changed(observation_space=observations, action_space=actions), words)
 
 
-def test_spaces_that_were_changed_after_they_were_made() -> None:
+def test_spaces_that_were_changed_after_they_were_made():
     for name, value, words in (("n", 0, "got an empty one"), ("n", -3, "got an empty one")):
         space = gs.Discrete(3)
         setattr(space, name, value)
@@ -239,7 +239,7 @@ def test_spaces_that_were_changed_after_they_were_made() -> None:
     refused(changed(action_space=space), "finite action bounds", "the lower below the upper")
 
 
-def test_an_action_without_a_choice_is_one() -> None:
+def test_an_action_without_a_choice_is_one():
     for space in (
         gs.Discrete(1),
         gs.Box(2, 2, (2,)),
@@ -249,7 +249,7 @@ def test_an_action_without_a_choice_is_one() -> None:
         first_look(changed(action_space=space))
 
 
-def test_own_environments_are_looked_at_too() -> None:
+def test_own_environments_are_looked_at_too():
     vector, choice = {"x": Space("vector", (2,))}, {"action": Space("discrete", (), (2,))}
     for spaces, words in (
         (({"x": (2,)}, choice), "observation_spaces to be a dict of dreamer.types.Space"),
@@ -321,7 +321,7 @@ CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_what_is_not_declared_is_told_at_the_first_look(name: str) -> None:
+def test_what_is_not_declared_is_told_at_the_first_look(name):
     members, words = CHANGES[name]
     refused(changed(**members), *words)
 
@@ -342,19 +342,19 @@ STEPS: dict[str, tuple[tuple, list[str]]] = {
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_what_shows_in_the_first_step_is_told_there(name: str) -> None:
+def test_what_shows_in_the_first_step_is_told_there(name):
     result, words = STEPS[name]
     refused(with_step(*result), *words)
     refused(with_step(*result), *words, gym={"repeat": 2})
 
 
 @pytest.mark.parametrize("reward", [np.array([0.5]), np.float64(0.5), [0.5], np.array([[0.5]], np.float16)])
-def test_a_reward_in_an_array_counts_as_its_number(reward: Any) -> None:
+def test_a_reward_in_an_array_counts_as_its_number(reward):
     found = first_look(with_step(SEEN, reward, np.bool_(False), np.array([0]), {}), gym={"repeat": 3})
     assert found["reward"].tolist() == [1.5] and not found["is_last"][0]
 
 
-def test_what_does_no_harm_is_borne() -> None:
+def test_what_does_no_harm_is_borne():
     for result in ([SEEN, 1, 1, 0.0, None], (SEEN.tolist(), True, False, np.array([True]), {})):
         assert first_look(with_step(*result))["is_last"][0]
     for kind in (
@@ -367,7 +367,7 @@ def test_what_does_no_harm_is_borne() -> None:
         first_look(kind)
 
 
-def test_a_wrapper_that_does_not_take_the_seed_is_named() -> None:
+def test_a_wrapper_that_does_not_take_the_seed_is_named():
     class Forgets(gymnasium.Wrapper):
         def reset(self) -> Any:  # type: ignore[override]
             return self.env.reset()
@@ -375,7 +375,7 @@ def test_a_wrapper_that_does_not_take_the_seed_is_named() -> None:
     refused(lambda: Forgets(Raw()), "in Forgets")  # type: ignore[arg-type]
 
 
-def test_spaces_that_are_missing_or_fail_say_so() -> None:
+def test_spaces_that_are_missing_or_fail_say_so():
     class Without(Raw):
         def __init__(self) -> None:
             self.kept = 1
@@ -389,7 +389,7 @@ def test_spaces_that_are_missing_or_fail_say_so() -> None:
     refused(bare, "an action_space, got none")
 
 
-def test_the_old_package_is_recognised() -> None:
+def test_the_old_package_is_recognised():
     old = types.new_class("Box", (), {}, lambda body: body.update(__module__="gym.spaces.box"))
     refused(changed(observation_space=old()), "not with the old package gym")
     env = types.new_class("Old", (), {}, lambda body: body.update(__module__="gym.core"))
@@ -397,7 +397,7 @@ def test_the_old_package_is_recognised() -> None:
         first_look(env)
 
 
-def test_later_failures_are_no_mistakes_of_the_user() -> None:
+def test_later_failures_are_no_mistakes_of_the_user():
     """Whoever has taken one good step is made anew when it returns garbage."""
 
     class Later(Raw):
@@ -417,7 +417,7 @@ def test_later_failures_are_no_mistakes_of_the_user() -> None:
     env.close()
 
 
-def test_workers_tell_the_same_line() -> None:
+def test_workers_tell_the_same_line():
     lines = []
     for workers in ("inline", "process"):
         env = make_vector_env("own", EnvConfig(workers=workers), 2, 0, True, lambda index, seed: OldStep())
@@ -435,7 +435,7 @@ class OldStep(Raw):
         return self.seen(), 1.0, False, {}
 
 
-def test_what_is_returned_is_copied() -> None:
+def test_what_is_returned_is_copied():
     """An environment may go on writing to its arrays."""
     kept = {"vector": np.zeros(2, np.float32), "image": np.zeros((4, 4, 3), np.uint8), "bits": np.zeros(2, np.int8)}
     space = {"vector": VECTOR, "image": box((4, 4, 3), 0, 255, np.uint8), "bits": gs.MultiBinary(2)}
@@ -487,15 +487,15 @@ class Stepped(dm_env.Environment):
         ({"reward": None}, ["the reward to be one number, got None"]),
     ],
 )
-def test_dm_env_is_looked_at_in_the_same_way(members: dict[str, Any], words: list[str]) -> None:
+def test_dm_env_is_looked_at_in_the_same_way(members, words):
     refused(type("Changed", (Stepped,), members), *words)
 
 
-def test_a_dm_env_reward_in_an_array_counts_as_its_number() -> None:
+def test_a_dm_env_reward_in_an_array_counts_as_its_number():
     assert first_look(type("Changed", (Stepped,), {"reward": np.array([0.5])}))["reward"].tolist() == [0.5]
 
 
-def test_own_transitions_must_be_dicts() -> None:
+def test_own_transitions_must_be_dicts():
     class Ours:
         observation_spaces = {"x": Space("vector", (2,))}
         action_spaces = {"action": Space("discrete", (), (2,))}

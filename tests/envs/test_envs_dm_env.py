@@ -66,7 +66,7 @@ def column(batches: list[dict], key: str) -> list:
 
 
 @pytest.mark.parametrize("workers", ["inline", "process"])
-def test_a_discount_of_0_is_terminal_and_another_end_a_time_limit(workers: str) -> None:
+def test_a_discount_of_0_is_terminal_and_another_end_a_time_limit(workers):
     episodes = [(1.0, 1.0), (2.0, 0.0)], [(3.0, 0.5), (4.0, 0.9)]
     env = make_vector_env("own", EnvConfig(workers=workers), 1, 0, True, lambda index, seed: Played(*episodes))
     assert env.observation_spaces == {"vector": Space("vector", (2,))}
@@ -83,7 +83,7 @@ def test_a_discount_of_0_is_terminal_and_another_end_a_time_limit(workers: str) 
     assert column(batches, "vector") == [[0, 0], [0, 1], [0, 2], [1, 0], [1, 1], [1, 2], [2, 0]]
 
 
-def test_options_apply() -> None:
+def test_options_apply():
     make = lambda index, seed: Played([(1.0, 1.0)] * 9)  # noqa: E731
     env = make_vector_env("own", EnvConfig(repeat=2, time_limit=2, reward_scale=0.5), 1, 0, True, make)
     batches = [env.reset()]
@@ -97,7 +97,7 @@ def test_options_apply() -> None:
         make_vector_env("own", EnvConfig(gym={"repeat": 2}), 1, 0, True, make)
 
 
-def test_by_a_python_path() -> None:
+def test_by_a_python_path():
     env = make_env("py_test_envs_dm_env:make_played", EnvConfig(), seed=3)
     assert env.reset()["is_first"] and env.step({"action": np.int32(0)})["reward"] == 1
     env.close()
@@ -118,7 +118,7 @@ class Everything(Played):
     }
 
 
-def test_nested_specs_of_every_kind() -> None:
+def test_nested_specs_of_every_kind():
     camera = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
     value = {
         "camera": camera,
@@ -175,13 +175,13 @@ def test_nested_specs_of_every_kind() -> None:
         ({"observation": {"reward": specs.Array((2,), np.float32)}}, r"names other than reward.*got \['reward'\]"),
     ],
 )
-def test_what_cannot_be_played_says_why(change: dict[str, Any], message: str) -> None:
+def test_what_cannot_be_played_says_why(change, message):
     kind = type("Changed", (Played,), change)
     with pytest.raises(TaskError, match=message):
         adopt(lambda index, seed: kind([(1.0, 1.0)]), EnvConfig(), 0, 0)
 
 
-def test_several_rewards_are_refused() -> None:
+def test_several_rewards_are_refused():
     class Vector(Played):
         def reward_spec(self) -> Any:
             return specs.Array((2,), np.float32)
@@ -190,6 +190,6 @@ def test_several_rewards_are_refused() -> None:
         DmEnv(Vector([(1.0, 1.0)]))
 
 
-def test_observations_must_keep_to_their_spec() -> None:
+def test_observations_must_keep_to_their_spec():
     with pytest.raises(EnvError, match="observation_spec"):
         DmEnv(Played([(1.0, 1.0)], value=np.zeros(3))).reset()

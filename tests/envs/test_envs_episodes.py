@@ -38,7 +38,7 @@ def column(batches: list[Batch], key: str, env: int = 0) -> list:
 
 
 @pytest.mark.parametrize("workers", ["inline", "process"])
-def test_terminal_end_time_limit_and_both_at_once(workers: str) -> None:
+def test_terminal_end_time_limit_and_both_at_once(workers):
     batches = play(workers, lambda index, seed: Scripted(WIN, LIMIT, BOTH), steps=9)
     # step                                       0  1  2  3  | 0  1  | 0  1  2  | 0
     assert column(batches, "reward") == [0, 1, 2, 3, 0, 5, 0, 0.5, -1, 0]
@@ -55,7 +55,7 @@ def test_terminal_end_time_limit_and_both_at_once(workers: str) -> None:
 
 
 @pytest.mark.parametrize("workers", ["inline", "process"])
-def test_environments_end_at_their_own_times(workers: str) -> None:
+def test_environments_end_at_their_own_times(workers):
     scripts = [[WIN], [LIMIT]]
     batches = play(workers, lambda index, seed: Scripted(*scripts[index]), steps=6, num_envs=2)
     assert column(batches, "reward", 0) == [0, 1, 2, 3, 0, 1, 2]
@@ -68,7 +68,7 @@ def test_environments_end_at_their_own_times(workers: str) -> None:
     assert column(batches, "is_terminal", 1) == [F, F, F, F, F, F, F]
 
 
-def test_repeat_sums_rewards_and_stops_at_the_end() -> None:
+def test_repeat_sums_rewards_and_stops_at_the_end():
     batches = play("inline", lambda index, seed: Scripted(WIN), steps=3, gym={"repeat": 2})
     assert column(batches, "reward") == [0, 3, 3, 0]
     assert column(batches, "is_last") == [F, F, T, F]
@@ -76,7 +76,7 @@ def test_repeat_sums_rewards_and_stops_at_the_end() -> None:
     assert column(batches, "vector") == [[0, 0, -1], [0, 2, 0], [0, 3, 1], [1, 0, -1]]
 
 
-def test_time_limit_is_last_but_not_terminal() -> None:
+def test_time_limit_is_last_but_not_terminal():
     batches = play("inline", lambda index, seed: Scripted(WIN, BOTH), steps=5, time_limit=2)
     # WIN is cut after two actions; BOTH ends by itself just then, and stays terminal.
     assert column(batches, "reward") == [0, 1, 2, 0, 0.5, -1]
@@ -112,7 +112,7 @@ class Countdown:
 
 
 @pytest.mark.parametrize("workers", ["inline", "process"])
-def test_own_environment_from_a_closure(workers: str) -> None:
+def test_own_environment_from_a_closure(workers):
     length = 2
     env = make_vector_env("own", EnvConfig(workers=workers), 2, 0, True, lambda index, seed: Countdown(length))
     batches = [env.reset()]
@@ -128,7 +128,7 @@ def test_own_environment_from_a_closure(workers: str) -> None:
     assert column(batches, "is_terminal") == [F, F, T, F]
 
 
-def test_dmc_ends_at_its_time_limit_without_terminal() -> None:
+def test_dmc_ends_at_its_time_limit_without_terminal():
     """1000 control steps are 4 agent steps of 300: the last one is shorter."""
     env = make_env("dmc_cartpole_balance", EnvConfig(dmc={"repeat": 300}), seed=0)
     steps = [env.reset()]
@@ -142,7 +142,7 @@ def test_dmc_ends_at_its_time_limit_without_terminal() -> None:
 
 
 @pytest.mark.parametrize(("discount", "terminal"), [(0.0, True), (1.0, False)])
-def test_dmc_is_terminal_only_with_discount_0(discount: float, terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dmc_is_terminal_only_with_discount_0(discount, terminal, monkeypatch):
     env = make_env("dmc_cartpole_balance", EnvConfig(dmc={"repeat": 4}), seed=0)
     env.reset()
     inner = env._env  # type: ignore[attr-defined]
@@ -156,7 +156,7 @@ def test_dmc_is_terminal_only_with_discount_0(discount: float, terminal: bool, m
     env.close()
 
 
-def test_crafter_dies_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crafter_dies_terminal(monkeypatch):
     env = make_env("crafter_reward", EnvConfig(), seed=0)
     env.reset()
     noop = {"action": np.int32(0)}
@@ -173,7 +173,7 @@ def test_crafter_dies_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert step["is_last"] and not step["is_terminal"]
 
 
-def test_crafter_rewards_achievements_once_and_logs_them() -> None:
+def test_crafter_rewards_achievements_once_and_logs_them():
     scores = {}
     for name in ("reward", "noreward"):
         env = make_env(f"crafter_{name}", EnvConfig(), seed=0)
@@ -188,7 +188,7 @@ def test_crafter_rewards_achievements_once_and_logs_them() -> None:
     assert scores == {"reward": (1.0, 0.0), "noreward": (0.0, 0.0)}
 
 
-def test_crafter_score_is_the_geometric_mean_of_success_rates() -> None:
+def test_crafter_score_is_the_geometric_mean_of_success_rates():
     """Reached in all, in one of two, and in no episode, however often; means and other logs do not count."""
     one = {"achievement_wood/max": 7.0, "achievement_coal/max": 0.0, "achievement_iron/max": 0.0, "reward/max": 1.0}
     two = {"achievement_wood/max": 1.0, "achievement_coal/max": 2.0, "achievement_iron/max": 0.0, "reward/max": 1.0}
@@ -198,7 +198,7 @@ def test_crafter_score_is_the_geometric_mean_of_success_rates() -> None:
     assert summary("crafter_reward", []) == summary("toy_catch", [one]) == {}
 
 
-def test_catch_is_a_game_of_skill() -> None:
+def test_catch_is_a_game_of_skill():
     """Following the ball catches all of them; running away catches none. Two balls: 15 steps, rewards at 7 and 15."""
     for chase, score in ((True, 1.0), (False, -1.0)):
         env = make_env("toy_catch", EnvConfig(toy=ToyConfig(balls=2)), seed=1)

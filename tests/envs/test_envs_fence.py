@@ -12,7 +12,7 @@ import sys
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def throw(error: BaseException) -> Callable[[], Any]:
 
 
 @pytest.mark.parametrize("error", ESCAPES, ids=repr)
-def test_what_ends_programs_becomes_an_error(error: BaseException) -> None:
+def test_what_ends_programs_becomes_an_error(error):
     with pytest.raises(EscapeError, match=type(error).__name__) as caught:
         fenced(throw(error))
     assert caught.value.__cause__ is error
@@ -118,7 +118,7 @@ def test_what_ends_programs_becomes_an_error(error: BaseException) -> None:
 
 
 @pytest.mark.parametrize("method", ["reset", "step"])
-def test_leaving_costs_an_episode(method: str) -> None:
+def test_leaving_costs_an_episode(method):
     """What workers do then is in `test_faults_workers.py`."""
     env = vector(lambda index, seed: Told({method: sys.exit}, first=1))
     env.reset()
@@ -131,7 +131,7 @@ def test_leaving_costs_an_episode(method: str) -> None:
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_leaving_elsewhere_costs_nothing(workers: str) -> None:
+def test_leaving_elsewhere_costs_nothing(workers):
     told = {name: throw(Leaving()) for name in ("close", "get_state", "restorable")}
     drawn = [lambda: [lambda: 0], sys.exit]  # leaves, then what no pickle holds
     env = vector(lambda index, seed: Told({**told, "render": lambda: drawn.pop()()}), workers)
@@ -145,7 +145,7 @@ def test_leaving_elsewhere_costs_nothing(workers: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["make", "reset"])
-def test_leaving_at_the_start_is_an_error_in_one_line(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_leaving_at_the_start_is_an_error_in_one_line(method, capsys):
     def play(arguments: Any) -> int:
         vector(lambda index, seed: Told({method: sys.exit})).reset()
         return 0
@@ -157,7 +157,7 @@ def test_leaving_at_the_start_is_an_error_in_one_line(method: str, capsys: pytes
     assert "own, environment 0 failed: SystemExit" in line and "test_envs_fence.py, line" in line
 
 
-def test_a_property_that_fails_is_named() -> None:
+def test_a_property_that_fails_is_named():
     class Bare(Faulty):
         @property
         def action_spaces(self) -> Any:
@@ -170,7 +170,7 @@ def test_a_property_that_fails_is_named() -> None:
         vector(lambda index, seed: Bare(seed))
 
 
-def test_a_person_s_ctrl_c_is_not_the_environment_s(request: pytest.FixtureRequest) -> None:
+def test_a_person_s_ctrl_c_is_not_the_environment_s(request):
     former = signal.signal(signal.SIGINT, signal.default_int_handler)  # the background ignores it
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, former))
 
@@ -185,7 +185,7 @@ def test_a_person_s_ctrl_c_is_not_the_environment_s(request: pytest.FixtureReque
         fenced(pressed)
 
 
-def test_a_child_that_is_let_go_on_ends_there(tmp_path: Path) -> None:
+def test_a_child_that_is_let_go_on_ends_there(tmp_path):
     """One that forks and leaves by `sys.exit` in the child must not leave a second run behind."""
     read, write = os.pipe()
 
@@ -203,7 +203,7 @@ def test_a_child_that_is_let_go_on_ends_there(tmp_path: Path) -> None:
     os.close(read)
 
 
-def test_code_that_leaves_when_it_is_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_code_that_leaves_when_it_is_imported(tmp_path, capsys):
     (tmp_path / "script.py").write_text("import sys\n\nMyEnv = None\nsys.exit(0)\n")
     assert cli.main(["train", "--task", f"py_{tmp_path}/script.py:MyEnv", "--logdir", str(tmp_path / "run")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -214,7 +214,7 @@ def test_code_that_leaves_when_it_is_imported(tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.fixture
-def surroundings() -> Iterator[None]:
+def surroundings():
     """Nothing that a test leaves behind harms the next."""
     folder, limit, handlers = os.getcwd(), sys.getrecursionlimit(), [signal.getsignal(n) for n in fence.SIGNALS]
     with warnings.catch_warnings():
@@ -248,7 +248,7 @@ def spoil(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", [None, ZeroDivisionError(), SystemExit()], ids=repr)
-def test_the_process_stays_as_it_was(ending: BaseException | None, surroundings: None, tmp_path: Path) -> None:
+def test_the_process_stays_as_it_was(ending, surroundings, tmp_path):
     def spoils() -> None:
         spoil(tmp_path)
         if ending is not None:
@@ -265,7 +265,7 @@ def test_the_process_stays_as_it_was(ending: BaseException | None, surroundings:
     assert after == before
 
 
-def test_a_step_changes_neither_streams_nor_limits(surroundings: None, tmp_path: Path) -> None:
+def test_a_step_changes_neither_streams_nor_limits(surroundings, tmp_path):
     before, guarded = seen(), Fence()
     guarded.step(spoil, tmp_path)
     after = seen()
@@ -276,7 +276,7 @@ def test_a_step_changes_neither_streams_nor_limits(surroundings: None, tmp_path:
     assert os.getcwd() == before["folder"], "the next call that is no step notices"
 
 
-def test_an_environment_keeps_its_own_folder(surroundings: None, tmp_path: Path) -> None:
+def test_an_environment_keeps_its_own_folder(surroundings, tmp_path):
     home = os.getcwd()
     folders = [tmp_path / name for name in "ab"]
     seen_by: list[list[str]] = [[], []]
@@ -295,7 +295,7 @@ def test_an_environment_keeps_its_own_folder(surroundings: None, tmp_path: Path)
     env.close()
 
 
-def test_an_alarm_rings_only_while_its_environment_runs() -> None:
+def test_an_alarm_rings_only_while_its_environment_runs():
     def rings(*_: Any) -> None:
         raise TimeoutError("ring")
 
@@ -331,7 +331,7 @@ sys.exit(cli.main())
 """
 
 
-def test_threads_that_are_left_running_do_not_keep_the_process() -> None:
+def test_threads_that_are_left_running_do_not_keep_the_process():
     found = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, timeout=50)
     assert (found.returncode, found.stdout) == (4, "done\n")
     assert "ended without server, left running" in found.stderr
@@ -350,7 +350,7 @@ print("and not into a file", flush=True)
 """
 
 
-def test_streams_that_are_closed_are_opened_again(tmp_path: Path) -> None:
+def test_streams_that_are_closed_are_opened_again(tmp_path):
     found = subprocess.run(
         [sys.executable, "-c", CLOSES, str(tmp_path / "file")], capture_output=True, text=True, check=True
     )
@@ -358,7 +358,7 @@ def test_streams_that_are_closed_are_opened_again(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == ""
 
 
-def test_options_of_jax_are_put_back_and_refused() -> None:
+def test_options_of_jax_are_put_back_and_refused():
     def make(index: int, seed: int) -> Rounds:
         jax.config.update("jax_enable_x64", True)
         return Rounds()
@@ -368,7 +368,7 @@ def test_options_of_jax_are_put_back_and_refused() -> None:
     assert not jax.config.jax_enable_x64
 
 
-def test_a_request_to_stop_gets_its_signals_back() -> None:
+def test_a_request_to_stop_gets_its_signals_back():
     with StopRequest() as stop:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
@@ -377,7 +377,7 @@ def test_a_request_to_stop_gets_its_signals_back() -> None:
         assert stop
 
 
-def test_closing_that_hangs_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_that_hangs_is_left(monkeypatch):
     def hangs() -> None:
         try:
             time.sleep(100)
@@ -392,7 +392,7 @@ def test_closing_that_hangs_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     assert signal.getsignal(signal.SIGALRM) is handler
 
 
-def test_a_fence_is_quick() -> None:
+def test_a_fence_is_quick():
     """Against an empty call, which shares the machine's load: an order of magnitude, no figure."""
     guarded, count = Fence(), 2000
 
@@ -415,7 +415,7 @@ class Wrapped(gymnasium.Wrapper):
     """A wrapper of the user's."""
 
 
-def test_one_object_for_all_is_refused() -> None:
+def test_one_object_for_all_is_refused():
     one, world = Rounds(), Scripted([(1.0, True, False)])
     for make in (lambda index, seed: one, lambda index, seed: world, lambda index, seed: Wrapped(world)):
         with pytest.raises(TaskError, match="got one object twice"):
@@ -427,7 +427,7 @@ def test_one_object_for_all_is_refused() -> None:
     vector(lambda index, seed: world).close()
 
 
-def test_environments_that_were_forgotten_are_in_nobody_s_way() -> None:
+def test_environments_that_were_forgotten_are_in_nobody_s_way():
     one = Rounds()
     gone = weakref.ref(vector(lambda index, seed: one))
     gc.collect()
@@ -435,7 +435,7 @@ def test_environments_that_were_forgotten_are_in_nobody_s_way() -> None:
     vector(lambda index, seed: one).close()
 
 
-def test_a_proof_leaves_the_only_object_alone() -> None:
+def test_a_proof_leaves_the_only_object_alone():
     closed: list[bool] = []
 
     class Only(Scripted):
@@ -453,7 +453,7 @@ def test_a_proof_leaves_the_only_object_alone() -> None:
 # Asking whether it can be put back
 
 
-def test_an_error_behind_restorable_is_no_yes() -> None:
+def test_an_error_behind_restorable_is_no_yes():
     class Broken(Rounds):
         @property
         def restorable(self) -> bool:
@@ -478,7 +478,7 @@ def test_an_error_behind_restorable_is_no_yes() -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no"), AttributeError("no"), SystemExit(0)], ids=repr)
-def test_closing_that_fails_disproves_nothing(error: BaseException) -> None:
+def test_closing_that_fails_disproves_nothing(error):
     class Stuck(gymnasium.Env):
         observation_space = action_space = gymnasium.spaces.Discrete(2)
 
@@ -515,7 +515,7 @@ def test_closing_that_fails_disproves_nothing(error: BaseException) -> None:
         ("a picture", EnvError),
     ],
 )  # fmt: skip
-def test_what_counts_as_a_picture(drawn: Any, shape: Any) -> None:
+def test_what_counts_as_a_picture(drawn, shape):
     if shape is EnvError:
         with pytest.raises(EnvError, match="expected a picture uint8"):
             picture(drawn)
@@ -554,9 +554,7 @@ QUICK = {
 }  # fmt: skip
 
 
-def test_a_run_in_which_every_episode_fails_does_not_end_well(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_in_which_every_episode_fails_does_not_end_well(tmp_path, monkeypatch, capsys):
     share_agents(monkeypatch)
     config = tiny_config(logdir=str(tmp_path), run__agent_steps=20, **QUICK)
     assert train(config, lambda index, seed: Chatty({"step": sys.exit}, first=2)) == ENVIRONMENTS_FAILED
@@ -565,9 +563,7 @@ def test_a_run_in_which_every_episode_fails_does_not_end_well(
 
 
 @pytest.mark.parametrize("when", ["made", "played"])
-def test_an_evaluation_that_fails_for_good_saves_first(
-    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_evaluation_that_fails_for_good_saves_first(when, tmp_path, monkeypatch, capsys):
     share_agents(monkeypatch)
     monkeypatch.setattr("dreamer.envs.faults.TRIES", 2)
     made: list[int] = []
@@ -586,9 +582,7 @@ def test_an_evaluation_that_fails_for_good_saves_first(
     assert Checkpointer(tmp_path, read_only=True).latest() == 8
 
 
-def test_one_object_for_training_and_evaluation_is_refused_at_the_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_object_for_training_and_evaluation_is_refused_at_the_start(tmp_path, monkeypatch):
     share_agents(monkeypatch)
     one = Rounds()
     config = tiny_config(logdir=str(tmp_path), run__agent_steps=20, **{**QUICK, "run__final_eval": True})
@@ -596,9 +590,7 @@ def test_one_object_for_training_and_evaluation_is_refused_at_the_start(
         train(config, lambda index, seed: one)
 
 
-def test_states_that_are_not_given_or_taken_back_cost_their_episodes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_states_that_are_not_given_or_taken_back_cost_their_episodes(tmp_path, monkeypatch, capsys):
     share_agents(monkeypatch)
     make = lambda index, seed: Chatty({"set_state": sys.exit})  # noqa: E731
     unsaved = lambda index, seed: Chatty({"get_state": sys.exit})  # noqa: E731

@@ -60,7 +60,7 @@ def corridors(place: str, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("place", ["info", "observation"])
-def test_the_mask_is_an_observation(place: str) -> None:
+def test_the_mask_is_an_observation(place):
     env = corridors(place)
     assert env.observation_spaces["action_mask"] == MASK
     masks = [env.reset()["action_mask"][0].tolist()]
@@ -75,7 +75,7 @@ def test_the_mask_is_an_observation(place: str) -> None:
     env.close()
 
 
-def test_an_agent_acts_validly_before_and_after_it_learns() -> None:
+def test_an_agent_acts_validly_before_and_after_it_learns():
     """A forbidden action raises in the environment, which is an error of the collector."""
     collection = Collection(corridors("observation"))
     episodes = collection.steps(40)
@@ -87,7 +87,7 @@ def test_an_agent_acts_validly_before_and_after_it_learns() -> None:
     collection.collector.envs.close()
 
 
-def test_taxi_offers_its_mask_in_info() -> None:
+def test_taxi_offers_its_mask_in_info():
     env = make_env("gym_Taxi-v4", EnvConfig(gym={"info_mask": True}), seed=0)
     inner = gymnasium.make("Taxi-v4").unwrapped
     rng = np.random.default_rng(0)
@@ -101,7 +101,7 @@ def test_taxi_offers_its_mask_in_info() -> None:
 
 
 @pytest.mark.parametrize("mask", [gs.Box(0, 1, (4,), np.int8), gs.MultiDiscrete([2] * 4), gs.MultiBinary(4)])
-def test_masks_of_every_space(mask: gs.Space) -> None:
+def test_masks_of_every_space(mask):
     make = lambda index, seed: Corridor("observation", mask)  # noqa: E731
     env = make_vector_env("own", EnvConfig(workers="inline"), 1, 0, True, make)
     assert env.observation_spaces["action_mask"] == MASK
@@ -109,7 +109,7 @@ def test_masks_of_every_space(mask: gs.Space) -> None:
     env.close()
 
 
-def test_masks_that_do_not_fit() -> None:
+def test_masks_that_do_not_fit():
     def made(env: gymnasium.Env, **options: Any) -> Any:
         return make_vector_env("own", EnvConfig(workers="inline", **options), 1, 0, True, lambda index, seed: env)
 

@@ -73,12 +73,12 @@ def column(steps: list[dict], key: str) -> list:
     return [step[key].tolist() for step in steps]
 
 
-def test_without_options_the_environment_is_not_wrapped() -> None:
+def test_without_options_the_environment_is_not_wrapped():
     env = Painted(flat(0))
     assert wrapped(env) is env
 
 
-def test_repeat_sums_rewards_and_stops_at_the_end() -> None:
+def test_repeat_sums_rewards_and_stops_at_the_end():
     inner = Painted(*map(flat, range(6)))
     steps = episode(wrapped(inner, repeat=2), 3, actions=[4, 1, 3])
     # steps taken inside:  1 2 | 3 4 | 5 (the end)
@@ -91,14 +91,14 @@ def test_repeat_sums_rewards_and_stops_at_the_end() -> None:
     assert inner.actions == [4, 4, 1, 1, 3]
 
 
-def test_repeat_and_time_limit_count_agent_steps() -> None:
+def test_repeat_and_time_limit_count_agent_steps():
     steps = episode(wrapped(Painted(*map(flat, range(9))), repeat=3, time_limit=2), 2)
     assert column(steps, "reward") == [0, 1 + 2 + 3, 4 + 5 + 6]
     assert column(steps, "is_last") == [F, F, T]
     assert column(steps, "is_terminal") == [F, F, F]
 
 
-def test_frames_are_counted_with_the_one_repeat_there_is() -> None:
+def test_frames_are_counted_with_the_one_repeat_there_is():
     assert Config(task="toy_catch", env={"repeat": 3}).repeat == 3
     assert Config(task="crafter_reward", env={"repeat": 2, "atari": {"repeat": 8}}).repeat == 2
     assert Config(task="atari100k_pong", env={"atari": {"repeat": 8}}).repeat == 8
@@ -108,7 +108,7 @@ def test_frames_are_counted_with_the_one_repeat_there_is() -> None:
     assert Config(task="bsuite_catch/0", env={"gym": {"repeat": 4}}).repeat == 1
 
 
-def test_repeats_never_multiply() -> None:
+def test_repeats_never_multiply():
     own = {"atari": {}, "dmc": {"dmc": {"repeat": 4}}, "gym": {"gym": {"repeat": 4}}}
     for task in ("atari_pong", "dmc_cartpole_balance", "gym_CartPole-v1"):
         with pytest.raises(TaskError, match="in one place, got env.repeat 2 beside the 4"):
@@ -116,7 +116,7 @@ def test_repeats_never_multiply() -> None:
 
 
 @pytest.mark.parametrize("task", ["dmc_cartpole_balance", "gym_CartPole-v1"])
-def test_either_repeat_is_the_same(task: str) -> None:
+def test_either_repeat_is_the_same(task):
     suite = task.partition("_")[0]
     rng = np.random.default_rng(0)
     general, own = (make_env(task, EnvConfig(**options), 3) for options in ({"repeat": 2}, {suite: {"repeat": 2}}))
@@ -130,13 +130,13 @@ def test_either_repeat_is_the_same(task: str) -> None:
         np.testing.assert_allclose(one["reward"], two["reward"], rtol=1e-6)
 
 
-def test_gymnasiums_repeat_is_not_for_other_environments() -> None:
+def test_gymnasiums_repeat_is_not_for_other_environments():
     make = lambda index, seed: Painted(flat(0), flat(1))  # noqa: E731
     with pytest.raises(TaskError, match="set env.repeat instead"):
         make_vector_env("own", EnvConfig(gym={"repeat": 2}), 1, 0, True, make)
 
 
-def test_resize_is_bilinear_and_leaves_the_rest() -> None:
+def test_resize_is_bilinear_and_leaves_the_rest():
     rng = np.random.default_rng(0)
     images = [rng.integers(0, 256, (12, 20, 3), dtype=np.uint8) for _ in range(2)]
     env = wrapped(Painted(*images), resize=(5, 7))
@@ -147,7 +147,7 @@ def test_resize_is_bilinear_and_leaves_the_rest() -> None:
     assert env.render() is images[1], "people see the environment's own picture"
 
 
-def test_grayscale_weighs_colours_and_leaves_gray_alone() -> None:
+def test_grayscale_weighs_colours_and_leaves_gray_alone():
     image = flat(0)
     image[0, 0], image[0, 1], image[0, 2], image[0, 3] = (100, 0, 0), (0, 100, 0), (0, 0, 100), (255, 255, 255)
     env = wrapped(Painted(image, image), grayscale=True)
@@ -158,7 +158,7 @@ def test_grayscale_weighs_colours_and_leaves_gray_alone() -> None:
     assert wrapped(Painted(gray), grayscale=True).reset()["camera"] is gray
 
 
-def test_noise_has_its_deviation_its_bounds_and_its_seed() -> None:
+def test_noise_has_its_deviation_its_bounds_and_its_seed():
     inner = Painted(flat(128, (64, 64, 3)), flat(0, (64, 64, 3)))
     middle, dark = (step["camera"] for step in episode(wrapped(inner, seed=3, frame_noise=10.0), 1))
     assert abs(middle.mean() - 128) < 0.5 and abs(middle.std() - 10) < 0.5
@@ -171,7 +171,7 @@ def test_noise_has_its_deviation_its_bounds_and_its_seed() -> None:
     assert not np.array_equal(inner.images[0], middle), "the environment's own image stays clean"
 
 
-def test_resize_then_gray_then_noise() -> None:
+def test_resize_then_gray_then_noise():
     """Noise comes last: its deviation is not smoothed by resizing, and each pixel is in one channel."""
     image = np.zeros((40, 60, 3), np.uint8)
     image[..., 1] = 200
@@ -181,7 +181,7 @@ def test_resize_then_gray_then_noise() -> None:
     assert abs(seen.mean() - 117) < 1 and abs(seen.std() - 5) < 0.7
 
 
-def test_the_reward_is_scaled_and_kept() -> None:
+def test_the_reward_is_scaled_and_kept():
     env = wrapped(Painted(*map(flat, range(3))), reward_scale=0.25)
     assert env.observation_spaces["log/unscaled_reward"] == Space("vector", ())
     steps = episode(env, 2)
@@ -202,7 +202,7 @@ class Masked(Painted):
         return {**super()._observation(), "action_mask": np.array(self.masks[self.position], np.int32)}
 
 
-def test_masks_pass_and_one_without_an_action_is_an_error_but_at_the_end() -> None:
+def test_masks_pass_and_one_without_an_action_is_an_error_but_at_the_end():
     env = wrapped(Masked([0, 1, 0, 0, 0], [1, 1, 0, 0, 1], [0, 0, 0, 0, 0]))
     assert column(episode(env, 2), "action_mask") == [[0, 1, 0, 0, 0], [1, 1, 0, 0, 1], [1, 1, 1, 1, 1]]
     env = wrapped(Masked([0, 1, 0, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]))
@@ -211,7 +211,7 @@ def test_masks_pass_and_one_without_an_action_is_an_error_but_at_the_end() -> No
         env.step(STEP)
 
 
-def test_a_mask_has_one_entry_per_action_of_the_one_discrete_action() -> None:
+def test_a_mask_has_one_entry_per_action_of_the_one_discrete_action():
     wrong = Masked([1, 1, 1, 1])
     wrong.observation_spaces["action_mask"] = Space("discrete", (4,), (2,) * 4)
     with pytest.raises(TaskError, match="one entry per action, got .*shape=.4,"):
@@ -222,7 +222,7 @@ def test_a_mask_has_one_entry_per_action_of_the_one_discrete_action() -> None:
         wrapped(two)
 
 
-def test_masked_actions_are_not_repeated() -> None:
+def test_masked_actions_are_not_repeated():
     with pytest.raises(TaskError, match="no action repeat"):
         wrapped(Masked([1, 1, 1, 1, 1]), repeat=2)
 
@@ -232,7 +232,7 @@ EVERY = {
 }  # fmt: skip
 
 
-def test_the_state_holds_the_noise_the_time_and_the_environments_own() -> None:
+def test_the_state_holds_the_noise_the_time_and_the_environments_own():
     """Save in the middle, go on; a second environment with that state sees the same to the last bit."""
     assert set(EVERY) == set(OPTIONS)
     images = [flat(level) for level in range(0, 250, 20)]
@@ -250,7 +250,7 @@ def test_the_state_holds_the_noise_the_time_and_the_environments_own() -> None:
     assert np.array_equal(one.render(), two.render())
 
 
-def test_a_saved_state_does_not_move_on() -> None:
+def test_a_saved_state_does_not_move_on():
     env = wrapped(Painted(*map(flat, range(5))), frame_noise=9.0)
     env.reset()
     state = env.get_state()  # type: ignore[attr-defined]
@@ -259,7 +259,7 @@ def test_a_saved_state_does_not_move_on() -> None:
     assert state == kept
 
 
-def test_wrappers_cannot_restore_what_cannot_be_restored() -> None:
+def test_wrappers_cannot_restore_what_cannot_be_restored():
     class Plain(Painted):
         restorable = False
 
@@ -268,17 +268,17 @@ def test_wrappers_cannot_restore_what_cannot_be_restored() -> None:
 
 
 @pytest.mark.parametrize("options", [{"resize": (8, 8)}, {"grayscale": True}, {"frame_noise": 1.0}])
-def test_image_options_need_images(options: dict[str, Any]) -> None:
+def test_image_options_need_images(options):
     with pytest.raises(TaskError, match=f"expected an environment with images for env.{next(iter(options))}"):
         make_env("gym_CartPole-v1", EnvConfig(**options), seed=0)
 
 
-def test_gray_needs_colours() -> None:
+def test_gray_needs_colours():
     with pytest.raises(TaskError, match="1 or 3 channels for env.grayscale, got 4 in 'camera'"):
         wrapped(Painted(flat(0, (4, 4, 4))), grayscale=True)
 
 
-def test_native_atari_takes_a_time_limit_only() -> None:
+def test_native_atari_takes_a_time_limit_only():
     for name, value in EVERY.items():
         config = EnvConfig(atari={"native": True}, **{name: value})
         if name == "time_limit":
@@ -288,7 +288,7 @@ def test_native_atari_takes_a_time_limit_only() -> None:
             make_vector_env("atari_pong", config, 1, 0, True)
 
 
-def test_every_option_in_worker_processes() -> None:
+def test_every_option_in_worker_processes():
     """From a task's name through processes: Catch, small, gray, noisy, two frames a step, half the reward."""
     config = {**EVERY, "time_limit": 30}
     batches = {}

@@ -35,7 +35,7 @@ def acted(space: gs.Space, **action: Any) -> tuple[dict[str, Space], Any]:
     return {leaf.key: leaf.space for leaf in leaves}, value
 
 
-def test_observed_boxes() -> None:
+def test_observed_boxes():
     image = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
     assert observed(gs.Box(0, 255, (2, 3, 3), np.uint8), image) == (
         {"image": Space("image", (2, 3, 3))},
@@ -52,7 +52,7 @@ def test_observed_boxes() -> None:
     )
 
 
-def test_float_images_are_cast_and_never_wrap_around() -> None:
+def test_float_images_are_cast_and_never_wrap_around():
     space = gs.Box(0, 255, (2, 3, 3), np.uint8)
     assert observed(space, np.full((2, 3, 3), 254.9))[1] == {"image": np.full((2, 3, 3), 254).tolist()}
     for value in (-0.5, -1, 255.5, 300, np.nan, np.inf):
@@ -64,7 +64,7 @@ def test_float_images_are_cast_and_never_wrap_around() -> None:
         observed(gs.Dict({"camera": space}), {"camera": np.arange(18).reshape(2, 3, 3) * 256 // 17})
 
 
-def test_observed_discrete_kinds_begin_at_zero() -> None:
+def test_observed_discrete_kinds_begin_at_zero():
     assert observed(gs.Discrete(4, start=-2), -2) == ({"discrete": Space("discrete", (), (4,))}, {"discrete": 0})
     assert observed(gs.Discrete(4, start=-2), np.int64(1))[1] == {"discrete": 3}
     many = gs.MultiDiscrete([[2, 3], [4, 5]], start=[[1, 1], [0, -4]])
@@ -78,14 +78,14 @@ def test_observed_discrete_kinds_begin_at_zero() -> None:
     )
 
 
-def test_observed_nested() -> None:
+def test_observed_nested():
     space = gs.Tuple((gs.Discrete(3), gs.Dict({"a": gs.Box(0, 1, (2,)), "b": gs.Tuple((gs.Discrete(2),))})))
     spaces, values = observed(space, (2, {"a": np.array([0.5, 1.0], np.float32), "b": (1,)}))
     assert values == {"0": 2, "1/a": [0.5, 1.0], "1/b/0": 1}
     assert spaces["1/a"] == Space("vector", (2,))
 
 
-def test_acted_boxes_are_rescaled_and_clipped() -> None:
+def test_acted_boxes_are_rescaled_and_clipped():
     space = gs.Box(np.array([0.0, -2.0, 5.0], np.float32), np.array([1.0, 6.0, 5.5], np.float32))
     for ours, theirs in (([-1, -1, -1], [0, -2, 5]), ([0, 0, 0], [0.5, 2, 5.25]), ([1, 9, -9], [1, 6, 5])):
         spaces, value = acted(space, action=ours)
@@ -97,21 +97,21 @@ def test_acted_boxes_are_rescaled_and_clipped() -> None:
     assert acted(gs.Box(*awkward, (2,)), action=[-1, 1])[1].tolist() == [awkward[0], awkward[1]]
 
 
-def test_acted_discrete_kinds_begin_where_the_space_does() -> None:
+def test_acted_discrete_kinds_begin_where_the_space_does():
     assert acted(gs.Discrete(3, start=5), action=0) == ({"action": Space("discrete", (), (3,))}, 5)
     assert acted(gs.MultiDiscrete([2, 5], start=[1, 0]), action=[1, 4])[1].tolist() == [2, 4]
     spaces, value = acted(gs.MultiBinary((1, 2)), action=[[0, 1]])
     assert spaces == {"action": Space("discrete", (1, 2), (2, 2))} and value.tolist() == [[0, 1]]
 
 
-def test_acted_nested() -> None:
+def test_acted_nested():
     space = gs.Dict({"gear": gs.Discrete(2), "arms": gs.Tuple((gs.Box(0, 1, (1,)), gs.Discrete(3)))})
     spaces, value = acted(space, action_gear=1, action_arms_0=[0.0], action_arms_1=2)
     assert set(spaces) == {"action/gear", "action/arms/0", "action/arms/1"}
     assert value["gear"] == 1 and value["arms"][0].tolist() == [0.5] and value["arms"][1] == 2
 
 
-def test_nested_environment_has_all_keys() -> None:
+def test_nested_environment_has_all_keys():
     env = GymEnv(Nested(), GymConfig(size=(24, 20)), 0)
     assert env.observation_spaces == {
         "camera": Space("image", (24, 20, 3)),
@@ -141,7 +141,7 @@ def test_nested_environment_has_all_keys() -> None:
         (gs.Dict({"action": gs.Box(0, 1, (2,))}), ANY, ["['action']", "rename"]),
     ],
 )
-def test_spaces_that_cannot_work_say_why(observation: gs.Space, action: gs.Space, words: list[str]) -> None:
+def test_spaces_that_cannot_work_say_why(observation, action, words):
     with pytest.raises(TaskError) as error:
         wrap(GymEnv(Spaced(observation, action), GymConfig(), 0), EnvConfig(), 0, 1)
     for word in words:

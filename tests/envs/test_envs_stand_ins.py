@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ INDEX = {name: np.int32(index) for index, name in enumerate(ACTIONS)}
 
 
 @pytest.fixture(autouse=True)
-def stand_ins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def stand_ins(monkeypatch):
     before = set(sys.modules)
     monkeypatch.syspath_prepend(Path(__file__).parent / "stand_ins")
     yield
@@ -43,7 +42,7 @@ def minecraft(**options: Any) -> Any:
     return make_minecraft("diamond", EnvConfig(minecraft=MinecraftConfig(**options)), 0)
 
 
-def test_the_25_actions_of_the_paper() -> None:
+def test_the_25_actions_of_the_paper():
     assert len(ACTIONS) == 25
     assert {"noop", "attack", "turn_up", "jump", "place_furnace", "equip_iron_pickaxe"} <= set(ACTIONS)
     assert {"craft_planks", "nearbyCraft_iron_pickaxe", "nearbySmelt_iron_ingot"} <= set(ACTIONS)
@@ -53,7 +52,7 @@ def test_the_25_actions_of_the_paper() -> None:
     assert len(env.env._env.given) == 25
 
 
-def test_what_is_seen() -> None:
+def test_what_is_seen():
     env = minecraft(size=(32, 48))
     first = env.reset()
     spaces = env.observation_spaces
@@ -66,7 +65,7 @@ def test_what_is_seen() -> None:
     assert env.env._env.closed
 
 
-def test_milestones_give_1_once_and_health_its_share() -> None:
+def test_milestones_give_1_once_and_health_its_share():
     env = minecraft()
     env.reset()
     # A log after the third attack, the other kind after the sixth; the fifth step costs 2 of 20 health.
@@ -81,7 +80,7 @@ def test_milestones_give_1_once_and_health_its_share() -> None:
     assert [float(step["reward"]) for step in again] == [0, 0, 1], "each episode counts anew"
 
 
-def test_the_most_that_was_owned_stays() -> None:
+def test_the_most_that_was_owned_stays():
     env = minecraft()
     env.reset()
     play(env, *["attack"] * 3)
@@ -90,7 +89,7 @@ def test_the_most_that_was_owned_stays() -> None:
     assert step["inventory"].sum() == 0 and step["inventory_max"].sum() == 1
 
 
-def test_death_is_terminal_and_the_time_limit_is_not() -> None:
+def test_death_is_terminal_and_the_time_limit_is_not():
     env = minecraft()
     env.reset()
     steps = play(env, *["noop"] * 50)  # ten times 2 of 20
@@ -103,7 +102,7 @@ def test_death_is_terminal_and_the_time_limit_is_not() -> None:
         assert not steps[-1]["is_terminal"]
 
 
-def test_jumps_go_on_and_attacks_only_at_the_usual_speed() -> None:
+def test_jumps_go_on_and_attacks_only_at_the_usual_speed():
     def given(env: Any, key: str) -> list[int]:
         return [action[key] for action in env.env._env.given]
 
@@ -123,7 +122,7 @@ def test_jumps_go_on_and_attacks_only_at_the_usual_speed() -> None:
     assert given(env, "jump")[-1] == 0
 
 
-def test_the_view_keeps_within_its_limit() -> None:
+def test_the_view_keeps_within_its_limit():
     env = minecraft()
     env.reset()
     play(env, *["turn_up"] * 6, *["turn_down"] * 9, "turn_left")
@@ -132,11 +131,11 @@ def test_the_view_keeps_within_its_limit() -> None:
     assert env.env._env.given[-1]["camera"].tolist() == [0, -15]
 
 
-def test_blocks_break_as_fast_as_asked() -> None:
+def test_blocks_break_as_fast_as_asked():
     assert minecraft(break_speed=7.0).env._env.start == ["<BreakSpeedMultiplier>7.0</BreakSpeedMultiplier>"]
 
 
-def test_a_lost_client_is_an_error() -> None:
+def test_a_lost_client_is_an_error():
     env = minecraft()
     env.reset()
     env.env._env.fail = True
@@ -144,7 +143,7 @@ def test_a_lost_client_is_an_error() -> None:
         play(env, "noop")
 
 
-def test_every_episode_has_a_world_of_its_own() -> None:
+def test_every_episode_has_a_world_of_its_own():
     one, two = minecraft(), minecraft()
     first, second = one.reset()["image"], one.reset()["image"]
     assert not np.array_equal(first, second)
@@ -154,7 +153,7 @@ def test_every_episode_has_a_world_of_its_own() -> None:
 # DMLab
 
 
-def test_the_30_levels_and_15_actions() -> None:
+def test_the_30_levels_and_15_actions():
     assert len(list_tasks()["dmlab"]) == len(set(list_tasks()["dmlab"])) == 30
     assert "dmlab_psychlab_visual_search" in list_tasks()["dmlab"]
     assert len(LAB_ACTIONS) == 15 and len({tuple(sorted(action.items())) for action in LAB_ACTIONS}) == 15
@@ -169,7 +168,7 @@ def test_the_30_levels_and_15_actions() -> None:
     assert env._lab.closed
 
 
-def test_a_level_of_ten_steps() -> None:
+def test_a_level_of_ten_steps():
     env = DMLab("rooms_watermaze", DmlabConfig(), seed=0)
     assert set(env.observation_spaces) == {"image"}
     for _ in range(2):
@@ -181,7 +180,7 @@ def test_a_level_of_ten_steps() -> None:
         assert np.array_equal(env.render(), steps[-1]["image"])
 
 
-def test_instructions_of_language_levels() -> None:
+def test_instructions_of_language_levels():
     env = DMLab("language_execute_random_task", DmlabConfig(size=(32, 48)), seed=0)
     first, second = env.reset(), env.step({"action": np.int32(0)})
     assert first["image"].shape == (32, 48, 3)
@@ -198,7 +197,7 @@ def test_instructions_of_language_levels() -> None:
 # Both
 
 
-def test_by_their_names() -> None:
+def test_by_their_names():
     for task in ("minecraft_diamond", "dmlab_explore_object_rewards_few"):
         env = make_env(task, EnvConfig(), seed=1)
         assert env.reset()["is_first"]
@@ -209,9 +208,7 @@ def test_by_their_names() -> None:
     ("task", "module", "words"),
     [("minecraft_diamond", "minerl", "minerl@v0.4.4"), ("dmlab_rooms_watermaze", "deepmind_lab", "bazel build")],
 )
-def test_the_missing_package_is_told_with_where_to_get_it(
-    task: str, module: str, words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_missing_package_is_told_with_where_to_get_it(task, module, words, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else found(name))
     with pytest.raises(TaskError, match=f"expected the package {module!r}.*{words}"):

@@ -103,7 +103,7 @@ def check(case: Case) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_follows_is_the_same(name: str) -> None:
+def test_what_follows_is_the_same(name):
     env = CASES[name].make(0)
     assert restorable(env)
     env.close()
@@ -111,13 +111,13 @@ def test_what_follows_is_the_same(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_terrain_is_restored_on_the_graphics_card() -> None:
+def test_terrain_is_restored_on_the_graphics_card():
     check(Case("dmc_quadruped_escape", {"dmc": {"pixels": True, "size": (32, 32)}}))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", list_tasks()["dmc"] + list_tasks()["atari"])
-def test_every_task(task: str) -> None:
+def test_every_task(task):
     """With the ends of episodes; the Atari games also at Atari 100k's other options."""
     check(Case(task))
     if task.startswith("atari"):
@@ -125,7 +125,7 @@ def test_every_task(task: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["atari-sticky", "dmc-finger_turn_hard"])
-def test_another_process_goes_on(name: str, tmp_path: Path) -> None:
+def test_another_process_goes_on(name, tmp_path):
     state, over, *expected = saved_and_continued(CASES[name])
     (tmp_path / "state").write_bytes(state)
     script = (
@@ -140,7 +140,7 @@ def test_another_process_goes_on(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["toy", "atari", "crafter", "dmc-walker_walk"])
-def test_saving_changes_nothing_and_a_state_may_be_used_again(name: str) -> None:
+def test_saving_changes_nothing_and_a_state_may_be_used_again(name):
     """A state is a copy: neither the environment it came from nor the one it goes into writes to it."""
     case = CASES[name]
     plain, saving = case.make(5), case.make(5)
@@ -155,7 +155,7 @@ def test_saving_changes_nothing_and_a_state_may_be_used_again(name: str) -> None
     assert pickle.dumps(state) == kept
 
 
-def test_crafter_s_picture_takes_no_random_numbers() -> None:
+def test_crafter_s_picture_takes_no_random_numbers():
     """At night Crafter draws noise from the world's own stream."""
     env, other = make_env("crafter_reward", EnvConfig(), 3), make_env("crafter_reward", EnvConfig(), 3)
     for one in (env, other):
@@ -168,7 +168,7 @@ def test_crafter_s_picture_takes_no_random_numbers() -> None:
 
 
 @pytest.mark.parametrize("game", ["breakout", "qbert"])
-def test_an_emulator_is_put_back_at_any_step(game: str) -> None:
+def test_an_emulator_is_put_back_at_any_step(game):
     """Also where what the last frame left on the console's pins decides what the next one does: after a reset, or in
     the middle of a paddle's turn, once in some hundred steps."""
     config = EnvConfig(atari=AtariConfig(sticky=0.25, noops=0, size=(42, 32)))

@@ -26,7 +26,7 @@ GOOD = [
 
 
 @pytest.fixture(autouse=True)
-def no_pictures_of_mujoco(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_pictures_of_mujoco(monkeypatch):
     """This machine may have no OpenGL, which MuJoCo tells with warnings."""
     monkeypatch.setattr("dreamer.envs.suites.gym._dark", {"gymnasium.envs.mujoco"})
 
@@ -179,7 +179,7 @@ def gym_env(make: Callable[[], gymnasium.Env], seed: int = 0) -> GymEnv:
 
 
 @pytest.mark.parametrize("task", GOOD)
-def test_what_follows_is_the_same(task: str) -> None:
+def test_what_follows_is_the_same(task):
     case = Case(f"gym_{task}", limit=None)
     env = case.make(0)
     assert restorable(env)
@@ -202,7 +202,7 @@ def test_what_follows_is_the_same(task: str) -> None:
         (lambda: gymnasium.wrappers.NormalizeObservation(Walk()), "attributes"),
     ],
 )
-def test_a_way_is_found(make: Callable[[], gymnasium.Env], way: str) -> None:
+def test_a_way_is_found(make, way):
     env, other = gym_env(make, 1), gym_env(make, 2)
     assert restorable(env) and env.why_not_restorable == ""
     env.reset(), other.reset()
@@ -226,7 +226,7 @@ def test_a_way_is_found(make: Callable[[], gymnasium.Env], way: str) -> None:
         (ForgetfulMethods, ["by its methods: 'reward'", "by its attributes"]),
     ],
 )
-def test_what_cannot_be_put_back_is_known(make: Callable[[], gymnasium.Env], words: list[str]) -> None:
+def test_what_cannot_be_put_back_is_known(make, words):
     env = gym_env(make)
     assert not restorable(env)
     assert all(word in env.why_not_restorable for word in words), env.why_not_restorable
@@ -234,14 +234,14 @@ def test_what_cannot_be_put_back_is_known(make: Callable[[], gymnasium.Env], wor
         env.get_state()
 
 
-def test_a_slow_one_counts_as_one_that_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_one_counts_as_one_that_cannot(monkeypatch):
     monkeypatch.setattr("dreamer.envs.proof.CPU_SECONDS", 0.1)
     env = gym_env(Slow)
     assert not restorable(env)
     assert "too slow" in env.why_not_restorable
 
 
-def test_a_recipe_for_making_is_no_state() -> None:
+def test_a_recipe_for_making_is_no_state():
     """Tried alone, the pickle of an EzPickle environment is found out."""
     from dreamer.envs.proof import disproof
 
@@ -253,11 +253,11 @@ def test_a_recipe_for_making_is_no_state() -> None:
     assert "another one" in (disproof(make) or "")
 
 
-def test_without_a_second_one_nothing_is_proven() -> None:
+def test_without_a_second_one_nothing_is_proven():
     assert not restorable(GymEnv(Walk(), GymConfig(), 0))
 
 
-def test_the_proof_is_made_once_and_leaves_random_streams_alone() -> None:
+def test_the_proof_is_made_once_and_leaves_random_streams_alone():
     made = []
 
     def make() -> gymnasium.Env:
@@ -281,7 +281,7 @@ def test_the_proof_is_made_once_and_leaves_random_streams_alone() -> None:
         assert np.array_equal(one, two)
 
 
-def test_time_limits_and_options_ask_the_environment_inside() -> None:
+def test_time_limits_and_options_ask_the_environment_inside():
     env = make_env("gym_CartPole-v1", EnvConfig(time_limit=5), 0)
     assert restorable(env)
     hidden = make_env("py_test_envs_state_gym:Hidden", EnvConfig(time_limit=5), 0)

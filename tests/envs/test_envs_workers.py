@@ -8,7 +8,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +59,7 @@ def step(env: Any, action: int = 0) -> dict[str, np.ndarray]:
         ("gym_no_such_package:My-v0", ["importable module 'no_such_package'", "install"]),
     ],
 )
-def test_unknown_tasks_name_the_nearest(task: str, words: list[str]) -> None:
+def test_unknown_tasks_name_the_nearest(task, words):
     for attempt in (lambda: check_task(task), lambda: make_env(task, EnvConfig(), 0)):
         with pytest.raises(TaskError) as error:
             attempt()
@@ -69,14 +68,14 @@ def test_unknown_tasks_name_the_nearest(task: str, words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(("task", "extra"), [("crafter_reward", "crafter"), ("dmc_walker_walk", "dmc")])
-def test_a_missing_package_names_the_extra(task: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_names_the_extra(task, extra, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(TaskError, match=rf"pip install 'dreamer\[{extra}\]'"):
         check_task(task)
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_a_crash_names_task_environment_and_cause(workers: str) -> None:
+def test_a_crash_names_task_environment_and_cause(workers):
     env = own(lambda index, seed: Crashing() if index == 1 else Scripted(SCRIPT), workers)
     env.reset()
     step(env)
@@ -91,7 +90,7 @@ def test_a_crash_names_task_environment_and_cause(workers: str) -> None:
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_closed_environments_say_so(workers: str) -> None:
+def test_closed_environments_say_so(workers):
     env = own(lambda index, seed: Scripted(SCRIPT), workers)
     env.reset()
     env.close()
@@ -100,7 +99,7 @@ def test_closed_environments_say_so(workers: str) -> None:
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_an_environment_that_cannot_be_made(workers: str) -> None:
+def test_an_environment_that_cannot_be_made(workers):
     def broken(index: int, seed: int) -> Any:
         raise FileNotFoundError(f"level {index}")
 
@@ -121,7 +120,7 @@ class WrongShape(Scripted):
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_observations_must_fit_their_space(workers: str) -> None:
+def test_observations_must_fit_their_space(workers):
     env = own(lambda index, seed: WrongShape(SCRIPT), workers)
     with pytest.raises(TaskError, match=r"expected observation 'vector' of shape \(3,\).*got \(3, 1\)"):
         env.reset()
@@ -129,7 +128,7 @@ def test_observations_must_fit_their_space(workers: str) -> None:
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_calls_out_of_order_and_wrong_actions(workers: str) -> None:
+def test_calls_out_of_order_and_wrong_actions(workers):
     env = own(lambda index, seed: Scripted(SCRIPT), workers)
     env.reset()
     with pytest.raises(EnvError, match="step_async before step_wait"):
@@ -142,7 +141,7 @@ def test_calls_out_of_order_and_wrong_actions(workers: str) -> None:
     env.close()
 
 
-def test_what_cannot_be_pickled_is_refused_with_a_way_out() -> None:
+def test_what_cannot_be_pickled_is_refused_with_a_way_out():
     lock = threading.Lock()
 
     def make(index: int, seed: int) -> Scripted:
@@ -155,7 +154,7 @@ def test_what_cannot_be_pickled_is_refused_with_a_way_out() -> None:
 
 
 @pytest.fixture
-def process_env() -> Iterator[ProcessVectorEnv]:
+def process_env():
     env = own(lambda index, seed: Scripted(SCRIPT), "process")
     assert isinstance(env, ProcessVectorEnv)
     env.reset()
@@ -163,7 +162,7 @@ def process_env() -> Iterator[ProcessVectorEnv]:
     env.close()
 
 
-def test_a_worker_killed_before_its_first_transition_is_an_error_that_names_it() -> None:
+def test_a_worker_killed_before_its_first_transition_is_an_error_that_names_it():
     env = own(lambda index, seed: Scripted(SCRIPT), "process")
     os.kill(env._workers[1].pid, signal.SIGKILL)  # type: ignore[union-attr]
     with pytest.raises(EnvError, match=r"own, environment 1: its worker process ended .* exit code -9"):
@@ -173,7 +172,7 @@ def test_a_worker_killed_before_its_first_transition_is_an_error_that_names_it()
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
-def test_signals_to_stop_reach_no_worker(process_env: ProcessVectorEnv, number: signal.Signals) -> None:
+def test_signals_to_stop_reach_no_worker(process_env, number):
     """They often go to the whole tree of processes, among them the server that workers come from; the run's own
     process decides what then happens."""
     pids = [worker.pid for worker in process_env._workers.values()]
@@ -186,7 +185,7 @@ def test_signals_to_stop_reach_no_worker(process_env: ProcessVectorEnv, number: 
     assert process_env.take_faults() == [] and [worker.pid for worker in process_env._workers.values()] == pids
 
 
-def test_close_ends_all_workers() -> None:
+def test_close_ends_all_workers():
     env = own(lambda index, seed: Scripted(SCRIPT), "process", num_envs=3)
     pids = [worker.pid for worker in env._workers.values()]  # type: ignore[union-attr]
     assert all(psutil.pid_exists(pid) for pid in pids)
@@ -196,13 +195,13 @@ def test_close_ends_all_workers() -> None:
     assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
-def test_workers_import_neither_jax_nor_the_main_script() -> None:
+def test_workers_import_neither_jax_nor_the_main_script():
     env = own(lambda index, seed: Imports(SCRIPT), "process")
     assert env.reset()["vector"].tolist() == [[0, 0, 0]] * 2
     env.close()
 
 
-def test_workers_see_the_environment_variables_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_see_the_environment_variables_of_now(monkeypatch):
     class Reads(Scripted):
         def _observation(self, action: int) -> np.ndarray:
             return np.full(3, float(os.environ.get("LEVEL_OF_TEST", "0")), np.float32)
@@ -213,7 +212,7 @@ def test_workers_see_the_environment_variables_of_now(monkeypatch: pytest.Monkey
     env.close()
 
 
-def test_slow_suites_get_processes_and_fast_ones_none() -> None:
+def test_slow_suites_get_processes_and_fast_ones_none():
     config = EnvConfig()
     slow = {name for name, suite in list_suites().items() if suite.process(config)}
     assert slow == {"atari", "atari100k", "crafter", "minigrid", "memorymaze", "vizdoom", "minecraft", "dmlab"}
@@ -268,7 +267,7 @@ def gone(pids: list[int], seconds: float = 20) -> bool:
     return False
 
 
-def test_a_plain_script_needs_no_main_guard_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_plain_script_needs_no_main_guard_and_leaves_nothing(tmp_path):
     """Classes of the script reach the workers, the exit without close() is quiet, and no worker outlives it."""
     process = start(tmp_path, MAIN)
     out, err = process.communicate(timeout=60)
@@ -277,7 +276,7 @@ def test_a_plain_script_needs_no_main_guard_and_leaves_nothing(tmp_path: Path) -
     assert gone([int(word) for word in out.split("]")[1].split()])
 
 
-def test_no_worker_outlives_a_killed_parent(tmp_path: Path) -> None:
+def test_no_worker_outlives_a_killed_parent(tmp_path):
     process = start(tmp_path, MAIN + "\nimport time\ntime.sleep(60)\n")
     assert process.stdout is not None and process.stderr is not None
     pids = [int(word) for word in process.stdout.readline().split("]")[1].split()]
@@ -287,7 +286,7 @@ def test_no_worker_outlives_a_killed_parent(tmp_path: Path) -> None:
     assert gone(pids)
 
 
-def test_an_error_in_the_script_does_not_hang_it(tmp_path: Path) -> None:
+def test_an_error_in_the_script_does_not_hang_it(tmp_path):
     process = start(tmp_path, MAIN + "\nraise KeyError('the script failed')\n")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "the script failed" in err
@@ -299,13 +298,13 @@ def run(code: str, **environ: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, env={**os.environ, **environ})
 
 
-def test_environments_import_nothing_heavy() -> None:
+def test_environments_import_nothing_heavy():
     heavy = ("jax", "flax", "dm_control", "mujoco", "crafter")
     result = run(f"import sys, dreamer.envs; print([name for name in {heavy} if name in sys.modules])")
     assert result.stdout.strip() == "[]", result.stderr
 
 
-def test_a_missing_renderer_names_the_packages() -> None:
+def test_a_missing_renderer_names_the_packages():
     code = """
 from dreamer.config import EnvConfig
 from dreamer.envs import TaskError, make_env

@@ -75,7 +75,7 @@ def same(one: list[Batch], two: list[Batch], rows: list[int]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def undisturbed() -> list[Batch]:
+def undisturbed():
     env = vector_env("inline")
     env.reset()
     batches = play(env, actions())
@@ -118,7 +118,7 @@ def check_fault(workers: str, trouble: str, undisturbed: list[Batch], patience: 
     [("inline", trouble) for trouble in ("raise", "disconnect", *GARBAGE)]
     + [("process", trouble) for trouble in ("raise", "disconnect", "missing key", "nan reward")],
 )
-def test_exceptions_and_garbage(workers: str, trouble: str, undisturbed: list[Batch]) -> None:
+def test_exceptions_and_garbage(workers, trouble, undisturbed):
     fault = check_fault(workers, trouble, undisturbed)
     assert fault.kind == ("garbage" if trouble in GARBAGE else "raised")
     assert "Traceback" in fault.traceback
@@ -129,7 +129,7 @@ def test_exceptions_and_garbage(workers: str, trouble: str, undisturbed: list[Ba
 
 
 @pytest.mark.parametrize("pixel", [256, -1, np.nan])
-def test_pixels_out_of_range(pixel: float) -> None:
+def test_pixels_out_of_range(pixel):
     class Pixels(Scripted):
         observation_space = gymnasium.spaces.Box(0, 255, (4, 4, 3), np.uint8)
 
@@ -155,21 +155,21 @@ def test_pixels_out_of_range(pixel: float) -> None:
         ("leave", "raised", "SystemExit: 8"),
     ],
 )
-def test_workers_that_end(trouble: str, kind: str, words: str, undisturbed: list[Batch]) -> None:
+def test_workers_that_end(trouble, kind, words, undisturbed):
     fault = check_fault("process", trouble, undisturbed)
     assert (fault.kind, words in fault.message) == (kind, True)
     assert (trouble in ("crash", "leave")) == ("faulty_env.py" in fault.traceback)
 
 
 @pytest.mark.parametrize("trouble", ["sleep", "block"])
-def test_workers_that_hang(trouble: str, undisturbed: list[Batch]) -> None:
+def test_workers_that_hang(trouble, undisturbed):
     """In Python, and in C that holds Python's lock."""
     fault = check_fault("process", trouble, undisturbed, patience=1.5)
     assert fault.kind == "hung" and "no answer for 1.5 seconds" in fault.message
     assert "faulty_env.py" in fault.traceback, "it says where"
 
 
-def test_a_late_parent_is_no_hung_worker() -> None:
+def test_a_late_parent_is_no_hung_worker():
     """The time limit is the worker's: answers that waited for us count."""
     env = vector_env("process")
     env.reset()
@@ -182,7 +182,7 @@ def test_a_late_parent_is_no_hung_worker() -> None:
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_a_reset_that_fails_later(workers: str) -> None:
+def test_a_reset_that_fails_later(workers):
     seed_of_first = first_seed()
     env = vector_env(workers, lambda index, seed: Faulty(seed, bad_reset=seed == seed_of_first))
     env.reset()
@@ -196,7 +196,7 @@ def test_a_reset_that_fails_later(workers: str) -> None:
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_several_at_once(workers: str) -> None:
+def test_several_at_once(workers):
     env = vector_env(workers)
     env.reset()
     play(env, actions(1))  # one that returns garbage in its first step is told at once
@@ -208,7 +208,7 @@ def test_several_at_once(workers: str) -> None:
 
 
 @pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+def waits(monkeypatch):
     """The waits before new attempts, in seconds; nothing waits."""
     kept: list[float] = []
     monkeypatch.setattr("dreamer.envs.faults.time.sleep", kept.append)
@@ -216,7 +216,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_it_waits_longer_and_longer(workers: str, waits: list[float]) -> None:
+def test_it_waits_longer_and_longer(workers, waits):
     """The second environment cannot be made at its first three new attempts; a finished episode forgets them."""
     bad = [first_seed(attempt=attempt) for attempt in (1, 2, 3)]
 
@@ -241,7 +241,7 @@ def test_it_waits_longer_and_longer(workers: str, waits: list[float]) -> None:
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_what_cannot_be_made_anew_ends_the_run(workers: str, waits: list[float]) -> None:
+def test_what_cannot_be_made_anew_ends_the_run(workers, waits):
     seed_of_first, who = first_seed(), WHO
 
     def make(index: int, seed: int) -> Any:
@@ -261,7 +261,7 @@ def test_what_cannot_be_made_anew_ends_the_run(workers: str, waits: list[float])
 
 @pytest.mark.parametrize("workers", WORKERS)
 @pytest.mark.parametrize("trouble", ["raise", "shape"])
-def test_a_configuration_that_never_worked_is_not_tried_again(workers: str, trouble: str, waits: list[float]) -> None:
+def test_a_configuration_that_never_worked_is_not_tried_again(workers, trouble, waits):
     class Never(Faulty):
         def reset(self) -> Any:
             result = super().reset()
@@ -278,7 +278,7 @@ def test_a_configuration_that_never_worked_is_not_tried_again(workers: str, trou
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_drawing_that_raises_gives_no_picture(workers: str, undisturbed: list[Batch]) -> None:
+def test_drawing_that_raises_gives_no_picture(workers, undisturbed):
     env = vector_env(workers, lambda index, seed: Faulty(seed, bad_picture="raise"))
     env.reset()
     assert env.render() is None
@@ -289,7 +289,7 @@ def test_drawing_that_raises_gives_no_picture(workers: str, undisturbed: list[Ba
 
 
 @pytest.mark.parametrize(("trouble", "kind"), [("kill", "died"), ("sleep", "hung")])
-def test_drawing_that_ends_the_worker_gives_no_picture(trouble: str, kind: str, undisturbed: list[Batch]) -> None:
+def test_drawing_that_ends_the_worker_gives_no_picture(trouble, kind, undisturbed):
     seed_of_first = first_seed(0)
     env = vector_env(
         "process", lambda index, seed: Faulty(seed, bad_picture=trouble if seed == seed_of_first else None)
@@ -308,7 +308,7 @@ def test_drawing_that_ends_the_worker_gives_no_picture(trouble: str, kind: str, 
     env.close()
 
 
-def test_every_attempt_has_a_seed_of_its_own() -> None:
+def test_every_attempt_has_a_seed_of_its_own():
     """And the first ones are those that stored runs began with."""
     first = [env_seed(0, True, 0), env_seed(7, False, 3), env_seed(5, True, 15)]
     assert first == [2968811710, 1916955614, 1101709037]
@@ -316,7 +316,7 @@ def test_every_attempt_has_a_seed_of_its_own() -> None:
     assert len(set(seeds)) == len(seeds) and all(0 <= seed < 2**32 for seed in seeds)
 
 
-def test_the_budget_counts_within_its_minutes() -> None:
+def test_the_budget_counts_within_its_minutes():
     now = 0.0
     budget = FaultBudget(EnvConfig(failure_limit=2, failure_minutes=1), clock=lambda: now)
     fault = Fault(3, "died", "own, environment 3: gone", 'Traceback:\n  File "/home/me/own.py", line 7, in step\n')
@@ -337,7 +337,7 @@ def test_the_budget_counts_within_its_minutes() -> None:
 
 @pytest.mark.parametrize("later", WORKERS)
 @pytest.mark.parametrize("before", WORKERS)
-def test_states_continue_to_the_bit(before: str, later: str) -> None:
+def test_states_continue_to_the_bit(before, later):
     """With an environment that was made anew before, and one that is made anew after: its seed is the third."""
     first = vector_env(before)
     assert first.restorable
@@ -360,7 +360,7 @@ def test_states_continue_to_the_bit(before: str, later: str) -> None:
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_what_cannot_be_put_back_says_so(workers: str, undisturbed: list[Batch]) -> None:
+def test_what_cannot_be_put_back_says_so(workers, undisturbed):
     class Sealed(Faulty):
         restorable = False
 
@@ -396,7 +396,7 @@ def good_state() -> bytes:
         env.close()
 
 
-def test_native_environments_cannot_be_put_back() -> None:
+def test_native_environments_cannot_be_put_back():
     env = make_vector_env("atari_pong", EnvConfig(atari={"native": True}), 2, 0, True)
     assert not env.restorable and env.take_faults() == []
     for attempt in (env.get_state, lambda: env.set_state([b"", b""])):
@@ -405,7 +405,7 @@ def test_native_environments_cannot_be_put_back() -> None:
     env.close()
 
 
-def test_kinds_of_vector_environments() -> None:
+def test_kinds_of_vector_environments():
     for workers, kind in (("inline", InlineVectorEnv), ("process", ProcessVectorEnv)):
         env = vector_env(workers)
         assert isinstance(env, kind) and isinstance(env, VectorEnv)
@@ -461,12 +461,12 @@ def settled(condition: Callable[[], bool], seconds: float = 10) -> bool:
     return True
 
 
-def test_restarts_leave_nothing_behind() -> None:
+def test_restarts_leave_nothing_behind():
     check_leaks(20)
 
 
 @pytest.mark.slow
-def test_two_hundred_restarts_leave_nothing_behind() -> None:
+def test_two_hundred_restarts_leave_nothing_behind():
     check_leaks(200)
 
 
@@ -489,7 +489,7 @@ time.sleep(1000)
 """
 
 
-def test_nothing_outlives_a_killed_parent() -> None:
+def test_nothing_outlives_a_killed_parent():
     """Idle workers, busy ones, ones that hang in C, and what their environments have started: gone in seconds."""
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     process = subprocess.Popen([sys.executable, "-c", ORPHANS], stdout=subprocess.PIPE, text=True, env=environ)

@@ -173,7 +173,7 @@ def test_numbers_in_tables(value, text):
 
 
 @pytest.fixture(scope="module")
-def real(tmp_path_factory) -> Path:
+def real(tmp_path_factory):
     """PREFIX of what the command makes of the run in docs/results."""
     out = tmp_path_factory.mktemp("real") / "deep" / "curve"
     arguments = ["plot", str(CARTPOLE), "--reference", "dmc_cartpole_swingup", "--out", str(out)]

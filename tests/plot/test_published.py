@@ -1,7 +1,5 @@
 """The published scores that ship with the package: all there, with their caveats, and right."""
 
-from __future__ import annotations
-
 import csv
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Bins, aggregates and bootstrap bands against scipy and arithmetic by hand."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import scipy.stats

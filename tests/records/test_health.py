@@ -25,20 +25,20 @@ def flagged(count: int, length: int, seed: int) -> dict[str, np.ndarray]:
     return {"reward": reward, "is_first": first, "is_last": last, "is_terminal": terminal}
 
 
-def test_open_loops_are_judged_within_the_episode_they_saw_last() -> None:
+def test_open_loops_are_judged_within_the_episode_they_saw_last():
     first = np.zeros((4, 6), bool)
     first[1, 3] = first[2, 5] = first[3, 1] = True
     expected = [[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]]
     np.testing.assert_array_equal(health.reachable(first, 3), np.array(expected, bool))
 
 
-def test_means_are_over_what_is_left() -> None:
+def test_means_are_over_what_is_left():
     values = np.array([[1.0, 2.0, np.nan], [3.0, 6.0, 9.0]])
     mask = np.array([[True, False, False], [True, True, False]])
     np.testing.assert_array_equal(health.masked_mean(values, mask), [2.0, 6.0, np.nan])
 
 
-def test_use_of_latents() -> None:
+def test_use_of_latents():
     """Four states, three variables of four classes: always the same class, all evenly, never sure."""
     one, none = np.array([1.0, 0, 0, 0]), np.full(4, 0.25)
     probs = np.stack([np.stack([one, np.eye(4)[i], none]) for i in range(4)]).reshape(2, 2, 3, 4)
@@ -50,12 +50,12 @@ def test_use_of_latents() -> None:
     np.testing.assert_array_equal(found.mean[1], none)
 
 
-def test_a_class_is_dead_below_a_tenth_of_an_even_share() -> None:
+def test_a_class_is_dead_below_a_tenth_of_an_even_share():
     mean = np.array([0.024, 0.026, 0.45, 0.5])
     assert health.latent_usage(mean.reshape(1, 1, 1, 4)).dead == 0.25
 
 
-def test_a_calibrated_prediction_is_on_the_diagonal_and_a_shifted_one_is_not() -> None:
+def test_a_calibrated_prediction_is_on_the_diagonal_and_a_shifted_one_is_not():
     rng = np.random.default_rng(0)
     chance = rng.uniform(0, 1, 200_000)
     happened = (rng.random(200_000) < chance).astype(float)
@@ -66,7 +66,7 @@ def test_a_calibrated_prediction_is_on_the_diagonal_and_a_shifted_one_is_not() -
     assert shifted.error == pytest.approx(0.3, abs=0.01) and shifted.bias == pytest.approx(0.3, abs=0.01)
 
 
-def test_groups_of_a_calibration_are_means_over_ranks() -> None:
+def test_groups_of_a_calibration_are_means_over_ranks():
     predicted = np.arange(100.0)
     found = health.calibrate(predicted, -predicted)
     np.testing.assert_array_equal(found.states, [1, 2, 7, 10, 10, 10, 10, 10, 10, 10, 10, 7, 2, 1])
@@ -74,7 +74,7 @@ def test_groups_of_a_calibration_are_means_over_ranks() -> None:
     np.testing.assert_allclose(found.observed, -found.predicted)
 
 
-def test_rare_predictions_are_a_group_of_their_own() -> None:
+def test_rare_predictions_are_a_group_of_their_own():
     """Three ends in a hundred states: the many equal predictions do not swallow them."""
     predicted, happened = np.full(100, 0.99), np.ones(100)
     predicted[[5, 50, 95]], happened[[5, 50]] = 0.1, 0.0
@@ -99,7 +99,7 @@ def slow_return(data: dict[str, np.ndarray], value: np.ndarray, b: int, t: int) 
             return total + weight * value[b, t]
 
 
-def test_observed_returns_follow_the_episode_to_its_end() -> None:
+def test_observed_returns_follow_the_episode_to_its_end():
     data = flagged(20, 12, seed=1)
     value = np.random.default_rng(2).normal(0, 1, (20, 12))
     returns, known = health.observed_returns(data["reward"], value, data["is_terminal"], data["is_last"], GAMMA)
@@ -108,13 +108,13 @@ def test_observed_returns_follow_the_episode_to_its_end() -> None:
         assert returns[b, t] == pytest.approx(slow_return(data, value, b, t)), (b, t)
 
 
-def test_imagined_returns_weigh_rewards_by_what_continues() -> None:
+def test_imagined_returns_weigh_rewards_by_what_continues():
     reward, cont = np.array([[100.0, 1.0, 10.0, 100.0]]), np.array([[0.0, 0.5, 0.2, 0.0]])
     np.testing.assert_allclose(health.imagined_returns(reward, cont), [[1, 1 + 5, 1 + 5 + 10]])
 
 
 @pytest.mark.parametrize("horizon", [1, 3, 11])
-def test_real_returns_stop_at_terminal_steps_and_are_unknown_where_data_ends(horizon: int) -> None:
+def test_real_returns_stop_at_terminal_steps_and_are_unknown_where_data_ends(horizon):
     data = flagged(20, 12, seed=3)
     reward, last, terminal = data["reward"], data["is_last"], data["is_terminal"]
     sums, known = health.real_returns(reward, terminal, last, GAMMA, horizon)
@@ -165,13 +165,13 @@ def perfect_views(data: dict[str, np.ndarray], horizon: int = 3) -> dict[str, An
 
 
 @pytest.fixture
-def data() -> dict[str, np.ndarray]:
+def data():
     """Episodes that end for good only: what a time limit cuts, no model can know."""
     data = flagged(20, 12, seed=4)
     return data | {"is_terminal": data["is_last"].copy()}
 
 
-def test_a_model_that_knows_everything_is_perfectly_healthy(data: dict[str, np.ndarray]) -> None:
+def test_a_model_that_knows_everything_is_perfectly_healthy(data):
     views, batch = perfect_views(data), full_batch(data)
     found = health.measure(views, batch, (views, batch), GAMMA, free_nats=1.0)
     scalars = found.scalars()
@@ -185,7 +185,7 @@ def test_a_model_that_knows_everything_is_perfectly_healthy(data: dict[str, np.n
     assert found.guess["cont"] == pytest.approx(2 * data["is_terminal"].mean() * (1 - data["is_terminal"].mean()))
 
 
-def test_a_policy_that_exploits_its_model_shows_as_a_gap(data: dict[str, np.ndarray]) -> None:
+def test_a_policy_that_exploits_its_model_shows_as_a_gap(data):
     views, batch = perfect_views(data), full_batch(data)
     dreamt = views | {"dream_reward": views["dream_reward"] + 1, "value": views["value"] + 5}
     found = health.measure(views, batch, (dreamt, batch), GAMMA, 1.0).scalars()
@@ -194,7 +194,7 @@ def test_a_policy_that_exploits_its_model_shows_as_a_gap(data: dict[str, np.ndar
     assert 2 < found["bias/value"] < 5 and found["bias/reward"] == pytest.approx(0, abs=1e-9)
 
 
-def test_errors_are_those_of_each_imagined_step(data: dict[str, np.ndarray]) -> None:
+def test_errors_are_those_of_each_imagined_step(data):
     quiet = {name: np.zeros_like(values) for name, values in data.items()}
     views = perfect_views(quiet)
     views["error"] = {"image": np.tile(np.arange(12.0), (20, 1))}
@@ -206,7 +206,7 @@ def test_errors_are_those_of_each_imagined_step(data: dict[str, np.ndarray]) -> 
 
 
 @pytest.mark.parametrize("empty", [False, True])
-def test_the_page_draws_whatever_there_is(data: dict[str, np.ndarray], empty: bool) -> None:
+def test_the_page_draws_whatever_there_is(data, empty):
     if empty:
         data = {name: np.zeros_like(values) for name, values in data.items()}
     views, batch = perfect_views(data), full_batch(data)
@@ -218,7 +218,7 @@ def test_the_page_draws_whatever_there_is(data: dict[str, np.ndarray], empty: bo
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38, 1e-38])
-def test_numbers_that_are_not_finite_or_absurd_end_no_report(data: dict[str, np.ndarray], value: float) -> None:
+def test_numbers_that_are_not_finite_or_absurd_end_no_report(data, value):
     """Everywhere at once, and in each view alone; warnings are errors."""
     batch, good = full_batch(data), perfect_views(data)
     bad = {name: jax.tree.map(lambda x: np.full_like(x, value, np.float32), view) for name, view in good.items()}
@@ -229,14 +229,14 @@ def test_numbers_that_are_not_finite_or_absurd_end_no_report(data: dict[str, np.
             assert draw(found, {"rssm": value}, "3 updates").shape == (626, 1600, 3)
 
 
-def test_ticks_are_round_and_within() -> None:
+def test_ticks_are_round_and_within():
     assert drawing.ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
     assert drawing.ticks(-3.2, 14) == [0, 5, 10]
     assert drawing.decades(0.01, 1000) == [0.01, 0.1, 1, 10, 100, 1000]
     assert [drawing.number(x) for x in (0.0, 0.25, 12000, 1e-5)] == ["0", "0.25", "12,000", "1e-05"]
 
 
-def test_points_lie_where_the_scales_say() -> None:
+def test_points_lie_where_the_scales_say():
     page = drawing.Page(400, 300)
     axes = drawing.Axes(page, (0, 0), (400, 300), "", "", ("", ""), (1, 100), (0, 2), log_x=True)
     assert axes.at(1, 0) == (axes.left, axes.bottom) and axes.at(100, 2) == (axes.right, axes.top)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +23,7 @@ def picture(size: int = 1) -> Picture:
     return Picture("gif", bytes(size), 1, 1)
 
 
-def test_pictures_are_made_in_a_thread_and_delivered_in_order_by_the_caller() -> None:
+def test_pictures_are_made_in_a_thread_and_delivered_in_order_by_the_caller():
     made, got = [], []
 
     def make(name: int) -> Picture:
@@ -39,7 +38,7 @@ def test_pictures_are_made_in_a_thread_and_delivered_in_order_by_the_caller() ->
     assert len(made) == 10 and not [name for name in made if name == threading.main_thread().name]
 
 
-def test_no_more_than_a_few_wait() -> None:
+def test_no_more_than_a_few_wait():
     """The one who brings too many waits for the oldest: memory is bounded, and nothing is dropped."""
     go, got = threading.Event(), []
     encoder = Encoder(lambda label, found: got.append(label))
@@ -59,7 +58,7 @@ def test_no_more_than_a_few_wait() -> None:
     assert got == list(range(WAITING + 1))
 
 
-def test_an_error_in_making_a_picture_is_raised_where_records_are_written(tmp_path: Path) -> None:
+def test_an_error_in_making_a_picture_is_raised_where_records_are_written(tmp_path):
     logger = Logger(tmp_path, tensorboard=False)
     logger.video(at(1), "dream", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -71,7 +70,7 @@ def test_an_error_in_making_a_picture_is_raised_where_records_are_written(tmp_pa
         logger.close()
 
 
-def test_a_checkpoint_has_all_pictures_that_came_before(tmp_path: Path) -> None:
+def test_a_checkpoint_has_all_pictures_that_came_before(tmp_path):
     logger = Logger(tmp_path, tensorboard=False)
     path = logger.video(at(1), "episode/video", lambda: np.zeros((3, 8, 8, 3), np.uint8))
     page = logger.page(at(1), "report/health", lambda: np.full((30, 40, 3), 200, np.uint8))
@@ -81,7 +80,7 @@ def test_a_checkpoint_has_all_pictures_that_came_before(tmp_path: Path) -> None:
     logger.close()
 
 
-def test_a_page_keeps_its_colours() -> None:
+def test_a_page_keeps_its_colours():
     image = np.zeros((40, 60, 3), np.uint8)
     image[:20], image[20:, 30:] = (255, 255, 255), (213, 94, 0)
     found = encode_png(image)
@@ -89,7 +88,7 @@ def test_a_page_keeps_its_colours() -> None:
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(found.data)).convert("RGB")), image)
 
 
-def test_a_budget_is_spent_in_step_with_the_run() -> None:
+def test_a_budget_is_spent_in_step_with_the_run():
     pace, taken = Pace(1.0, 1000), []
     for step in range(0, 1001, 10):
         if pace.takes(50_000, step):
@@ -100,7 +99,7 @@ def test_a_budget_is_spent_in_step_with_the_run() -> None:
     assert Pace(None, 1).takes(10**12, 0)
 
 
-def test_what_a_week_writes_stays_under_the_budget(tmp_path: Path) -> None:
+def test_what_a_week_writes_stays_under_the_budget(tmp_path):
     """A week at 100 steps a second, reports every 20,000: every picture is offered, what the budget allows is kept.
 
     All sizes are a hundredth of real ones.
@@ -139,7 +138,7 @@ def test_what_a_week_writes_stays_under_the_budget(tmp_path: Path) -> None:
         ((1000, 500, 3), (250, 125, 3)), ((321, 10, 1), (160, 5, 1)),
     ],
 )  # fmt: skip
-def test_large_frames_are_reduced(shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+def test_large_frames_are_reduced(shape, expected):
     frame = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     small = video.reduced(frame)
     assert small.shape == expected and small.dtype == np.uint8
@@ -148,5 +147,5 @@ def test_large_frames_are_reduced(shape: tuple[int, ...], expected: tuple[int, .
     np.testing.assert_allclose(small[0, 0], block, atol=1)
 
 
-def test_a_recording_is_bounded() -> None:
+def test_a_recording_is_bounded():
     assert VIDEO_FRAMES * video.MAX_SIDE**2 * 3 < 200e6

@@ -8,7 +8,6 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +21,7 @@ from dreamer.records.system import INTERVAL, SystemMeter
 from dreamer.sweeps.local import found_devices
 
 
-def test_memory_and_disk_are_those_of_the_machine(tmp_path: Path) -> None:
+def test_memory_and_disk_are_those_of_the_machine(tmp_path):
     with subprocess.Popen([sys.executable, "-c", "print(flush=True); input()"], stdin=-1, stdout=-1) as child:
         assert child.stdout is not None
         child.stdout.readline()
@@ -40,7 +39,7 @@ def test_memory_and_disk_are_those_of_the_machine(tmp_path: Path) -> None:
     assert not [name for name in found if name.startswith(("device", "gpu"))], "there is no accelerator"
 
 
-def test_a_look_is_taken_now_and_then(tmp_path: Path) -> None:
+def test_a_look_is_taken_now_and_then(tmp_path):
     now = [100.0]
     meter = SystemMeter(tmp_path, clock=lambda: now[0])
     assert meter.result()
@@ -50,7 +49,7 @@ def test_a_look_is_taken_now_and_then(tmp_path: Path) -> None:
     assert meter.result()
 
 
-def test_memory_of_accelerators_is_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_accelerators_is_summed(monkeypatch):
     def device(platform: str, stats: dict[str, int] | None) -> Any:
         return SimpleNamespace(platform=platform, memory_stats=lambda: stats)
 
@@ -62,7 +61,7 @@ def test_memory_of_accelerators_is_summed(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
+def driver(monkeypatch):
     """Sets what a made-up driver says; see tests/fake_driver."""
     path = next(Path(folder) for folder in Path(__file__).parents if (folder / "fake_driver").is_dir())
     spec = importlib.util.spec_from_file_location("fake_pynvml", path / "fake_driver" / "pynvml.py")
@@ -87,14 +86,14 @@ def load(folder: Path) -> dict[str, float]:
     return {name: value for name, value in found.items() if name.startswith("gpu")}
 
 
-def test_load_is_asked_of_the_driver(tmp_path, monkeypatch, driver) -> None:
+def test_load_is_asked_of_the_driver(tmp_path, monkeypatch, driver):
     driver(CARDS)
     assert load(tmp_path) == {"gpu_load": 0.75, "gpu_gigabytes": pytest.approx(7_000 * 2**20 / 1e9)}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert load(tmp_path) == {"gpu_load": 1.0}
 
 
-def test_a_driver_that_is_not_there_or_says_nothing_is_left_out(tmp_path, driver) -> None:
+def test_a_driver_that_is_not_there_or_says_nothing_is_left_out(tmp_path, driver):
     assert nvidia.cards() == [] and load(tmp_path) == {}
     driver([])
     assert nvidia.cards() == [] and load(tmp_path) == {}
@@ -104,7 +103,7 @@ def test_a_driver_that_is_not_there_or_says_nothing_is_left_out(tmp_path, driver
         nvidia.cards()
 
 
-def test_a_sweep_deals_to_all_cards_that_there_are(driver) -> None:
+def test_a_sweep_deals_to_all_cards_that_there_are(driver):
     assert found_devices({}) == []
     driver(CARDS)
     assert found_devices({}) == ["0", "1"] and found_devices({"CUDA_VISIBLE_DEVICES": "1,3"}) == ["1", "3"]

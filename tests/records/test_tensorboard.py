@@ -63,7 +63,7 @@ def reader(folder: Path) -> Any:
         ("anything", "9_other/anything"),
     ],
 )
-def test_every_name_has_its_group(name: str, expected: str) -> None:
+def test_every_name_has_its_group(name, expected):
     assert tag(name) == expected
 
 
@@ -75,7 +75,7 @@ def documented() -> set[str]:
     return found - {"step", "agent_steps", "updates"}
 
 
-def test_no_documented_metric_is_left_over_and_none_share_a_tag() -> None:
+def test_no_documented_metric_is_left_over_and_none_share_a_tag():
     tags = {name: tag(name) for name in documented()}
     assert len(tags) > 90 and len(set(tags.values())) == len(tags)
     groups = {group.split("/")[0] for _, group in GROUPS}
@@ -84,7 +84,7 @@ def test_no_documented_metric_is_left_over_and_none_share_a_tag() -> None:
     assert {group for group in groups if f"| {group} |" in text} == groups - {"9_other"}
 
 
-def test_every_chart_finds_documented_metrics() -> None:
+def test_every_chart_finds_documented_metrics():
     tags = {tag(name) for name in documented()}
     for title, patterns in CHARTS.items():
         for pattern in patterns:
@@ -92,20 +92,20 @@ def test_every_chart_finds_documented_metrics() -> None:
 
 
 @pytest.fixture
-def events(tmp_path: Path) -> Any:
+def events(tmp_path):
     config = load_config(["debug"], {"logdir": str(tmp_path), "run.train_ratio": 32})
     with make_logger(config) as logger:
         logger.scalars(at(40), {"train/loss/dyn": 2.0, "eval/score": 3.0})
     return reader(tmp_path / "tensorboard")
 
 
-def test_the_options_are_text(events: Any) -> None:
+def test_the_options_are_text(events):
     text = events.Tensors("options/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "| `run.train_ratio` | `32.0` | `256.0` |" in text and "| `actor_critic.lambda_` | `0.95` |" in text
     assert all(f"`{name}`" in text for name in options())
 
 
-def test_hyper_parameters_belong_to_the_one_run(tmp_path: Path, events: Any) -> None:
+def test_hyper_parameters_belong_to_the_one_run(tmp_path, events):
     """No second folder, and TensorBoard's own plugin reads them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -123,7 +123,7 @@ def test_hyper_parameters_belong_to_the_one_run(tmp_path: Path, events: Any) -> 
     assert "1_score/eval/score" in {info.name.tag for info in experiment.metric_infos}
 
 
-def test_the_charts_are_laid_out(events: Any) -> None:
+def test_the_charts_are_laid_out(events):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from tensorboard.plugins.custom_scalar import layout_pb2
@@ -133,7 +133,7 @@ def test_the_charts_are_laid_out(events: Any) -> None:
     assert category.title == "health" and {chart.title: list(chart.multiline.tag) for chart in category.chart} == CHARTS
 
 
-def test_scalars_stay_under_their_budget_over_the_whole_run(tmp_path: Path) -> None:
+def test_scalars_stay_under_their_budget_over_the_whole_run(tmp_path):
     """Ten times what fits is offered."""
     sink = TensorBoardSink(tmp_path, scalars=Pace(0.1, 10_000))
     values = {f"train/loss/key{i}": 1.0 for i in range(20)}
@@ -150,7 +150,7 @@ def test_scalars_stay_under_their_budget_over_the_whole_run(tmp_path: Path) -> N
     assert len(lines) == 1001
 
 
-def test_options_are_numbers_where_they_can_be_compared() -> None:
+def test_options_are_numbers_where_they_can_be_compared():
     config = load_config(["quickstart"])
     found = table(config)
     assert found["optimizer.learning_rate"] == 5e-4 and found["task"] == "toy_catch" and found["run.eval_every"] == 4000

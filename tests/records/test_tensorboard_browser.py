@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def logdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def logdir(tmp_path_factory):
     """A run of the debug preset; DREAMER_TEST_LOGDIR: another one that is there."""
     if given := os.environ.get("DREAMER_TEST_LOGDIR"):
         return Path(given)
@@ -27,7 +26,7 @@ def logdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def viewer(logdir: Path) -> Iterator[str]:
+def viewer(logdir):
     """Its address."""
     port = free_port()
     program = Path(sys.executable).with_name("tensorboard")
@@ -38,7 +37,7 @@ def viewer(logdir: Path) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def browser(viewer: str) -> Iterator[Browser]:
+def browser(viewer):
     if shutil.which("chromedriver") is None:
         pytest.skip("no chromedriver; apt-get install chromium chromium-driver")
     with open_browser() as browser:
@@ -47,7 +46,7 @@ def browser(viewer: str) -> Iterator[Browser]:
 
 
 @pytest.fixture
-def shots(tmp_path: Path) -> Path:
+def shots(tmp_path):
     """Where screenshots go; DREAMER_TEST_SHOTS: to keep them."""
     return Path(os.environ.get("DREAMER_TEST_SHOTS", tmp_path))
 
@@ -65,7 +64,7 @@ def visit(browser: Browser, viewer: str, tab: str, words: list[str], images: int
     return wait_for(f"{tab}: {words} and {images} pictures", shown)
 
 
-def test_the_first_page_has_the_groups_a_video_and_the_health_page(browser: Browser, viewer: str, shots: Path) -> None:
+def test_the_first_page_has_the_groups_a_video_and_the_health_page(browser, viewer, shots):
     groups = [
         "1_score", "2_health", "3_world_model", "4_behaviour", "5_optimizer", "6_replay", "7_speed", "8_system",
     ]  # fmt: skip
@@ -73,23 +72,23 @@ def test_the_first_page_has_the_groups_a_video_and_the_health_page(browser: Brow
     browser.screenshot(shots / "tensorboard.png")
 
 
-def test_pictures_are_the_health_page_a_dream_and_an_episode(browser: Browser, viewer: str, shots: Path) -> None:
+def test_pictures_are_the_health_page_a_dream_and_an_episode(browser, viewer, shots):
     visit(browser, viewer, "images", ["health", "dream/image"], images=2)
     sizes = {(image["width"], image["height"]) for image in browser.images()}
     assert (1600, 626) in sizes and len(sizes) >= 2, sizes
     browser.screenshot(shots / "tensorboard_images.png")
 
 
-def test_the_charts_of_health_are_laid_out(browser: Browser, viewer: str, shots: Path) -> None:
+def test_the_charts_of_health_are_laid_out(browser, viewer, shots):
     visit(browser, viewer, "custom_scalars", ["health", "return of the policy: imagined and real", "score"])
     browser.screenshot(shots / "tensorboard_charts.png")
 
 
-def test_hyper_parameters_are_those_of_one_run(browser: Browser, viewer: str, shots: Path) -> None:
+def test_hyper_parameters_are_those_of_one_run(browser, viewer, shots):
     text = visit(browser, viewer, "hparams", ["run.train_ratio", "Trial ID"])
     browser.screenshot(shots / "tensorboard_hparams.png")
     assert [line for line in text.splitlines() if line == "tensorboard"] == ["tensorboard"], "one row, one run"
 
 
-def test_options_are_there_as_text(browser: Browser, viewer: str) -> None:
+def test_options_are_there_as_text(browser, viewer):
     visit(browser, viewer, "text", ["options"])

@@ -27,14 +27,14 @@ def at(agent_steps: int) -> Steps:
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
-def test_a_missing_package_names_its_extra(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_names_its_extra(name, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
     config = load_config(["debug"], {"logdir": str(tmp_path), f"log.{name}": "catch"})
     with pytest.raises(ConfigError, match=rf"pip install 'dreamer\[{name}\]'"):
         make_logger(config)
 
 
-def test_all_options_but_those_of_records_are_told() -> None:
+def test_all_options_but_those_of_records_are_told():
     names = set(table(load_config(["debug"])))
     assert names == {n for n in options() if not n.startswith("log")} - {"run.display"}
 
@@ -57,7 +57,7 @@ class Run:
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+def fake(monkeypatch):
     """In place of the package wandb."""
     started: list[dict[str, Any]] = []
     run = Run()
@@ -73,14 +73,14 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return package
 
 
-def test_a_run_goes_on_as_the_same_run(fake: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_run_goes_on_as_the_same_run(fake, tmp_path):
     for _ in range(2):
         WandbSink(tmp_path, "catch", {"seed": 3}).close()
     assert [one["id"] for one in fake.started] == [None, "id7"]
     assert fake.started[0]["project"] == "catch" and fake.started[0]["config"] == {"seed": 3}
 
 
-def test_numbers_and_pictures_have_the_frames_as_their_axis(fake: SimpleNamespace, tmp_path: Path) -> None:
+def test_numbers_and_pictures_have_the_frames_as_their_axis(fake, tmp_path):
     with Logger(tmp_path, tensorboard=False, sinks=[WandbSink(tmp_path, "catch", {})]) as logger:
         logger.scalars(at(16), {"train/loss/dyn": np.float32(2)})
         logger.episode(at(16), 1.5, 7)
@@ -93,7 +93,7 @@ def test_numbers_and_pictures_have_the_frames_as_their_axis(fake: SimpleNamespac
     assert page == {"env_frames": 96, "report/health": ("image", (40, 30))}
 
 
-def test_a_tracker_that_cannot_be_reached_at_the_start_is_an_error(fake: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_tracker_that_cannot_be_reached_at_the_start_is_an_error(fake, tmp_path):
     def refuse(**options: Any) -> None:
         raise RuntimeError("not logged in")
 
@@ -102,7 +102,7 @@ def test_a_tracker_that_cannot_be_reached_at_the_start_is_an_error(fake: SimpleN
         WandbSink(tmp_path, "catch", {})
 
 
-def test_a_tracker_that_fails_is_reported_once_and_stops_nothing(fake: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_tracker_that_fails_is_reported_once_and_stops_nothing(fake, tmp_path):
     with Logger(tmp_path, tensorboard=False, sinks=[WandbSink(tmp_path, "catch", {})]) as logger:
         fake.run.broken = True
         with pytest.warns(LogWarning, match="Weights & Biases: RuntimeError: no route to host; training goes on"):
@@ -144,7 +144,7 @@ def stored(data: bytes) -> list[bytes]:
 
 
 @pytest.mark.slow
-def test_wandb_offline(tmp_path: Path) -> None:
+def test_wandb_offline(tmp_path):
     """A run and its resume are two parts of one run; what they hold is what metrics.jsonl holds."""
     pytest.importorskip("wandb")
     from wandb.proto import wandb_internal_pb2
@@ -170,7 +170,7 @@ def test_wandb_offline(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_mlflow_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mlflow_offline(tmp_path, monkeypatch):
     """A run and its resume are one run of the experiment, in files beside it."""
     pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -191,7 +191,7 @@ def test_mlflow_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "report/health-000000000200.png" in pictures
 
 
-def test_a_picture_is_a_file_of_its_step_for_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_is_a_file_of_its_step_for_mlflow(tmp_path, monkeypatch):
     kept: list[Any] = []
     client = SimpleNamespace(
         get_experiment_by_name=lambda name: SimpleNamespace(experiment_id="7"),

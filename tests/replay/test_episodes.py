@@ -48,7 +48,7 @@ def same(one: Any, other: Any) -> bool:
 # --- Files -------------------------------------------------------------------------------------
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
+def test_what_is_written_is_read(tmp_path):
     first, second = episode(5), episode(2, terminal=False, number=7)
     paths = write(tmp_path / "new" / "folder", first, second)
     assert [path.name for path in paths] == ["000000000_4_10.npz", "000000001_1_1.npz"]
@@ -58,25 +58,25 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert same(folder.read(1), second)
 
 
-def test_anybody_can_read_them_with_numpy(tmp_path: Path) -> None:
+def test_anybody_can_read_them_with_numpy(tmp_path):
     (path,) = write(tmp_path, episode(5))
     with np.load(path, allow_pickle=False) as file:
         assert same(dict(file), episode(5))
 
 
-def test_anybody_can_write_them_with_numpy(tmp_path: Path) -> None:
+def test_anybody_can_write_them_with_numpy(tmp_path):
     """Other names, plain savez, wider numbers, and a key to be logged."""
     wide = {k: v.astype({"f": np.float64, "i": np.int64}.get(v.dtype.kind, v.dtype)) for k, v in episode(4).items()}
     np.savez(tmp_path / "mine.npz", **wide, **{"log/x": np.zeros(4)})
     assert same(EpisodeFolder(tmp_path, OBSERVATIONS, ACTIONS).read(0), episode(4))
 
 
-def test_files_sort_in_the_order_they_were_written(tmp_path: Path) -> None:
+def test_files_sort_in_the_order_they_were_written(tmp_path):
     paths = write(tmp_path, *(episode(2 + i % 3) for i in range(12)))
     assert sorted(path.name for path in tmp_path.iterdir()) == [path.name for path in paths]
 
 
-def test_a_disk_that_refuses_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_refuses_leaves_no_file(tmp_path, monkeypatch):
     writer = EpisodeWriter(tmp_path)
 
     def full(*arguments: Any, **options: Any) -> None:
@@ -89,7 +89,7 @@ def test_a_disk_that_refuses_leaves_no_file(tmp_path: Path, monkeypatch: pytest.
     assert writer.write(episode(3)).name == "000000000_2_3.npz"
 
 
-def test_a_folder_with_episodes_is_not_written_to(tmp_path: Path) -> None:
+def test_a_folder_with_episodes_is_not_written_to(tmp_path):
     write(tmp_path, episode(3))
     with pytest.raises(ReplayError, match="without episodes"):
         EpisodeWriter(tmp_path)
@@ -138,9 +138,7 @@ def put(index: Any, value: Any) -> Callable[[np.ndarray], np.ndarray]:
         (change("is_terminal", put(1, True)), ["is_terminal true at the last step or nowhere"]),
     ],
 )
-def test_what_is_no_episode_of_the_task_is_refused_by_file_and_key(
-    tmp_path: Path, damage: Callable, words: list[str]
-) -> None:
+def test_what_is_no_episode_of_the_task_is_refused_by_file_and_key(tmp_path, damage, words):
     data = episode(5)
     damage(data)
     path = tmp_path / "some.npz"
@@ -151,7 +149,7 @@ def test_what_is_no_episode_of_the_task_is_refused_by_file_and_key(
         assert word in str(caught.value)
 
 
-def test_a_single_step_is_no_episode(tmp_path: Path) -> None:
+def test_a_single_step_is_no_episode(tmp_path):
     data = episode(1)
     data["is_last"] = np.array([True])
     np.savez(tmp_path / "one.npz", **data)
@@ -159,7 +157,7 @@ def test_a_single_step_is_no_episode(tmp_path: Path) -> None:
         EpisodeFolder(tmp_path, OBSERVATIONS, ACTIONS).read(0)
 
 
-def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+def test_files_that_cannot_be_read_are_named(tmp_path):
     (path,) = write(tmp_path / "whole", episode(50))
     whole = path.read_bytes()
     half, flipped, pickled = (tmp_path / name / "x.npz" for name in ("half", "flipped", "pickled"))
@@ -177,7 +175,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         EpisodeFolder(pickled.parent, OBSERVATIONS, ACTIONS).read(0)
 
 
-def test_a_folder_without_episodes_is_refused(tmp_path: Path) -> None:
+def test_a_folder_without_episodes_is_refused(tmp_path):
     for folder in (tmp_path, tmp_path / "none"):
         with pytest.raises(ReplayError, match="found none"):
             EpisodeFolder(folder, OBSERVATIONS, ACTIONS)
@@ -212,7 +210,7 @@ OPEN = [(18, 21, "f..l")]
 
 
 @pytest.mark.parametrize("piece", [1, 2, 3, 7, 22])
-def test_cutting_does_not_depend_on_the_pieces(piece: int) -> None:
+def test_cutting_does_not_depend_on_the_pieces(piece):
     """The start that is missing and the lone first step are left out; what stops without an end gets one."""
     cutter, flow, done = EpisodeCutter(2), letters(FLOW), []
     for start in range(0, len(FLOW), piece):
@@ -233,7 +231,7 @@ def row(replay: Replay, env: int, start: int, length: int) -> dict[str, np.ndarr
     return {key: value[0] for key, value in replay.gather(where).items()}
 
 
-def test_each_ring_gets_whole_episodes_one_after_another() -> None:
+def test_each_ring_gets_whole_episodes_one_after_another():
     """Three rings; lengths are such that the fourth episode goes to ring 1, the fifth to ring 2 and so on."""
     lengths = [6, 2, 3, 4, 5, 2]
     replay = Replay(FIELDS, 3, 60, 4, seed=0)
@@ -248,7 +246,7 @@ def test_each_ring_gets_whole_episodes_one_after_another() -> None:
         assert same(found, expected)
 
 
-def test_episodes_are_read_one_by_one() -> None:
+def test_episodes_are_read_one_by_one():
     """No more than one of each ring is held at a time."""
     given = []
 

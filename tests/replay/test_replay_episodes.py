@@ -42,7 +42,7 @@ class Script:
 
 
 @pytest.fixture
-def replay() -> Replay:
+def replay():
     """Collected as the training loop does: observe, choose, store both together, execute."""
     spaces = {"obs": Space("vector", (1,)), "log/episode": Space("vector", (1,))}
     fields = replay_fields(spaces, {"action": Space("discrete", (), (10,))}, {"stoch": Field((1,), np.dtype(np.uint8))})

@@ -9,7 +9,6 @@ import pickle
 import re
 import threading
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -110,7 +109,7 @@ class Gradient:
         (MASKED, {"vector": [0, 0], "action_mask": [0, 2, 0, 0]}, "classes from 0 to 1 in observation 'action_mask'"),
     ],
 )  # fmt: skip
-def test_observations_that_are_refused(door: NamedDoor, observation: Any, words: str) -> None:
+def test_observations_that_are_refused(door, observation, words):
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
         look(door, observation)
     assert "\n" not in str(caught.value)
@@ -127,7 +126,7 @@ def test_observations_that_are_refused(door: NamedDoor, observation: Any, words:
         {"vector": [1, 0, 2], "log/wood": 3},
     ],
 )
-def test_arrays_of_any_kind_are_taken(observation: Any) -> None:
+def test_arrays_of_any_kind_are_taken(observation):
     (value,) = look(NAMED, observation).values()
     assert value.dtype == np.float32 and value.tolist() == [1, 0, 2]
 
@@ -138,7 +137,7 @@ def nested_door() -> tuple[EnvDoor, Nested]:
     return EnvDoor(env, *({leaf.key: leaf.space for leaf in leaves} for leaves in (see, act))), env
 
 
-def test_observations_of_an_environment_are_checked_by_key() -> None:
+def test_observations_of_an_environment_are_checked_by_key():
     door, env = nested_door()
     good = env.observation_space.sample()
     assert look(door, good).keys() == {leaf.key for leaf in observation_leaves(env.observation_space)}
@@ -173,18 +172,18 @@ def test_observations_of_an_environment_are_checked_by_key() -> None:
         ((np.zeros((2, 3)), np.zeros(2), np.zeros(2), np.zeros(2), {}), "of env.step(); pass its first"),
     ],
 )
-def test_batches_that_are_refused(observations: Any, words: str) -> None:
+def test_batches_that_are_refused(observations, words):
     with pytest.raises(ValueError, match=re.escape(words)):
         look_at_all(NAMED, observations)
 
 
 @pytest.mark.parametrize("env", ["CartPole-v1", Nested, object(), {"observation_space": 1}])
-def test_what_is_no_environment(env: Any) -> None:
+def test_what_is_no_environment(env):
     with pytest.raises(ValueError, match="expected an environment of Gymnasium"):
         EnvDoor(env, VECTOR, CHOICE)
 
 
-def test_batches_of_nested_spaces_are_taken_apart_and_put_together_as_gymnasium_does() -> None:
+def test_batches_of_nested_spaces_are_taken_apart_and_put_together_as_gymnasium_does():
     door, env = nested_door()
     singles = [env.observation_space.sample() for _ in range(3)]
     utils = gymnasium.vector.utils
@@ -205,7 +204,7 @@ def test_batches_of_nested_spaces_are_taken_apart_and_put_together_as_gymnasium_
 # --- Memory ------------------------------------------------------------------------------------
 
 
-def test_what_is_refused_leaves_no_trace() -> None:
+def test_what_is_refused_leaves_no_trace():
     one, other = agent(), agent()
     for step in range(3):
         observation = np.full(3, step, np.float32)
@@ -218,7 +217,7 @@ def test_what_is_refused_leaves_no_trace() -> None:
     assert all(np.isfinite(value).all() for value in memory(one).values())
 
 
-def test_a_batch_is_as_many_agents() -> None:
+def test_a_batch_is_as_many_agents():
     """Other episodes in every row, which begin at other times; one program for it."""
     rng = np.random.default_rng(0)
     many, single = agent(), [agent() for _ in range(MANY)]
@@ -242,7 +241,7 @@ def test_a_batch_is_as_many_agents() -> None:
     assert isinstance(many.act_batch(list(observations)), list)
 
 
-def test_rows_begin_episodes_apart() -> None:
+def test_rows_begin_episodes_apart():
     many = agent()
     fresh = memory_after(many, np.ones((MANY, 3)))
     begun = np.arange(MANY) == 1
@@ -261,7 +260,7 @@ def memory_after(one: dreamer.Agent, observations: np.ndarray, first: Any = None
     return memory(one)
 
 
-def test_the_number_of_environments_changes_after_a_reset_only() -> None:
+def test_the_number_of_environments_changes_after_a_reset_only():
     many = agent()
     many.act_batch(np.zeros((MANY, 3)))
     for call in (lambda: many.act_batch(np.zeros((3, 3))), lambda: many.act(np.zeros(3))):
@@ -276,7 +275,7 @@ def test_the_number_of_environments_changes_after_a_reset_only() -> None:
     many.act(np.zeros(3))
 
 
-def test_sampled_batches_repeat_and_rows_differ() -> None:
+def test_sampled_batches_repeat_and_rows_differ():
     draws = [[one.act_batch(np.ones((MANY, 3))).tolist() for _ in range(4)] for one in (agent(True), agent(True))]
     assert draws[0] == draws[1]
     assert len({tuple(row) for row in np.array(draws[0]).T}) > 1
@@ -286,7 +285,7 @@ def test_sampled_batches_repeat_and_rows_differ() -> None:
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
-def test_a_copy_goes_on_alone_with_the_same_weights(copied: Any) -> None:
+def test_a_copy_goes_on_alone_with_the_same_weights(copied):
     one = agent()
     one.act(np.ones(3))
     twin = copied(one)
@@ -299,12 +298,12 @@ def test_a_copy_goes_on_alone_with_the_same_weights(copied: Any) -> None:
     fresh.act(np.ones(3))
 
 
-def test_an_agent_is_not_pickled() -> None:
+def test_an_agent_is_not_pickled():
     with pytest.raises(TypeError, match=r"load it where it is to act: dreamer.Agent.load\(logdir\)"):
         pickle.dumps(agent())
 
 
-def test_two_threads_at_once_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_threads_at_once_are_told(monkeypatch):
     one = agent()
     inside, go = threading.Event(), threading.Event()
     policy = one._agent.policy
@@ -329,7 +328,7 @@ def test_two_threads_at_once_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     one.act(np.ones(3))  # in turns
 
 
-def test_a_fork_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fork_is_told(monkeypatch):
     one, here = agent(), os.getpid()
     monkeypatch.setattr(os, "getpid", lambda: here + 1)
     with pytest.raises(RuntimeError, match="got a fork of it.*spawn"):
@@ -359,7 +358,7 @@ class Counter(gymnasium.Env):
         return np.array([self.time, self.length, 1], np.float32), 1.0, self.time == self.length, False, {}
 
 
-def test_the_example_of_the_readme_plays_episodes_as_single_agents_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_example_of_the_readme_plays_episodes_as_single_agents_do(monkeypatch):
     """As it stands: a vector that resets by itself, on the step after the end. Every environment's actions are those of
     an agent that plays its episodes alone."""
     (block,) = [b for b in fences((ROOT / "README.md").read_text(), ROOT / "README.md") if "act_batch" in b.text]
@@ -391,7 +390,7 @@ def test_the_example_of_the_readme_plays_episodes_as_single_agents_do(monkeypatc
 # --- Loading -----------------------------------------------------------------------------------
 
 
-def test_folders_that_are_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_that_are_no_run(tmp_path, capsys):
     run = tmp_path / "all" / "mine"
     (run / "checkpoints" / "000000000010").mkdir(parents=True)
     save_config(load_config(["quickstart"]), run / "config.yaml")
@@ -409,7 +408,7 @@ def test_folders_that_are_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[s
             assert words in error and error.count("\n") == 1
 
 
-def test_a_run_that_has_saved_nothing_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_has_saved_nothing_yet(tmp_path, monkeypatch):
     save_config(load_config(["quickstart"]), tmp_path / "config.yaml")
     monkeypatch.setenv("HOME", str(tmp_path.parent))
     with pytest.raises(
@@ -425,5 +424,5 @@ def test_a_run_that_has_saved_nothing_yet(tmp_path: Path, monkeypatch: pytest.Mo
         dreamer.Agent.load(str(tmp_path))
 
 
-def test_log_keys_are_not_seen() -> None:
+def test_log_keys_are_not_seen():
     assert look(NamedDoor(visible({**VECTOR, "log/wood": Space("vector", ())})), np.zeros(3)).keys() == {"vector"}

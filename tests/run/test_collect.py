@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import gymnasium.spaces as gs
 import jax
@@ -63,7 +62,7 @@ def check_sequence(columns: Columns) -> None:
         assert after["seen"][0] == before["seen"][0] + before["is_last"]
 
 
-def test_several_episodes_in_one_sequence() -> None:
+def test_several_episodes_in_one_sequence():
     with scripted([WIN, LIMIT, BOTH], length=10) as collection:
         collection.steps(10)
         batch = collection.replay.gather(collection.replay.select(1))
@@ -86,7 +85,7 @@ def test_several_episodes_in_one_sequence() -> None:
 
 
 @pytest.mark.parametrize("workers", ["inline", "process"])
-def test_two_environments_keep_to_themselves(workers: str) -> None:
+def test_two_environments_keep_to_themselves(workers):
     with scripted([WIN], [LIMIT, BOTH], length=8, workers=workers) as collection:
         collection.steps(8)
         selection = collection.replay.select(64)
@@ -106,7 +105,7 @@ def test_two_environments_keep_to_themselves(workers: str) -> None:
     check_sequence(second)
 
 
-def test_every_sequence_of_a_long_collection() -> None:
+def test_every_sequence_of_a_long_collection():
     with scripted([WIN, LIMIT, BOTH], [BOTH, WIN], length=6) as collection:
         collection.steps(60)
         batch = collection.replay.gather(collection.replay.select(100))
@@ -115,7 +114,7 @@ def test_every_sequence_of_a_long_collection() -> None:
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
-def test_the_check_finds_a_shifted_action(shift: int) -> None:
+def test_the_check_finds_a_shifted_action(shift):
     with scripted([WIN, LIMIT, BOTH], length=20) as collection:
         collection.steps(20)
         columns = sequence(collection.replay.gather(collection.replay.select(1)))
@@ -125,7 +124,7 @@ def test_the_check_finds_a_shifted_action(shift: int) -> None:
 
 
 @pytest.mark.parametrize("key", ["is_first", "is_last"])
-def test_the_check_finds_a_missing_boundary(key: str) -> None:
+def test_the_check_finds_a_missing_boundary(key):
     with scripted([WIN], length=8) as collection:
         collection.steps(8)
         columns = sequence(collection.replay.gather(collection.replay.select(1)))
@@ -133,7 +132,7 @@ def test_the_check_finds_a_missing_boundary(key: str) -> None:
         check_sequence(columns | {key: [F] * 8})
 
 
-def test_what_the_world_model_is_given() -> None:
+def test_what_the_world_model_is_given():
     """The action at trained step t is the one that led there, which the environment itself reports."""
     with scripted([WIN, LIMIT, BOTH], length=10) as collection:
         collection.steps(30)
@@ -150,7 +149,7 @@ def test_what_the_world_model_is_given() -> None:
     np.testing.assert_array_equal(context["deter"], batch["deter"][:, 0].astype(np.float32))
 
 
-def test_stored_latents_are_those_the_policy_had() -> None:
+def test_stored_latents_are_those_the_policy_had():
     """Observing a stored sequence again, from its stored context, gives the latents that are stored with it."""
     envs = vector_env(lambda index, seed: Scripted(WIN, LIMIT, BOTH))
     collection = Collection(envs, length=12, sample=False)
@@ -169,7 +168,7 @@ def test_stored_latents_are_those_the_policy_had() -> None:
     np.testing.assert_allclose(np.asarray(again["deter"], np.float32), stored, atol=0.02)
 
 
-def test_scores_and_lengths() -> None:
+def test_scores_and_lengths():
     with scripted([WIN, LIMIT, BOTH], [LIMIT], length=5) as collection:
         episodes = collection.steps(8)
     mine = [(e.score, e.length) for e in episodes if e.env == 0]
@@ -206,7 +205,7 @@ class Counting:
         return transition({"vector": np.zeros(3, np.float32), "log/level": np.float32(self.level)}, **flags)
 
 
-def test_log_keys_are_counted_and_never_seen_or_stored() -> None:
+def test_log_keys_are_counted_and_never_seen_or_stored():
     envs = make_vector_env("own", EnvConfig(workers="inline"), 1, 0, True, lambda index, seed: Counting())
     collection = Collection(envs)
     episodes = collection.steps(9)
@@ -215,7 +214,7 @@ def test_log_keys_are_counted_and_never_seen_or_stored() -> None:
 
 
 @pytest.mark.parametrize(("count", "share"), [(5, [3, 2]), (4, [2, 2]), (1, [1, 0]), (2, [1, 1])])
-def test_every_environment_plays_its_share(count: int, share: list[int]) -> None:
+def test_every_environment_plays_its_share(count, share):
     slow = [(0.0, False, False)] * 6 + [(1.0, True, False)]
     with scripted([LIMIT], [slow], length=5) as collection:
         episodes = run_episodes(collection.collector, collection.state["params"], count)
@@ -223,7 +222,7 @@ def test_every_environment_plays_its_share(count: int, share: list[int]) -> None
     assert all(e.score == (5.0, 1.0)[e.env] for e in episodes)
 
 
-def test_episodes_can_be_given_up() -> None:
+def test_episodes_can_be_given_up():
     with scripted([LIMIT], length=5) as collection:
         calls = iter([False, False, False, True])
         episodes = run_episodes(collection.collector, collection.state["params"], 100, lambda: next(calls))
@@ -246,7 +245,7 @@ def greys(frames: list[np.ndarray]) -> list[int]:
 
 
 @pytest.mark.parametrize("workers", ["inline", "process"])
-def test_an_episode_is_recorded_from_its_first_to_its_last_picture(workers: str) -> None:
+def test_an_episode_is_recorded_from_its_first_to_its_last_picture(workers):
     envs = vector_env(lambda index, seed: Filmed(WIN, BOTH, WIN) if index == 0 else Filmed(LIMIT), 2, workers)
     collection = Collection(envs)
     collection.collector.record()
@@ -259,7 +258,7 @@ def test_an_episode_is_recorded_from_its_first_to_its_last_picture(workers: str)
     assert all(not e.frames for e in episodes if e.env == 1)
 
 
-def test_a_recording_that_was_asked_for_late_waits_for_the_next_episode() -> None:
+def test_a_recording_that_was_asked_for_late_waits_for_the_next_episode():
     envs = vector_env(lambda index, seed: Filmed(WIN, BOTH))
     collection = Collection(envs)
     episodes = collection.steps(1)
@@ -268,20 +267,20 @@ def test_a_recording_that_was_asked_for_late_waits_for_the_next_episode() -> Non
     assert [greys(e.frames) for e in episodes] == [[], [10, 11, 12]]
 
 
-def test_a_recording_has_a_limited_number_of_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recording_has_a_limited_number_of_pictures(monkeypatch):
     monkeypatch.setattr(collector, "VIDEO_FRAMES", 3)
     collection = Collection(vector_env(lambda index, seed: Filmed(WIN)))
     collection.collector.record()
     assert [greys(e.frames) for e in collection.steps(4)] == [[0, 1, 2]]
 
 
-def test_without_pictures_nothing_is_recorded() -> None:
+def test_without_pictures_nothing_is_recorded():
     with scripted([WIN], length=5) as collection:
         collection.collector.record()
         assert [e.frames for e in collection.steps(4)] == [[]]
 
 
-def test_the_same_stream_gives_the_same_actions_and_another_counter_others() -> None:
+def test_the_same_stream_gives_the_same_actions_and_another_counter_others():
     def actions(counter: int) -> list[int]:
         with scripted([WIN], length=31) as collection:
             collection.collector.counter = counter
@@ -300,7 +299,7 @@ class Broken(Scripted):
         return value * np.nan if self.position == 2 else value
 
 
-def test_an_observation_that_is_not_finite_is_named(tmp_path: Any, unchecked_envs: None) -> None:
+def test_an_observation_that_is_not_finite_is_named(tmp_path, unchecked_envs):
     collection = Collection(vector_env(lambda index, seed: Broken(WIN)))
     collection.steps(2)
     with pytest.raises(NonFiniteActionError, match="NaN or infinity in vector$") as caught:
@@ -311,7 +310,7 @@ def test_an_observation_that_is_not_finite_is_named(tmp_path: Any, unchecked_env
         assert {"vector", "is_first", "action", "deter", "stoch"} <= set(stored)
 
 
-def test_an_action_that_is_not_finite_is_named() -> None:
+def test_an_action_that_is_not_finite_is_named():
     box = gs.Box(-1.0, 1.0, (2,))
     envs = vector_env(lambda index, seed: Spaced(gs.Box(-1.0, 1.0, (3,)), box))
     collection = Collection(envs)
@@ -322,12 +321,12 @@ def test_an_action_that_is_not_finite_is_named() -> None:
         collection.steps(1)
 
 
-def test_agents_are_shared() -> None:
+def test_agents_are_shared():
     spaces = ({"vector": Space("vector", (3,))}, {"action": Space("discrete", (), (5,))})
     assert tiny_agent(*spaces) is tiny_agent(*spaces)
 
 
-def test_scores_are_of_unscaled_rewards() -> None:
+def test_scores_are_of_unscaled_rewards():
     """Two steps of 8: the learner sees a quarter of each."""
     script = [(8.0, False, False), (8.0, True, False)]
     config = EnvConfig(workers="inline", reward_scale=0.25)

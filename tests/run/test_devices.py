@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,7 +31,7 @@ def on_auto(config: Config) -> Config:
 
 
 @pytest.fixture(params=[AssertionError(), RuntimeError(UNKNOWN)], ids=["without a word", "with words"])
-def told_of_nothing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def told_of_nothing(request, monkeypatch):
     """JAX_PLATFORMS=foo: JAX raises one thing or another from whatever looks for its devices."""
 
     def missing(*arguments: Any) -> Any:
@@ -58,9 +57,7 @@ STARTS: dict[str, Callable[[Config], object]] = {
 
 
 @pytest.mark.parametrize("start", STARTS.values(), ids=STARTS)
-def test_a_device_that_is_not_there_is_told_before_anything_begins(
-    start: Callable[[Config], object], told_of_nothing: None, tmp_path: Path
-) -> None:
+def test_a_device_that_is_not_there_is_told_before_anything_begins(start, told_of_nothing, tmp_path):
     config = on_auto(tiny_config(logdir=str(tmp_path / "run")))
     with pytest.raises(
         DeviceError, match=r"^expected a device, found none.*JAX was told JAX_PLATFORMS=foo: unset"
@@ -69,27 +66,25 @@ def test_a_device_that_is_not_there_is_told_before_anything_begins(
     assert "\n" not in str(found.value) and not list(tmp_path.glob("run/*"))
 
 
-def test_agents_in_other_programs_say_it_as_well(told_of_nothing: None, tmp_path: Path) -> None:
+def test_agents_in_other_programs_say_it_as_well(told_of_nothing, tmp_path):
     save_config(tiny_config(logdir=str(tmp_path)), tmp_path / "config.yaml")
     with pytest.raises(DeviceError, match="JAX_PLATFORMS=foo"):
         dreamer.Agent.load(tmp_path)
 
 
-def test_the_command_line_says_it_in_a_line(
-    told_of_nothing: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_line_says_it_in_a_line(told_of_nothing, tmp_path, capsys):
     assert main(["train", "--configs", "debug", "--logdir", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_what_is_there_is_named() -> None:
+def test_what_is_there_is_named():
     """Of the tests' own devices, which are processors."""
     with pytest.raises(DeviceError, match=r"kind 'tpu' \(--run.platform\), found \['cpu'\].*pip install"):
         find_devices("tpu")
     assert find_devices("cpu") == jax.devices("cpu")
 
 
-def test_jax_itself_is_told_of_a_device_that_is_not_there(tmp_path: Path) -> None:
+def test_jax_itself_is_told_of_a_device_that_is_not_there(tmp_path):
     code = "from dreamer.run.devices import *\ntry: find_devices('auto')\nexcept DeviceError as e: print(e)"
     surroundings = {**os.environ, "JAX_PLATFORMS": "foo"}
     said = subprocess.run([sys.executable, "-c", code], env=surroundings, capture_output=True, text=True, check=True)

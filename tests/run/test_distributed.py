@@ -31,7 +31,7 @@ TESTS = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
-def process_1_of_2(monkeypatch: pytest.MonkeyPatch) -> None:
+def process_1_of_2(monkeypatch):
     """As if this were the second of two processes."""
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(jax, "process_index", lambda: 1)

@@ -62,7 +62,7 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
+def trained(tmp_path_factory):
     """A few updates in an environment; evaluated, so that there are best weights."""
     runs: dict[str, Trained] = {}
 
@@ -80,7 +80,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained
 
 
 @pytest.fixture(autouse=True)
-def shared(monkeypatch: pytest.MonkeyPatch) -> None:
+def shared(monkeypatch):
     share_agents(monkeypatch)
 
 
@@ -90,7 +90,7 @@ def scores_in(text: str, task: str) -> list[str]:
     return [cell.strip() for cell in row.split("│")[2:7]]
 
 
-def test_eval_prints_the_scores(trained: Callable[[str], Trained], capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_prints_the_scores(trained, capsys):
     run = trained("gym_Reach-v0")
     capsys.readouterr()
     assert main(["eval", str(run.logdir), "--episodes", "3", "--platform", "cpu"]) == 0
@@ -99,7 +99,7 @@ def test_eval_prints_the_scores(trained: Callable[[str], Trained], capsys: pytes
     assert 50 <= float(low) <= float(mean) <= float(high) <= 150
 
 
-def test_eval_seeds(trained: Callable[[str], Trained], capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_seeds(trained, capsys):
     """The same seed gives the same scores; another one others, with sampled actions too."""
     run = trained("gym_Reach-v0")
 
@@ -115,16 +115,14 @@ def test_eval_seeds(trained: Callable[[str], Trained], capsys: pytest.CaptureFix
     assert sampled != play("--seed", "5")
 
 
-def test_no_video_without_images(
-    trained: Callable[[str], Trained], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_no_video_without_images(trained, tmp_path, capsys):
     run = trained("gym_Reach-v0")
     assert main(["eval", str(run.logdir), "--episodes", "1", "--video", str(tmp_path / "x.gif")]) == 0
     assert "no video: gym_Reach-v0 gives no images" in capsys.readouterr().out
     assert not (tmp_path / "x.gif").exists()
 
 
-def test_eval_of_an_own_environment(trained: Callable[[str], Trained], capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_of_an_own_environment(trained, capsys):
     run = trained("own")
     assert evaluate_command(str(run.logdir), 2, make_env=lambda index, seed: Scripted(ROUND)) == 0
     assert "│        2 │    1 │" in capsys.readouterr().out
@@ -133,19 +131,19 @@ def test_eval_of_an_own_environment(trained: Callable[[str], Trained], capsys: p
     assert "environment function of its own" in error and "make_env=FUNCTION" in error
 
 
-def test_eval_in_another_environment_is_refused(trained: Callable[[str], Trained]) -> None:
+def test_eval_in_another_environment_is_refused(trained):
     run = trained("own")
     with pytest.raises(TaskError, match="expected the actions that the agent was trained with"):
         evaluate_command(str(run.logdir), 2, make_env=lambda index, seed: Reach())
 
 
-def test_what_is_known_of_a_task() -> None:
+def test_what_is_known_of_a_task():
     assert as_evaluation(tiny_config(), [1.0]).best == 3
     assert as_evaluation(tiny_config(task="atari100k_pong"), [14.6]).normalized == pytest.approx(1.0, abs=0.01)
     assert as_evaluation(tiny_config(task="make_env"), [1.0]).best is None
 
 
-def test_evaluation_environments_have_other_seeds_than_training() -> None:
+def test_evaluation_environments_have_other_seeds_than_training():
     given: dict[str, list[int]] = {"training": [], "restarted": [], "evaluation": [], "other": []}
 
     def note(name: str) -> Callable[[int, int], gymnasium.Env]:
@@ -175,7 +173,7 @@ def act_through(agent: dreamer.Agent, env: gymnasium.Env, seed: int, episodes: i
     return scores
 
 
-def test_agent_plays_as_evaluation_does(trained: Callable[[str], Trained]) -> None:
+def test_agent_plays_as_evaluation_does(trained):
     run = trained("gym_Reach-v0")
     config = load_config([run.logdir / "config.yaml"])
     agent, params, key = load_agent(config)
@@ -191,7 +189,7 @@ def test_agent_plays_as_evaluation_does(trained: Callable[[str], Trained]) -> No
     assert scores == pytest.approx(expected)
 
 
-def test_agent_uses_the_best_weights(trained: Callable[[str], Trained], tmp_path: Path) -> None:
+def test_agent_uses_the_best_weights(trained, tmp_path):
     run = trained("gym_Reach-v0")
     checkpointer = Checkpointer(run.logdir, read_only=True)
     _, best, _ = checkpointer.restore_best()
@@ -199,7 +197,7 @@ def test_agent_uses_the_best_weights(trained: Callable[[str], Trained], tmp_path
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), best["params"])
 
 
-def test_actions_without_an_environment_are_the_agents_own(trained: Callable[[str], Trained]) -> None:
+def test_actions_without_an_environment_are_the_agents_own(trained):
     run = trained("gym_Reach-v0")
     observation = np.array([0.5, -1.0, 2.0])
     bare = dreamer.Agent.load(run.logdir).act(observation)
@@ -210,7 +208,7 @@ def test_actions_without_an_environment_are_the_agents_own(trained: Callable[[st
     np.testing.assert_allclose(own, [20 + 10 * bare[0], -0.5 + 0.5 * bare[1]], rtol=1e-5)
 
 
-def test_agent_remembers_until_it_is_reset(trained: Callable[[str], Trained]) -> None:
+def test_agent_remembers_until_it_is_reset(trained):
     agent = dreamer.Agent.load(trained("gym_Reach-v0").logdir)
     first = agent.act(np.ones(3))
     agent.act(np.full(3, 5.0))
@@ -221,7 +219,7 @@ def test_agent_remembers_until_it_is_reset(trained: Callable[[str], Trained]) ->
     np.testing.assert_array_equal(agent.act(np.ones(3), first=True), first)
 
 
-def test_sampled_actions_differ(trained: Callable[[str], Trained]) -> None:
+def test_sampled_actions_differ(trained):
     agent = dreamer.Agent.load(trained("gym_Reach-v0").logdir, sample=True)
     actions = [agent.act(np.ones(3), first=True) for _ in range(3)]
     assert not np.array_equal(actions[0], actions[1])
@@ -231,19 +229,19 @@ def test_sampled_actions_differ(trained: Callable[[str], Trained]) -> None:
     "observation",
     [np.zeros(4), np.zeros((1, 3)), {"vector": np.zeros(2)}, {"wrong": np.zeros(3)}, np.zeros(3, complex), 0.0],
 )
-def test_observations_of_other_shapes_are_refused(trained: Callable[[str], Trained], observation: Any) -> None:
+def test_observations_of_other_shapes_are_refused(trained, observation):
     agent = dreamer.Agent.load(trained("gym_Reach-v0").logdir)
     with pytest.raises(ValueError, match=r"expected the observations of training, vector float32\[3\]; got "):
         agent.act(observation)
 
 
-def test_an_environment_with_other_spaces_is_refused(trained: Callable[[str], Trained]) -> None:
+def test_an_environment_with_other_spaces_is_refused(trained):
     run = trained("gym_Reach-v0")
     with pytest.raises(ValueError, match="expected an environment with the actions of training"):
         dreamer.Agent.load(run.logdir, Scripted(ROUND))
 
 
-def test_a_folder_without_weights(tmp_path: Path) -> None:
+def test_a_folder_without_weights(tmp_path):
     (tmp_path / "config.yaml").write_text("task: toy_catch\n")
     with pytest.raises(CheckpointError, match="expected a checkpoint in"):
         dreamer.Agent.load(tmp_path)

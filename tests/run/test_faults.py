@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import resource
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ def stored(run: Run, env: int) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Run]]:
+def runs(monkeypatch):
     """The runs of a test, in order."""
     share_agents(monkeypatch)
     made: list[Run] = []
@@ -59,9 +58,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Run]]:
         ("shape", "process", "shape"),
     ],
 )
-def test_a_failing_environment_costs_an_episode(
-    trouble: str, workers: str, said: str, runs: list[Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_failing_environment_costs_an_episode(trouble, workers, said, runs, tmp_path, capsys):
     logdir = tmp_path / "run"
     config = tiny_config(
         logdir=str(logdir), env__num_envs=2, env__workers=workers, env__timeout_seconds=5.0, env__restart_seconds=0.01,
@@ -83,9 +80,7 @@ def test_a_failing_environment_costs_an_episode(
     assert [s["episode/score"] for s in lines(logdir / "scores.jsonl")] == [7.0] * 9
 
 
-def test_an_environment_that_always_fails_stops_the_run_with_a_checkpoint(
-    runs: list[Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_environment_that_always_fails_stops_the_run_with_a_checkpoint(runs, tmp_path, capsys):
     config = tiny_config(
         logdir=str(tmp_path), env__num_envs=1, env__restart_seconds=0.0, env__failure_limit=2, run__agent_steps=1000,
         run__eval_every=None, run__report_every=None, run__train_ratio=4,
@@ -98,9 +93,7 @@ def test_an_environment_that_always_fails_stops_the_run_with_a_checkpoint(
     assert np.flatnonzero(stored(runs[0], 0)["is_last"]).tolist() == [7, 10, 18, 21, 29, 32]
 
 
-def test_an_environment_that_cannot_be_made_anew_stops_the_run_with_a_checkpoint(
-    runs: list[Run], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_environment_that_cannot_be_made_anew_stops_the_run_with_a_checkpoint(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("dreamer.envs.faults.TRIES", 3)
     config = tiny_config(
         logdir=str(tmp_path), env__num_envs=1, env__restart_seconds=0.0, env__failure_limit=None, run__agent_steps=1000,
@@ -120,7 +113,7 @@ def test_an_environment_that_cannot_be_made_anew_stops_the_run_with_a_checkpoint
     assert (step, meta["exact"]) == (11, False)
 
 
-def test_a_failing_evaluation_environment_is_made_anew(runs: list[Run], tmp_path: Path) -> None:
+def test_a_failing_evaluation_environment_is_made_anew(runs, tmp_path):
     config = tiny_config(
         logdir=str(tmp_path / "run"), env__num_envs=1, env__restart_seconds=0.0, run__agent_steps=20,
         run__eval_every=20, run__eval_episodes=3, run__eval_envs=1, run__final_eval=False, run__report_every=None,
@@ -143,7 +136,7 @@ def test_a_failing_evaluation_environment_is_made_anew(runs: list[Run], tmp_path
 
 
 @pytest.fixture
-def full_disk() -> Iterator[Callable[[bool], None]]:
+def full_disk():
     """Call with True: no file can grow beyond a kilobyte any more; with False: as before."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda full: resource.setrlimit(resource.RLIMIT_FSIZE, (1024 if full else soft, hard))
@@ -151,13 +144,7 @@ def full_disk() -> Iterator[Callable[[bool], None]]:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_full_disk_stops_no_training_and_costs_no_checkpoint(
-    runs: list[Run],
-    tmp_path: Path,
-    full_disk: Callable[[bool], None],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_a_full_disk_stops_no_training_and_costs_no_checkpoint(runs, tmp_path, full_disk, monkeypatch, capsys):
     monkeypatch.setattr(SaveTimer, "RETRY_SECONDS", 0.0)
     at_full: list[tuple[int, int]] = []
     update = Run._update
@@ -197,7 +184,7 @@ def test_a_full_disk_stops_no_training_and_costs_no_checkpoint(
 
 
 @pytest.fixture
-def two_checkpoints(runs: list[Run], tmp_path: Path) -> Path:
+def two_checkpoints(runs, tmp_path):
     """A logdir with checkpoints at steps 80 and 120."""
     config = tiny_config(
         logdir=str(tmp_path / "run"), run__agent_steps=120, run__checkpoint_every=80, run__eval_every=None,
@@ -244,9 +231,7 @@ def remove(path: Path) -> None:
 @pytest.mark.parametrize(
     "part", ["state", "meta.json", "manifest.json", "files/loop.msgpack", "files/environments.msgpack"]
 )
-def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
-    part: str, damage: Callable[[Path], None], two_checkpoints: Path, runs: list[Run]
-) -> None:
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(part, damage, two_checkpoints, runs):
     folder = two_checkpoints / "checkpoints" / f"{120:012d}"
     damage(largest(folder / part) if part == "state" else folder / part)
     with pytest.warns(CheckpointWarning, match="damaged and was skipped"):
@@ -259,7 +244,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(
 
 
 @pytest.mark.parametrize("damage", [cut, flip, remove])
-def test_a_damaged_replay_file_too(damage: Callable[[Path], None], two_checkpoints: Path, runs: list[Run]) -> None:
+def test_a_damaged_replay_file_too(damage, two_checkpoints, runs):
     damage(max((two_checkpoints / "replay").iterdir(), key=lambda path: path.stat().st_mtime_ns))
     with pytest.warns(CheckpointWarning, match="damaged and was skipped"):
         assert again(two_checkpoints, 160) == 0
@@ -267,9 +252,7 @@ def test_a_damaged_replay_file_too(damage: Callable[[Path], None], two_checkpoin
     assert np.flatnonzero(stored(runs[0], 0)["is_last"]).tolist() == [23, 47, 71]
 
 
-def test_a_config_of_another_version_is_refused_by_name(
-    two_checkpoints: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_config_of_another_version_is_refused_by_name(two_checkpoints, capsys):
     before = {path: path.read_bytes() for path in two_checkpoints.rglob("*") if path.is_file()}
     path = two_checkpoints / "config.yaml"
     path.write_text(path.read_text().replace("train_ratio:", "replay_ratio:"))
@@ -280,18 +263,14 @@ def test_a_config_of_another_version_is_refused_by_name(
     assert {path: path.read_bytes() for path in two_checkpoints.rglob("*") if path.is_file()} == before
 
 
-def test_state_of_another_user_is_not_read(
-    two_checkpoints: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_state_of_another_user_is_not_read(two_checkpoints, monkeypatch, capsys):
     user = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: user + 1)
     assert main(["train", "--logdir", str(two_checkpoints), "--run.platform", "cpu"]) == 2
     assert "expected a file of the user who resumes the run" in capsys.readouterr().err
 
 
-def test_records_that_cannot_be_written_are_told_once(
-    runs: list[Run], tmp_path: Path, full_disk: Callable[[bool], None], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_records_that_cannot_be_written_are_told_once(runs, tmp_path, full_disk, capsys):
     """A disk that is full for the records alone: one warning, and all of them later."""
     (tmp_path / "metrics.jsonl").write_text("")
     config = tiny_config(

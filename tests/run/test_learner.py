@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,12 +38,12 @@ def learner_of(collection: Collection) -> Learner:
 
 
 @pytest.fixture
-def collection() -> Collection:
+def collection():
     return collected()
 
 
 @pytest.fixture
-def learner(collection: Collection) -> Learner:
+def learner(collection):
     return learner_of(collection)
 
 
@@ -64,9 +63,7 @@ def spy(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Se
     return events
 
 
-def test_latents_of_an_update_land_before_the_batch_after_the_next_is_gathered(
-    learner: Learner, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_latents_of_an_update_land_before_the_batch_after_the_next_is_gathered(learner, monkeypatch):
     events = spy(learner, monkeypatch)
     for _ in range(4):
         learner.update()
@@ -83,7 +80,7 @@ def test_latents_of_an_update_land_before_the_batch_after_the_next_is_gathered(
     assert [(name, gathered.index(selection)) for name, selection in events[len(order) :]] == [("write", 3)]
 
 
-def test_several_updates_in_one_dispatch_land_together(learner: Learner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_updates_in_one_dispatch_land_together(learner, monkeypatch):
     events = spy(learner, monkeypatch)
     for count, following in ((3, 1), (1, 3), (3, 3)):
         metrics = learner.update(count, following)
@@ -99,7 +96,7 @@ def test_several_updates_in_one_dispatch_land_together(learner: Learner, monkeyp
     ]  # fmt: skip
 
 
-def test_one_dispatch_gives_the_numbers_of_single_updates_on_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_dispatch_gives_the_numbers_of_single_updates_on_the_same_batches(monkeypatch):
     """Without latents landing in between, which is where they differ by definition."""
     states = []
     for counts in ((1, 1, 1), (3,)):
@@ -112,9 +109,7 @@ def test_one_dispatch_gives_the_numbers_of_single_updates_on_the_same_batches(mo
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *states)
 
 
-def test_settling_between_updates_changes_no_order_of_writes_and_batches(
-    learner: Learner, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_settling_between_updates_changes_no_order_of_writes_and_batches(learner, monkeypatch):
     events = spy(learner, monkeypatch)
     for _ in range(4):
         learner.update()
@@ -127,7 +122,7 @@ def test_settling_between_updates_changes_no_order_of_writes_and_batches(
         assert events[position][1] is gathered[update]
 
 
-def test_latents_land_in_their_own_rows(collection: Collection, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latents_land_in_their_own_rows(collection, monkeypatch):
     learner, agent, replay = learner_of(collection), collection.agent, collection.replay
     everything = Selection(np.arange(2), np.zeros(2, int), np.zeros(2, bool), 40)
     before = replay.gather(everything)
@@ -156,7 +151,7 @@ def test_latents_land_in_their_own_rows(collection: Collection, monkeypatch: pyt
     np.testing.assert_array_equal(latents["deter"], np.asarray(again["deter"]))
 
 
-def test_the_weights_change_and_the_counter_counts(learner: Learner) -> None:
+def test_the_weights_change_and_the_counter_counts(learner):
     start = jax.device_get(learner.params)
     for count in range(1, 4):
         metrics = learner.update()
@@ -166,7 +161,7 @@ def test_the_weights_change_and_the_counter_counts(learner: Learner) -> None:
     assert not same(jax.device_get(learner.params), start)
 
 
-def test_the_same_seed_gives_the_same_numbers_bit_for_bit() -> None:
+def test_the_same_seed_gives_the_same_numbers_bit_for_bit():
     def run() -> tuple[Any, list[Any], dict[str, np.ndarray]]:
         collection = collected(30)
         learner = learner_of(collection)
@@ -184,7 +179,7 @@ def test_the_same_seed_gives_the_same_numbers_bit_for_bit() -> None:
     assert same(first[2], second[2])
 
 
-def test_checkpoints_and_a_waiting_device_change_no_number() -> None:
+def test_checkpoints_and_a_waiting_device_change_no_number():
     def run(settle: bool) -> Any:
         learner = learner_of(collected())
         for _ in range(5):
@@ -207,7 +202,7 @@ def poison(collection: Collection, key: str, env: int = 0, row: int = 20) -> Non
 
 
 @pytest.mark.parametrize(("key", "term"), [("reward", "loss/rew = nan"), ("vector", "loss/vector = nan")])
-def test_nan_in_the_data_names_terms_update_and_culprit(key: str, term: str, tmp_path: Path) -> None:
+def test_nan_in_the_data_names_terms_update_and_culprit(key, term, tmp_path):
     collection = collected()
     learner = learner_of(collection)
     poison(collection, key)
@@ -226,14 +221,14 @@ def test_nan_in_the_data_names_terms_update_and_culprit(key: str, term: str, tmp
     assert (tmp_path / f"nonfinite-update-{error.update}.npz").exists()
 
 
-def test_what_is_dumped_may_have_any_name(tmp_path: Path) -> None:
+def test_what_is_dumped_may_have_any_name(tmp_path):
     """Also those of arguments of numpy's own functions."""
     arrays = {name: np.arange(3.0) for name in ("file", "allow_pickle", "args", "a/b", "é [x]", "some.npy")}
     with np.load(NonFiniteUpdateError(1, {}, arrays).dump(tmp_path)) as found:
         assert {name: found[name].tolist() for name in arrays} == {name: [0, 1, 2] for name in arrays}
 
 
-def test_the_first_broken_update_of_a_dispatch_is_named(learner: Learner) -> None:
+def test_the_first_broken_update_of_a_dispatch_is_named(learner):
     learner.update(1, 3)
     broken = learner._waiting[1]
     broken.device = {**broken.device, "reward": broken.device["reward"] * np.nan}
@@ -244,7 +239,7 @@ def test_the_first_broken_update_of_a_dispatch_is_named(learner: Learner) -> Non
     assert "its batch has NaN or infinity in reward" in str(caught.value)
 
 
-def test_a_broken_update_is_never_written_back() -> None:
+def test_a_broken_update_is_never_written_back():
     collection = collected()
     learner = learner_of(collection)
     poison(collection, "vector")
@@ -255,7 +250,7 @@ def test_a_broken_update_is_never_written_back() -> None:
     assert np.isfinite(collection.replay.gather(everything)["deter"].astype(np.float32)).all()
 
 
-def test_broken_weights_are_found_by_the_next_update(learner: Learner) -> None:
+def test_broken_weights_are_found_by_the_next_update(learner):
     learner.update()
     value = learner.state["params"]["world_model"]["reward"]
     learner.state["params"]["world_model"]["reward"] = jax.tree.map(lambda x: x * np.nan, value)
@@ -269,7 +264,7 @@ def stored(progress: dict[str, Any]) -> dict[str, Any]:
     return serialization.msgpack_restore(serialization.msgpack_serialize(progress))
 
 
-def test_a_learner_without_updates_has_nothing_on_its_way(learner: Learner) -> None:
+def test_a_learner_without_updates_has_nothing_on_its_way(learner):
     progress = stored(learner.progress())
     assert progress == {"newest": None, "waiting": []}
     learner.restore(progress)
@@ -278,7 +273,7 @@ def test_a_learner_without_updates_has_nothing_on_its_way(learner: Learner) -> N
 
 @pytest.mark.parametrize("settled", [False, True])
 @pytest.mark.parametrize("count", [1, 2])
-def test_what_is_on_its_way_survives_a_resume(tmp_path: Path, settled: bool, count: int) -> None:
+def test_what_is_on_its_way_survives_a_resume(tmp_path, settled, count):
     """Two learners, one of them made from the other's files in the middle: all that follows is equal, bit for bit."""
     collection = collected()
     learner = learner_of(collection)
@@ -309,7 +304,7 @@ def test_what_is_on_its_way_survives_a_resume(tmp_path: Path, settled: bool, cou
 
 @pytest.mark.parametrize("storage", ["disk", "device"])
 @pytest.mark.parametrize("count", [1, 3])
-def test_where_the_buffer_lies_changes_no_number(storage: str, count: int, tmp_path: Path) -> None:
+def test_where_the_buffer_lies_changes_no_number(storage, count, tmp_path):
     """Rings that wrap while batches are on their way, and an end to the pipeline in the middle."""
     runs = []
     for kind in ("host", storage):
@@ -336,7 +331,7 @@ def test_where_the_buffer_lies_changes_no_number(storage: str, count: int, tmp_p
 
 
 @pytest.mark.parametrize("storage", ["host", "device"])
-def test_the_model_s_loss_is_the_priority(storage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_s_loss_is_the_priority(storage, tmp_path, monkeypatch):
     envs = vector_env(lambda index, seed: Scripted(*SCRIPTS), 2)
     mixture = SelectionConfig(uniform=0.0, prioritised=1.0)
     collection = Collection(envs, LENGTH + 1, storage=storage, folder=tmp_path, selection=mixture)
@@ -356,7 +351,7 @@ def test_the_model_s_loss_is_the_priority(storage: str, tmp_path: Path, monkeypa
     np.testing.assert_allclose(values.mean(), expected, rtol=1e-5)
 
 
-def test_progress_of_broken_weights_is_refused(learner: Learner) -> None:
+def test_progress_of_broken_weights_is_refused(learner):
     learner.update()
     value = learner.state["params"]["world_model"]["reward"]
     learner.state["params"]["world_model"]["reward"] = jax.tree.map(lambda x: x * np.nan, value)

@@ -58,7 +58,7 @@ def records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_learns_to_be_there_in_time(tmp_path: Path) -> None:
+def test_learns_to_be_there_in_time(tmp_path):
     config = dreamer.load_config([], BERTH | {"logdir": str(tmp_path), "seed": 1})
     assert dreamer.train(config, make_env=lambda index, seed: Berth()) == 0
     scores = [record["episode/score"] for record in records(tmp_path / "scores.jsonl")]
@@ -77,7 +77,7 @@ def from_the_command_line(logdir: Path, *arguments: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_quickstart_plays_nearly_perfectly(tmp_path: Path) -> None:
+def test_quickstart_plays_nearly_perfectly(tmp_path):
     from_the_command_line(tmp_path, "--seed", "0")
     evaluated = [record["eval/score"] for record in records(tmp_path / "metrics.jsonl") if "eval/score" in record]
     assert evaluated[-1] >= 0.9 * 3
@@ -85,7 +85,7 @@ def test_quickstart_plays_nearly_perfectly(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-def test_cartpole_within_15000_steps(tmp_path: Path) -> None:
+def test_cartpole_within_15000_steps(tmp_path):
     arguments = ("--configs", "gym", "cpu", "--task", "gym_CartPole-v1", "--run.agent_steps", "15000", "--seed", "0")
     from_the_command_line(tmp_path, *arguments)
     scores = [record["episode/score"] for record in records(tmp_path / "scores.jsonl")]

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +62,7 @@ def wait_for_updates(process: subprocess.Popen, logdir: Path, updates: int) -> N
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> Stopped:
+def stopped(tmp_path_factory):
     """A run without an end in sight is stopped after a while; meanwhile the same command is given once more."""
     logdir = tmp_path_factory.mktemp("runs") / "a run"
     arguments = ["--configs", "debug", *OPTIONS, "--run.agent_steps", str(FOREVER), "--logdir", str(logdir)]
@@ -80,7 +79,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Stopped:
 
 
 @pytest.fixture
-def copy(stopped: Stopped, tmp_path: Path) -> Path:
+def copy(stopped, tmp_path):
     """The stopped run's folder, to go on in."""
     return Path(shutil.copytree(stopped.logdir, tmp_path / "copy"))
 
@@ -108,7 +107,7 @@ def contents(run: Run) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture
-def resume(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Resumed]:
+def resume(monkeypatch):
     """Goes on in this process with the run in a folder; what it begins with is looked at before its loop."""
     share_agents(monkeypatch)
     loop = Run.loop
@@ -148,7 +147,7 @@ def end_after(stopped: Stopped, steps: int) -> tuple[str, str]:
     return "--run.agent_steps", str(checkpoint(stopped.logdir)[0] + steps)
 
 
-def test_sigterm_saves_and_says_how_to_go_on(stopped: Stopped) -> None:
+def test_sigterm_saves_and_says_how_to_go_on(stopped):
     assert stopped.code == 0, stopped.output
     assert f"go on with: dreamer train --logdir {shlex.quote(str(stopped.logdir))}" in stopped.output
     step, state, meta = checkpoint(stopped.logdir)
@@ -159,15 +158,13 @@ def test_sigterm_saves_and_says_how_to_go_on(stopped: Stopped) -> None:
     assert int(state["updates"]) == meta["updates"] >= 60
 
 
-def test_a_logdir_in_use_is_refused(stopped: Stopped) -> None:
+def test_a_logdir_in_use_is_refused(stopped):
     assert stopped.refused_code == 2
     assert "in use by a live run (pid " in stopped.refused
     assert "Traceback" not in stopped.refused
 
 
-def test_counters_optimizer_and_return_scale_go_on(
-    stopped: Stopped, copy: Path, resume: Callable[..., Resumed], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_counters_optimizer_and_return_scale_go_on(stopped, copy, resume, capsys):
     step, state, meta = checkpoint(stopped.logdir)
     begun = resume(copy, *end_after(stopped, 40))
     assert begun.steps == (step, meta["updates"])
@@ -188,7 +185,7 @@ def test_counters_optimizer_and_return_scale_go_on(
     assert f"Resuming at agent step {step:,}" in capsys.readouterr().out
 
 
-def test_replay_goes_on(stopped: Stopped, copy: Path, resume: Callable[..., Resumed]) -> None:
+def test_replay_goes_on(stopped, copy, resume):
     step, _, meta = checkpoint(stopped.logdir)
     begun = resume(copy, *end_after(stopped, 40))
     assert begun.replay_length == step
@@ -202,15 +199,13 @@ def test_replay_goes_on(stopped: Stopped, copy: Path, resume: Callable[..., Resu
 
 
 @pytest.fixture
-def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
+def forgetful(monkeypatch):
     """Environments that could be saved when the run was stopped cannot be put back now."""
     monkeypatch.setattr(InlineVectorEnv, "restorable", False)
 
 
 @pytest.mark.usefixtures("forgetful")
-def test_environments_that_cannot_be_put_back_begin_anew(
-    stopped: Stopped, copy: Path, resume: Callable[..., Resumed]
-) -> None:
+def test_environments_that_cannot_be_put_back_begin_anew(stopped, copy, resume):
     step = checkpoint(stopped.logdir)[0]
     begun = resume(copy, *end_after(stopped, 40))
     # What they were in the middle of is over, but not terminal.
@@ -225,7 +220,7 @@ def test_environments_that_cannot_be_put_back_begin_anew(
     np.testing.assert_array_equal(after["image"][:, : step // 2], stored["image"])
 
 
-def test_records_go_on_without_gaps_or_repeats(stopped: Stopped, copy: Path, resume: Callable[..., Resumed]) -> None:
+def test_records_go_on_without_gaps_or_repeats(stopped, copy, resume):
     before = (copy / "scores.jsonl").read_text()
     # As if it had been killed some time after its last checkpoint.
     with (copy / "scores.jsonl").open("a") as file:
@@ -243,9 +238,7 @@ def test_records_go_on_without_gaps_or_repeats(stopped: Stopped, copy: Path, res
 
 
 @pytest.mark.usefixtures("forgetful")
-def test_training_environments_do_not_repeat_themselves_after_a_resume(
-    stopped: Stopped, copy: Path, resume: Callable[..., Resumed]
-) -> None:
+def test_training_environments_do_not_repeat_themselves_after_a_resume(stopped, copy, resume):
     begun = resume(copy, *end_after(stopped, 60))
     images = contents(begun.run)["image"]
     step = checkpoint(stopped.logdir)[0]
@@ -253,9 +246,7 @@ def test_training_environments_do_not_repeat_themselves_after_a_resume(
     assert not np.array_equal(images[:, :24], again)
 
 
-def test_a_finished_run_is_finished_until_it_is_given_more_steps(
-    stopped: Stopped, copy: Path, resume: Callable[..., Resumed], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_run_is_finished_until_it_is_given_more_steps(stopped, copy, resume, capsys):
     start = checkpoint(stopped.logdir)[0]
     resume(copy, *end_after(stopped, 20))
     state = checkpoint(copy)[1]
@@ -270,9 +261,7 @@ def test_a_finished_run_is_finished_until_it_is_given_more_steps(
     assert longer.run.updates == longer.steps[1] + 40
 
 
-def test_options_that_may_change_are_shown(
-    stopped: Stopped, copy: Path, resume: Callable[..., Resumed], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_options_that_may_change_are_shown(stopped, copy, resume, capsys):
     _, total = end_after(stopped, 20)
     resume(copy, "--run.agent_steps", total, "--run.log_every", "7")
     text = capsys.readouterr().out
@@ -286,9 +275,7 @@ def test_options_that_may_change_are_shown(
     ("option", "value", "shown"),
     [("model.units", "12", "model.units: 8 -> 12"), ("run.train_ratio", "32", "run.train_ratio: 16.0 -> 32.0")],
 )
-def test_options_that_may_not_change_are_refused(
-    stopped: Stopped, option: str, value: str, shown: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_options_that_may_not_change_are_refused(stopped, option, value, shown, capsys):
     before = {path: path.stat().st_mtime_ns for path in stopped.logdir.rglob("*") if path.is_file()}
     assert main(["train", "--logdir", str(stopped.logdir), f"--{option}", value]) == 2
     error = capsys.readouterr().err
@@ -306,9 +293,7 @@ def break_newest(logdir: Path) -> tuple[int, int]:
     return newest, before
 
 
-def test_a_half_written_checkpoint_is_skipped_for_the_one_before(
-    stopped: Stopped, copy: Path, resume: Callable[..., Resumed]
-) -> None:
+def test_a_half_written_checkpoint_is_skipped_for_the_one_before(stopped, copy, resume):
     newest, before = break_newest(copy)
     with pytest.warns(CheckpointWarning, match=f"{newest:012d}.*damaged and was skipped"):
         begun = resume(copy, *end_after(stopped, 20))
@@ -318,7 +303,7 @@ def test_a_half_written_checkpoint_is_skipped_for_the_one_before(
     assert checkpoint(copy)[0] == newest + 20
 
 
-def test_a_damaged_replay_file_too(stopped: Stopped, copy: Path, resume: Callable[..., Resumed]) -> None:
+def test_a_damaged_replay_file_too(stopped, copy, resume):
     newest = sorted((copy / "replay").iterdir())[-1]
     os.truncate(newest, newest.stat().st_size - 1)
     with pytest.warns(CheckpointWarning, match="damaged and was skipped"):
@@ -326,16 +311,14 @@ def test_a_damaged_replay_file_too(stopped: Stopped, copy: Path, resume: Callabl
     assert begun.steps[0] < checkpoint(stopped.logdir)[0]
 
 
-def test_every_checkpoint_damaged_is_an_error(stopped: Stopped, copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_checkpoint_damaged_is_an_error(stopped, copy, capsys):
     for folder in (copy / "checkpoints").iterdir():
         (folder / "manifest.json").write_text("{")
     assert main(["train", "--logdir", str(copy), "--run.platform", "cpu"]) == 2
     assert "is damaged" in capsys.readouterr().err
 
 
-def test_ctrl_c_is_a_clean_stop_as_well(
-    stopped: Stopped, copy: Path, resume: Callable[..., Resumed], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ctrl_c_is_a_clean_stop_as_well(stopped, copy, resume, monkeypatch):
     step = checkpoint(stopped.logdir)[0]
     wait, left = Run._update, iter(range(100))
 

@@ -130,7 +130,7 @@ def assert_equal_runs(logdir: Path, reference: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def references(tmp_path_factory):
     """Runs that were never stopped, by name, made when first asked for."""
 
     class Made(dict):
@@ -152,20 +152,18 @@ def check(name: str, seed: int, kills: int, references: dict[str, Path], folder:
     assert_equal_runs(logdir, references[name])
 
 
-def test_three_kills_change_no_number(references: dict[str, Path], tmp_path: Path) -> None:
+def test_three_kills_change_no_number(references, tmp_path):
     check("toy", 0, 3, references, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("name", ["toy", "atari", "dmc"])
-def test_random_kills_change_no_number(name: str, seed: int, references: dict[str, Path], tmp_path: Path) -> None:
+def test_random_kills_change_no_number(name, seed, references, tmp_path):
     check(name, seed + 1, 2, references, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["processes", "wrapped ring"])
-def test_kills_change_no_number_in_workers_and_small_rings(
-    name: str, references: dict[str, Path], tmp_path: Path
-) -> None:
+def test_kills_change_no_number_in_workers_and_small_rings(name, references, tmp_path):
     check(name, 100, 2, references, tmp_path)

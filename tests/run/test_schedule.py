@@ -22,7 +22,7 @@ def owed(ratio: str, batch: int, length: int, steps: int) -> int:
     ("ratio", "batch", "length", "envs"),
     [("0.1", 16, 64, 1), ("33.3", 7, 13, 3), ("1e-3", 1, 2, 16), ("1024", 16, 64, 16), ("0.7", 1, 2, 5)],
 )
-def test_no_drift_over_a_million_steps(ratio: str, batch: int, length: int, envs: int) -> None:
+def test_no_drift_over_a_million_steps(ratio, batch, length, envs):
     schedule = UpdateSchedule(float(ratio), batch, length)
     begin, done = 1000, 0
     schedule.start(begin)
@@ -33,7 +33,7 @@ def test_no_drift_over_a_million_steps(ratio: str, batch: int, length: int, envs
         assert done == owed(ratio, batch, length, step - begin)
 
 
-def test_a_million_single_steps_give_every_update_at_its_own_step() -> None:
+def test_a_million_single_steps_give_every_update_at_its_own_step():
     schedule = UpdateSchedule(0.3, 1, 2)
     schedule.start(0)
     done, wrong = 0, []
@@ -46,7 +46,7 @@ def test_a_million_single_steps_give_every_update_at_its_own_step() -> None:
     assert wrong == []
 
 
-def test_several_updates_are_due_at_once_when_the_ratio_asks_for_them() -> None:
+def test_several_updates_are_due_at_once_when_the_ratio_asks_for_them():
     schedule = UpdateSchedule(1024, 16, 64)
     schedule.start(0)
     assert schedule.due(16) == 16
@@ -55,7 +55,7 @@ def test_several_updates_are_due_at_once_when_the_ratio_asks_for_them() -> None:
         assert schedule.due(16) == left
 
 
-def test_no_debt_for_the_steps_before_training_starts() -> None:
+def test_no_debt_for_the_steps_before_training_starts():
     schedule = UpdateSchedule(64, 4, 16)
     assert not schedule.started
     assert [schedule.due(step) for step in (0, 500, 1000)] == [0, 0, 0]
@@ -70,7 +70,7 @@ def test_no_debt_for_the_steps_before_training_starts() -> None:
     start=st.integers(0, 10**6),
     stops=st.lists(st.integers(1, 10**5), min_size=1, max_size=6),
 )
-def test_stopping_and_resuming_changes_no_update(ratio: str, start: int, stops: list[int]) -> None:
+def test_stopping_and_resuming_changes_no_update(ratio, start, stops):
     schedule, step, done = UpdateSchedule(float(ratio), 3, 11), start, 0
     schedule.start(start)
     for advance in stops:
@@ -84,7 +84,7 @@ def test_stopping_and_resuming_changes_no_update(ratio: str, start: int, stops: 
     assert done == owed(ratio, 3, 11, step - start)
 
 
-def test_a_stop_between_two_updates_of_one_step_leaves_the_rest_due() -> None:
+def test_a_stop_between_two_updates_of_one_step_leaves_the_rest_due():
     schedule = UpdateSchedule(8, 1, 2)
     schedule.start(0)
     schedule.done(3)
@@ -93,7 +93,7 @@ def test_a_stop_between_two_updates_of_one_step_leaves_the_rest_due() -> None:
     assert resumed.due(1) == 1
 
 
-def test_a_stop_before_training_has_started() -> None:
+def test_a_stop_before_training_has_started():
     resumed = UpdateSchedule(8, 1, 2)
     resumed.restore(UpdateSchedule(8, 1, 2).state(), 50, rate_changed=True)
     assert not resumed.started
@@ -101,7 +101,7 @@ def test_a_stop_before_training_has_started() -> None:
 
 
 @pytest.mark.parametrize("ratio", [2.0, 32.0])
-def test_another_ratio_counts_from_the_resume_on(ratio: float) -> None:
+def test_another_ratio_counts_from_the_resume_on(ratio):
     before = UpdateSchedule(8, 1, 2)
     before.start(10)
     before.done(before.due(110))
@@ -115,25 +115,25 @@ def fired(every: Every, steps: range | list[int]) -> list[int]:
     return [step for step in steps if every(step)]
 
 
-def test_every_fires_once_an_interval_and_first_after_one() -> None:
+def test_every_fires_once_an_interval_and_first_after_one():
     assert fired(Every(10), range(1, 35)) == [10, 20, 30]
 
 
-def test_every_with_steps_that_do_not_hit_its_multiples() -> None:
+def test_every_with_steps_that_do_not_hit_its_multiples():
     assert fired(Every(10), range(3, 64, 16)) == [19, 35, 51]
     assert fired(Every(10), [4, 9, 9, 11, 12, 47, 48, 50]) == [11, 47, 50]
 
 
-def test_every_does_not_fire_again_after_a_resume_at_its_step() -> None:
+def test_every_does_not_fire_again_after_a_resume_at_its_step():
     assert fired(Every(10, agent_steps=20), [20, 21, 29, 30]) == [30]
 
 
-def test_every_none_never_fires() -> None:
+def test_every_none_never_fires():
     assert fired(Every(None), range(100)) == []
 
 
 @given(ratio=st.floats(0.05, 400), start=st.integers(0, 50), stride=st.integers(1, 20), dispatch=st.integers(1, 5))
-def test_each_dispatch_announces_the_one_after_it(ratio: float, start: int, stride: int, dispatch: int) -> None:
+def test_each_dispatch_announces_the_one_after_it(ratio, start, stride, dispatch):
     schedule, plain = UpdateSchedule(ratio, 4, 8, dispatch), UpdateSchedule(ratio, 4, 8)
     schedule.start(start)
     plain.start(start)

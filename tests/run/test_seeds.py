@@ -52,13 +52,13 @@ def updates(logdir: Path) -> list[dict[str, float]]:
 
 
 @pytest.fixture(autouse=True)
-def shared_agents(monkeypatch: pytest.MonkeyPatch) -> None:
+def shared_agents(monkeypatch):
     share_agents(monkeypatch)
     monkeypatch.setattr("dreamer.run.seeds.MappedAgent", mapped)
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, np.ndarray]]:
+def drawn(monkeypatch):
     """(replay by order of building, rows) of every selection of this process."""
     found: list[tuple[int, np.ndarray]] = []
     replays: list[Replay] = []
@@ -76,14 +76,14 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, np.ndarray]]:
     return found
 
 
-def test_seeds_are_configured_as_the_runs_they_are(tmp_path: Path) -> None:
+def test_seeds_are_configured_as_the_runs_they_are(tmp_path):
     configs = seed_configs(group(tmp_path))
     assert [one.seed for one in configs] == [5, 6, 7]
     assert [Path(one.logdir).name for one in configs] == ["seed_5", "seed_6", "seed_7"]
     assert all(one.run.seeds is None for one in configs)
 
 
-def test_each_seed_is_what_it_is_alone(tmp_path: Path, drawn: list[tuple[int, np.ndarray]]) -> None:
+def test_each_seed_is_what_it_is_alone(tmp_path, drawn):
     assert dreamer.train(group(tmp_path / "group")) == 0
     together = list(drawn)
     for index, seed in enumerate((5, 6, 7)):
@@ -104,7 +104,7 @@ def test_each_seed_is_what_it_is_alone(tmp_path: Path, drawn: list[tuple[int, np
     assert len(set(losses)) == COUNT
 
 
-def test_a_disturbed_seed_leaves_the_others_as_they_are(tmp_path: Path) -> None:
+def test_a_disturbed_seed_leaves_the_others_as_they_are(tmp_path):
     disturbed = {env_seed(6, training=True, index=index) for index in range(8)}
 
     def make(scripts: tuple[Script, Script]) -> Callable[[int, int], gymnasium.Env]:
@@ -117,7 +117,7 @@ def test_a_disturbed_seed_leaves_the_others_as_they_are(tmp_path: Path) -> None:
     assert [same(a, b) for a, b in zip(*states.values(), strict=True)] == [True, False, True]
 
 
-def test_a_group_goes_on_exactly_from_the_step_that_all_have(tmp_path: Path) -> None:
+def test_a_group_goes_on_exactly_from_the_step_that_all_have(tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert dreamer.train(group(whole)) == 0
     assert dreamer.train(group(parts, run__agent_steps=40)) == 0
@@ -135,7 +135,7 @@ def test_a_group_goes_on_exactly_from_the_step_that_all_have(tmp_path: Path) -> 
         assert updates(parts / f"seed_{seed}") == updates(whole / f"seed_{seed}")
 
 
-def test_no_common_step_is_told(tmp_path: Path) -> None:
+def test_no_common_step_is_told(tmp_path):
     assert common_step([tmp_path / "seed_0", tmp_path / "seed_1"]) is None
     assert dreamer.train(group(tmp_path, run__seeds=2, run__agent_steps=20)) == 0
     shutil.rmtree(tmp_path / "seed_6" / "checkpoints")
@@ -143,7 +143,7 @@ def test_no_common_step_is_told(tmp_path: Path) -> None:
         dreamer.train(group(tmp_path, run__seeds=2))
 
 
-def test_a_seed_is_evaluated_and_gone_on_with_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_seed_is_evaluated_and_gone_on_with_alone(tmp_path, capsys):
     assert dreamer.train(group(tmp_path, run__seeds=2, run__agent_steps=40)) == 0
     assert "2 agents in one process, every one as above: seed_5, seed_6" in " ".join(capsys.readouterr().out.split())
     assert main(["eval", str(tmp_path / "seed_6"), "--episodes", "2", "--platform", "cpu"]) == 0
@@ -152,7 +152,7 @@ def test_a_seed_is_evaluated_and_gone_on_with_alone(tmp_path: Path, capsys: pyte
     assert checkpoint(tmp_path / "seed_6")[1]["agent_steps"] == 60
 
 
-def test_several_updates_in_one_dispatch(tmp_path: Path) -> None:
+def test_several_updates_in_one_dispatch(tmp_path):
     assert dreamer.train(group(tmp_path, run__updates_per_dispatch=2, env__num_envs=2, run__agent_steps=60)) == 0
     counts = [int(checkpoint(tmp_path / f"seed_{seed}")[0]["updates"]) for seed in (5, 6, 7)]
     assert counts[0] > 10 and counts == counts[:1] * COUNT

@@ -8,9 +8,7 @@ import re
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import pytest
 from tiny_runs import share_agents, tiny_config
 
 from dreamer.run.loop import Run
@@ -26,7 +24,7 @@ class Clock:
         return self.now
 
 
-def test_parts_are_booked_one_after_another() -> None:
+def test_parts_are_booked_one_after_another():
     clock = Clock()
     startup = Startup(97.0, clock)
     startup.mark("imports")
@@ -40,11 +38,11 @@ def test_parts_are_booked_one_after_another() -> None:
     assert startup.finish("d") is None
 
 
-def test_the_process_was_started_not_long_ago() -> None:
+def test_the_process_was_started_not_long_ago():
     assert 0 < time.time() - process_start() < 24 * 3600
 
 
-def test_a_run_says_so_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_run_says_so_once(monkeypatch, tmp_path):
     share_agents(monkeypatch)
     output = io.StringIO()
     off = {"run__eval_every": None, "run__report_every": None, "run__final_eval": False, "run__agent_steps": 60}
@@ -84,7 +82,7 @@ print(program.memory_analysis().temp_size_in_bytes, "/jax/compilation_cache/cach
 """
 
 
-def test_programs_with_much_temporary_memory_come_from_the_compilation_cache(tmp_path: Path) -> None:
+def test_programs_with_much_temporary_memory_come_from_the_compilation_cache(tmp_path):
     """As training compiles them: XLA has options with which a program cannot be written."""
     settings = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [sys.executable, "-W", "error:Error:UserWarning", "-c", CACHED]

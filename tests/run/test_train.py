@@ -62,7 +62,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+def finished(tmp_path_factory):
     """`dreamer train --configs debug`: 200 steps of the built-in game, everything switched on."""
     logdir = tmp_path_factory.mktemp("runs") / "debug run"
     done = command("train", "--configs", "debug", "--logdir", str(logdir), "--seed", "3")
@@ -70,7 +70,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     return Finished(logdir, done.stdout)
 
 
-def test_a_run_says_what_runs_and_ends_with_its_results(finished: Finished) -> None:
+def test_a_run_says_what_runs_and_ends_with_its_results(finished):
     text = " ".join(finished.output.split())
     for said in (
         "no accelerator found", "versions python 3.", "jax", "toy_catch, 2 environments (inline), seed 3",
@@ -82,12 +82,12 @@ def test_a_run_says_what_runs_and_ends_with_its_results(finished: Finished) -> N
     assert f"--logdir '{finished.logdir}'" in finished.output.splitlines()[-1]  # quoted: it has a space
 
 
-def test_the_configuration_is_kept_and_can_be_given_back(finished: Finished) -> None:
+def test_the_configuration_is_kept_and_can_be_given_back(finished):
     stored = load_config([finished.logdir / "config.yaml"])
     assert stored == load_config(["debug"], {"logdir": str(finished.logdir), "seed": 3})
 
 
-def test_metrics_are_named_as_documented(finished: Finished) -> None:
+def test_metrics_are_named_as_documented(finished):
     records = lines(finished.logdir / "metrics.jsonl")
     keys = {key for record in records for key in record}
     expected = {
@@ -105,7 +105,7 @@ def test_metrics_are_named_as_documented(finished: Finished) -> None:
     assert 0.9 < max(r.get("train/rand/action", 0) for r in records) <= 1
 
 
-def test_updates_and_replay_are_what_the_train_ratio_says(finished: Finished) -> None:
+def test_updates_and_replay_are_what_the_train_ratio_says(finished):
     last = lines(finished.logdir / "metrics.jsonl")[-1]
     # Batches of 2 x 8 and ratio 16: one update a step. Two environments have 16 starts of 9 steps after 16 steps each.
     assert (last["step"], last["agent_steps"], last["updates"]) == (200, 200, 200 - 32)
@@ -115,7 +115,7 @@ def test_updates_and_replay_are_what_the_train_ratio_says(finished: Finished) ->
     assert replay["replay/sequences"] == (168 + 1) * 2
 
 
-def test_scores_of_all_training_episodes(finished: Finished) -> None:
+def test_scores_of_all_training_episodes(finished):
     scores = lines(finished.logdir / "scores.jsonl")
     # Episodes of 23 actions are 24 steps, in two environments in step.
     assert [s["step"] for s in scores] == [46, 46, 94, 94, 142, 142, 190, 190]
@@ -123,7 +123,7 @@ def test_scores_of_all_training_episodes(finished: Finished) -> None:
     assert all(s["episode/score"] in (-3, -1, 1, 3) for s in scores)
 
 
-def test_videos(finished: Finished) -> None:
+def test_videos(finished):
     with Image.open(finished.logdir / "videos" / "episode_video.gif") as episode:
         assert episode.n_frames > 10
         assert episode.size == (128, 128)
@@ -133,7 +133,7 @@ def test_videos(finished: Finished) -> None:
         assert dream.size[0] > 2 * 64 and dream.size[1] > 3 * 64
 
 
-def test_tensorboard_has_scalars_and_videos(finished: Finished) -> None:
+def test_tensorboard_has_scalars_and_videos(finished):
     (events,) = (finished.logdir / "tensorboard").iterdir()
     data = events.read_bytes()
     for name in (
@@ -148,7 +148,7 @@ def test_tensorboard_has_scalars_and_videos(finished: Finished) -> None:
         assert name in data, name
 
 
-def test_checkpoints_of_the_run(finished: Finished) -> None:
+def test_checkpoints_of_the_run(finished):
     checkpointer = Checkpointer(finished.logdir, read_only=True)
     assert checkpointer.steps() == [100, 200]
     step, state, meta = checkpointer.restore()
@@ -157,7 +157,7 @@ def test_checkpoints_of_the_run(finished: Finished) -> None:
     assert checkpointer.best_score() == max(evaluated)
 
 
-def test_eval_from_the_command_line(finished: Finished, tmp_path: Path) -> None:
+def test_eval_from_the_command_line(finished, tmp_path):
     video = tmp_path / "play.gif"
     done = command("eval", str(finished.logdir), "--episodes", "3", "--video", str(video))
     assert done.returncode == 0, done.stderr
@@ -172,7 +172,7 @@ def test_eval_from_the_command_line(finished: Finished, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def run_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
+def run_here(monkeypatch, tmp_path):
     """`dreamer.train` in the test's folder, agents shared with other tests."""
     share_agents(monkeypatch)
 
@@ -183,7 +183,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., i
     return run
 
 
-def test_the_same_seed_gives_the_same_run(run_here: Callable[..., int], tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_run(run_here, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         assert run_here(name=name, seed=seed, run__eval_every=40) == 0
     records = {name: without_clock(lines(tmp_path / name / "metrics.jsonl")) for name in "abc"}
@@ -193,7 +193,7 @@ def test_the_same_seed_gives_the_same_run(run_here: Callable[..., int], tmp_path
     assert not same(states["a"], states["c"])
 
 
-def test_what_is_logged_saved_or_evaluated_changes_no_number(run_here: Callable[..., int], tmp_path: Path) -> None:
+def test_what_is_logged_saved_or_evaluated_changes_no_number(run_here, tmp_path):
     run_here(name="plain")
     run_here(
         name="busy", run__eval_every=10, run__checkpoint_every=14, run__log_every=2, run__report_every=20,
@@ -227,9 +227,7 @@ class Maze(gymnasium.Env):
         return {"view": view, "sense": self.np_random.uniform(-5, 5, 2).astype(np.float32)}
 
 
-def test_own_environment_function(
-    run_here: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_own_environment_function(run_here, tmp_path, capsys):
     length = 6
     seeds: list[tuple[int, int]] = []
 
@@ -255,9 +253,7 @@ def test_own_environment_function(
     assert len({seed for _, seed in seeds}) >= 4
 
 
-def test_nan_reward_stops_the_run(
-    run_here: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], unchecked_envs: None
-) -> None:
+def test_nan_reward_stops_the_run(run_here, tmp_path, capsys, unchecked_envs):
     bad: Script = [(0.0, False, False)] * 3 + [(float("nan"), True, False)]
     code = run_here(lambda index, seed: Scripted(*[ROUND] * 5, bad), run__agent_steps=400, run__checkpoint_every=20)
     assert code == 3
@@ -275,9 +271,7 @@ def test_nan_reward_stops_the_run(
     assert int(state["updates"]) < update
 
 
-def test_nan_observation_stops_the_run(
-    run_here: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], unchecked_envs: None
-) -> None:
+def test_nan_observation_stops_the_run(run_here, tmp_path, capsys, unchecked_envs):
     class Blind(Scripted):
         def _observation(self, action: int) -> np.ndarray:
             return super()._observation(action) * (np.nan if self.episode == 2 else 1)
@@ -288,7 +282,7 @@ def test_nan_observation_stops_the_run(
     assert dump.stat().st_size
 
 
-def test_nan_scores_are_never_the_best(run_here: Callable[..., int], tmp_path: Path, unchecked_envs: None) -> None:
+def test_nan_scores_are_never_the_best(run_here, tmp_path, unchecked_envs):
     """Two evaluations; in the first all rewards are NaN."""
     made = 0
 
@@ -304,7 +298,7 @@ def test_nan_scores_are_never_the_best(run_here: Callable[..., int], tmp_path: P
     assert Checkpointer(tmp_path / "run", read_only=True).best_score() == 1.0
 
 
-def test_a_request_to_stop_ends_an_evaluation(run_here: Callable[..., int], tmp_path: Path) -> None:
+def test_a_request_to_stop_ends_an_evaluation(run_here, tmp_path):
     class Endless(gymnasium.Wrapper):
         def step(self, action: Any) -> tuple:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -323,9 +317,7 @@ def test_a_request_to_stop_ends_an_evaluation(run_here: Callable[..., int], tmp_
     assert not any("eval/score" in record for record in lines(tmp_path / "run" / "metrics.jsonl"))
 
 
-def test_an_attempt_without_a_checkpoint_leaves_no_records(
-    run_here: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_attempt_without_a_checkpoint_leaves_no_records(run_here, tmp_path, monkeypatch):
     logdir = tmp_path / "run"
     with monkeypatch.context() as cut_off:
         cut_off.setattr(Run, "loop", lambda run, stop: None)
@@ -341,7 +333,7 @@ def test_an_attempt_without_a_checkpoint_leaves_no_records(
 
 
 @pytest.fixture
-def begun(run_here: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def begun(run_here, monkeypatch):
     """The training state that a run begins with."""
 
     def begin(**overrides: Any) -> Any:
@@ -354,13 +346,13 @@ def begun(run_here: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> Call
 
 
 @pytest.fixture
-def teacher(run_here: Callable[..., int], tmp_path: Path) -> Any:
+def teacher(run_here, tmp_path):
     """Weights of a run in tmp_path/teacher."""
     assert run_here(name="teacher", seed=7) == 0
     return Checkpointer(tmp_path / "teacher", read_only=True).restore()[1]
 
 
-def test_warm_start_with_everything(teacher: Any, begun: Callable[..., Any], tmp_path: Path) -> None:
+def test_warm_start_with_everything(teacher, begun, tmp_path):
     state = begun(from_checkpoint=str(tmp_path / "teacher"))
     assert same(state["params"], teacher["params"])
     assert same(state["slow_value"], teacher["params"]["actor_critic"]["value"])
@@ -369,7 +361,7 @@ def test_warm_start_with_everything(teacher: Any, begun: Callable[..., Any], tmp
 
 
 @pytest.mark.parametrize("part", ["world_model", "actor", "critic"])
-def test_warm_start_in_parts(part: str, teacher: Any, begun: Callable[..., Any], tmp_path: Path) -> None:
+def test_warm_start_in_parts(part, teacher, begun, tmp_path):
     state = begun(from_checkpoint=str(tmp_path / "teacher"), from_checkpoint_parts=(part,))
     fresh = begun(name="fresh")
     assert not same(fresh["params"]["world_model"], teacher["params"]["world_model"])
@@ -380,9 +372,7 @@ def test_warm_start_in_parts(part: str, teacher: Any, begun: Callable[..., Any],
     assert same(state["slow_value"], state["params"]["actor_critic"]["value"])
 
 
-def test_a_warm_start_that_does_not_fit_names_parameters_and_options(
-    finished: Finished, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_warm_start_that_does_not_fit_names_parameters_and_options(finished, tmp_path, capsys, monkeypatch):
     share_agents(monkeypatch)
     arguments = ["train", "--configs", "debug", "--logdir", str(tmp_path), "--from_checkpoint", str(finished.logdir)]
     assert main([*arguments, "--model.units", "12", "--run.platform", "cpu"]) == 2
@@ -392,13 +382,13 @@ def test_a_warm_start_that_does_not_fit_names_parameters_and_options(
     assert "model.units: 8 -> 12" in error and "--from_checkpoint_parts" in error
 
 
-def test_parts_that_are_not_copied_may_differ(begun: Callable[..., Any], teacher: Any, tmp_path: Path) -> None:
+def test_parts_that_are_not_copied_may_differ(begun, teacher, tmp_path):
     start = {"from_checkpoint": str(tmp_path / "teacher"), "from_checkpoint_parts": ("world_model",)}
     state = begun(model__policy_layers=2, **start)
     assert same(state["params"]["world_model"], teacher["params"]["world_model"])
 
 
-def test_a_warm_start_from_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_warm_start_from_nowhere(tmp_path, capsys):
     arguments = ["train", "--configs", "debug", "--logdir", str(tmp_path / "run"), "--run.platform", "cpu"]
     assert main([*arguments, "--from_checkpoint", str(tmp_path / "nothing")]) == 2
     assert "expected a checkpoint in" in capsys.readouterr().err

@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -73,7 +72,7 @@ def test_holders_children_do_not_keep_the_lock(tmp_path):
 
 
 @pytest.fixture
-def default_handlers() -> Iterator[None]:
+def default_handlers():
     """Those of a program in the foreground: shells let what they start in the background ignore some signals."""
     former = {number: signal.signal(number, signal.SIG_DFL) for number in STOP_SIGNALS}
     yield

@@ -87,7 +87,7 @@ class Place:
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch, request) -> Place:
+def place(tmp_path, monkeypatch, request):
     """Only the test of the report has the curves compared and drawn: it takes longer than a sweep."""
     if "report" not in request.function.__name__:
         monkeypatch.setattr("dreamer.sweeps.summary.comparison", lambda folder, folders: ("", [], []))

@@ -46,7 +46,7 @@ def sweep(tmp_path):
 
 
 @pytest.fixture
-def entries(sweep, tmp_path) -> list[Entry]:
+def entries(sweep, tmp_path):
     """Finished, half done and running, failed, waiting."""
     runs = expand(sweep, tmp_path / "out")
     states = [RunState(FINISHED, 1000, 1, 0, 50.0), RunState(RUNNING, 0, 2), RunState(FAILED, 0, 3, 3, 1.0, "bad luck")]
