@@ -1,51 +1,25 @@
 """Replay on disk: what is loaded is what was saved, it goes on the same, and damage is noticed."""
 
 import errno
-import json
+import functools
 import os
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+import replay_data
+from replay_data import FIELDS, LATENT_BYTES, STEP_BYTES, collect, everything, rewrite, save
 
 from dreamer.replay import Replay, ReplayError, Selection, persistence, prune
 from dreamer.types import Field
 
-FIELDS = {
-    "image": Field((2, 2, 3), np.dtype(np.uint8)),
-    "reward": Field((), np.dtype(np.float32)),
-    "nested/is_first": Field((), np.dtype(bool)),
-    "deter": Field((3,), np.dtype(ml_dtypes.bfloat16)),
-    "stoch": Field((2,), np.dtype(np.uint8)),
-}
-STEP_BYTES = 12 + 4 + 1 + 6 + 2
-
-
-def build(num_envs: int = 2, rows: int = 20, length: int = 4, seed: int = 0, **options) -> Replay:
-    return Replay(FIELDS, num_envs, num_envs * rows, length, seed, **options)
-
-
-def collect(replay: Replay, times: range) -> None:
-    """Steps whose every value follows from environment and time."""
-    for time in times:
-        rng = np.random.default_rng(time)
-        step = {"image": rng.integers(0, 256, (replay.num_envs, 2, 2, 3), dtype=np.uint8)}
-        step["reward"] = time + np.arange(replay.num_envs, dtype=np.float32) / 8
-        step["nested/is_first"] = rng.random(replay.num_envs) < 0.2
-        step["deter"] = rng.standard_normal((replay.num_envs, 3)).astype(ml_dtypes.bfloat16)
-        step["stoch"] = rng.integers(0, 256, (replay.num_envs, 2), dtype=np.uint8)
-        replay.add(step)
+build = functools.partial(replay_data.build, rows=20, length=4)
 
 
 def draws(replay: Replay, count: int = 5) -> list[dict[str, bytes]]:
     """The next batches, byte for byte."""
     return [{k: v.tobytes() for k, v in replay.gather(replay.select(6)).items()} for _ in range(count)]
-
-
-def save(replay: Replay, folder: Path) -> dict:
-    """A manifest as it comes back from a JSON file."""
-    return json.loads(json.dumps(replay.save(folder)))
 
 
 def chunk_files(folder: Path) -> list[str]:
@@ -170,27 +144,6 @@ def test_a_smaller_ring_keeps_the_newest_steps_and_a_larger_one_all(tmp_path):
     assert len(copy) == 70 and draws(copy) == draws(large)
 
 
-def rewrite(replay: Replay, seed: int) -> None:
-    """Replace the latents of a few sequences."""
-    rng = np.random.default_rng(seed)
-    selection = replay.select(6)
-    replay.write(
-        selection,
-        {
-            "deter": rng.standard_normal((6, 3, 3)).astype(ml_dtypes.bfloat16),
-            "stoch": rng.integers(0, 256, (6, 3, 2), dtype=np.uint8),
-        },
-    )
-
-
-def everything(replay: Replay) -> dict[str, bytes]:
-    """Every stored step, byte for byte."""
-    env = np.repeat(np.arange(replay.num_envs), replay.starts // replay.num_envs)
-    first = len(replay._ring) and replay._ring.tail[env] + np.tile(np.arange(replay.starts // replay.num_envs), 2)
-    batch = replay.gather(Selection(env, first, np.zeros(len(env), bool), replay.length))
-    return {name: value.tobytes() for name, value in batch.items()}
-
-
 def test_rewritten_latents_come_back_as_they_were(tmp_path):
     original = build()
     manifests, contents = [], []
@@ -215,7 +168,7 @@ def test_a_patch_holds_what_was_rewritten_and_no_more(tmp_path):
     values = {"stoch": np.full((3, 3, 2), 7, np.uint8), "deter": np.ones((3, 3, 3), np.float32)}
     replay.write(selection, values)
     manifest = save(replay, tmp_path)
-    assert [(p["bytes"], p["stop"]) for p in manifest["patches"]] == [((4 + 3) * (12 + 8), [8, 44])]
+    assert [(p["bytes"], p["stop"]) for p in manifest["patches"]] == [((4 + 3) * (12 + LATENT_BYTES), [8, 44])]
     assert save(replay, tmp_path) == manifest
     replay.write(selection, values)
     assert len(save(replay, tmp_path)["patches"]) == 2
@@ -228,7 +181,7 @@ def test_patches_never_outgrow_the_latents(tmp_path):
         rewrite(replay, seed)
         manifest = save(replay, tmp_path)
         prune(tmp_path, [manifest])
-        assert sum(p["bytes"] for p in manifest["patches"]) <= 80 * (12 + 8)
+        assert sum(p["bytes"] for p in manifest["patches"]) <= 80 * (12 + LATENT_BYTES)
     assert len(chunk_files(tmp_path)) == len(manifest["chunks"]) + len(manifest["patches"])
     copy = build(rows=40)
     copy.load(tmp_path, manifest)
@@ -236,7 +189,7 @@ def test_patches_never_outgrow_the_latents(tmp_path):
 
 
 def test_large_patches_are_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(persistence, "CHUNK_BYTES", 5 * 20)
+    monkeypatch.setattr(persistence, "CHUNK_BYTES", 5 * (12 + LATENT_BYTES))
     original, copy = build(), build()
     collect(original, range(20))
     save(original, tmp_path)
@@ -261,34 +214,6 @@ def test_the_online_queue_may_be_switched_and_recut(tmp_path):
     collect(recut, range(11, 15))
     selection = recut.select(3)
     assert selection.online.tolist() == [True, True, False] and selection.row[:2].tolist() == [10, 10]
-
-
-@pytest.mark.parametrize("kind", ["chunks", "patches"])
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing", "longer"])
-def test_damaged_files_are_noticed_and_an_older_save_still_loads(tmp_path, damage, kind):
-    original = build()
-    collect(original, range(10))
-    older = save(original, tmp_path)
-    collect(original, range(10, 20))
-    rewrite(original, 0)
-    newer = save(original, tmp_path)
-    path = tmp_path / newer[kind][-1]["file"]
-    data = bytearray(path.read_bytes())
-    if damage == "missing":
-        path.unlink()
-    else:
-        data[len(data) // 2] ^= 4
-        path.write_bytes({"truncated": data[:-1], "flipped": data, "longer": data + b"0"}[damage])
-    copy = build()
-    collect(copy, range(30))
-    message = {"flipped": "corrupted: expected checksum", "missing": "cannot read"}.get(
-        damage, "truncated or was changed"
-    )
-    with pytest.raises(ReplayError, match=message):
-        copy.load(tmp_path, newer)
-    assert len(copy) == 0 and copy.stats()["inserts"] == 0
-    copy.load(tmp_path, older)
-    assert len(copy) == 20
 
 
 def test_what_does_not_fit_is_refused_by_name(tmp_path):

@@ -10,84 +10,29 @@ import sys
 from pathlib import Path
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
+from replay_data import (
+    FIELDS,
+    LATENT_BYTES,
+    LATENTS,
+    STEP_BYTES,
+    build,
+    collect,
+    everything,
+    latents_of,
+    make_files_small,
+    save,
+    train,
+)
 
-from dreamer.replay import Replay, ReplayError, blocks, choose_storage, device, disk, memory, prune, versions
+from dreamer.replay import Replay, ReplayError, blocks, choose_storage, device, disk, memory, prune
 from dreamer.types import Field
-
-FIELDS = {
-    "image": Field((4, 4, 3), np.dtype(np.uint8)),
-    "reward": Field((), np.dtype(np.float32)),
-    "is_first": Field((), np.dtype(bool)),
-    "is_last": Field((), np.dtype(bool)),
-    "deter": Field((3,), np.dtype(ml_dtypes.bfloat16)),
-    "stoch": Field((2,), np.dtype(np.uint8)),
-}
-LATENTS = ("deter", "stoch")
-
-
-def build(storage: str, folder: Path, num_envs: int = 2, rows: int = 40, length: int = 5, **options) -> Replay:
-    return Replay(
-        FIELDS, num_envs, num_envs * rows, length, 0, True, LATENTS, storage=storage, folder=folder, **options
-    )
-
-
-def collect(replay: Replay, times: range) -> None:
-    """Steps whose every value follows from environment and time."""
-    N = replay.num_envs
-    for time in times:
-        rng = np.random.default_rng(time)
-        step = {"image": rng.integers(0, 256, (N, 4, 4, 3), dtype=np.uint8), "is_first": rng.random(N) < 0.2}
-        step |= {"reward": time + np.arange(N, dtype=np.float32) / 8, "is_last": rng.random(N) < 0.2}
-        step |= {"deter": rng.standard_normal((N, 3)).astype(ml_dtypes.bfloat16)}
-        replay.add(step | {"stoch": rng.integers(0, 256, (N, 2), dtype=np.uint8)})
-
-
-def latents_of(batch, update: int) -> dict[str, np.ndarray]:
-    """What an update makes of the batch it saw, (B, T, ...)."""
-    deter, stoch = (np.asarray(batch[name])[:, 1:] for name in LATENTS)
-    changed = (deter.astype(np.float32) * 0.5 + update).astype(ml_dtypes.bfloat16)
-    return {"deter": changed, "stoch": stoch + np.uint8(update % 250 + 1)}
-
-
-def train(replay: Replay, times: range, per_dispatch: int = 1) -> list:
-    """Collect, and learn as the training loop does: latents of a dispatch land before the next but one is drawn."""
-    seen, pending = [], []
-    for time in times:
-        collect(replay, range(time, time + 1))
-        if not replay.starts:
-            continue
-        drawn = [replay.select(6) for _ in range(per_dispatch)]
-        batches = [replay.gather(selection) for selection in drawn]
-        for selection, batch in zip(drawn, batches, strict=True):
-            seen.append((selection.env.tolist(), selection.row.tolist(), {k: v.tobytes() for k, v in batch.items()}))
-        for selection, latents in pending:
-            replay.write(selection, latents)
-        pending = [(s, latents_of(b, time)) for s, b in zip(drawn, batches, strict=True)]
-    return seen
-
-
-def everything(replay: Replay) -> dict[str, bytes]:
-    """All stored steps, byte for byte."""
-    ring = replay._ring
-    found = {}
-    for env in range(replay.num_envs):
-        rows = np.arange(ring.tail[env], ring.head[env])
-        found |= {f"{name} {env}": replay.storage.take(name, env, rows).tobytes() for name in FIELDS}
-    return found
-
-
-def save(replay: Replay, folder: Path) -> dict:
-    return json.loads(json.dumps(replay.save(folder)))
 
 
 @pytest.fixture
 def small_files(monkeypatch):
-    for module, name in [(disk, "SEGMENT_BYTES"), (versions, "EXTENT_BYTES")]:
-        monkeypatch.setattr(module, name, 300)
-    monkeypatch.setattr(disk, "SEGMENTS", 8)
+    make_files_small(monkeypatch)
 
 
 @pytest.mark.parametrize("per_dispatch", [1, 4])
@@ -212,16 +157,16 @@ def test_segments_leave_when_no_save_needs_them(tmp_path, small_files):
 KILLED = """
 import sys, pathlib
 sys.path.insert(0, sys.argv[1])
-import test_replay_storages as t
-t.disk.SEGMENT_BYTES = t.versions.EXTENT_BYTES = 300
-t.disk.SEGMENTS = 8
+import json, pytest
+import replay_data as t
+t.make_files_small(pytest.MonkeyPatch())
 folder = pathlib.Path(sys.argv[2])
 replay = t.build("disk", folder)
 for start, name in [(0, "older"), (35, "newer"), (70, "never")]:
     t.train(replay, range(start, start + 35))
     if name != "never":
         content = {k: v.hex() for k, v in t.everything(replay).items()}
-        (folder.parent / name).write_text(t.json.dumps([replay.save(folder), content]))
+        (folder.parent / name).write_text(json.dumps([replay.save(folder), content]))
 print("now", flush=True)
 while True:
     t.train(replay, range(start, start + 35))
@@ -230,7 +175,7 @@ while True:
 
 
 def test_a_killed_run_leaves_both_saves_as_they_were(tmp_path):
-    command = [sys.executable, "-c", KILLED, str(Path(__file__).parent), str(tmp_path / "replay")]
+    command = [sys.executable, "-c", KILLED, str(Path(__file__).parents[1]), str(tmp_path / "replay")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "now\n"
     process.send_signal(signal.SIGKILL)
@@ -243,36 +188,6 @@ def test_a_killed_run_leaves_both_saves_as_they_were(tmp_path):
         assert {k: v.hex() for k, v in everything(replay).items()} == content
         train(replay, range(200, 260))
     assert not list((tmp_path / "replay").glob("*.partial"))
-
-
-DAMAGES = [
-    (part, damage) for part in ("segment", "latents", "places") for damage in ("truncated", "flipped", "missing")
-]
-DAMAGES.remove(("latents", "flipped"))  # rewritten all the time, so without checksums
-
-
-@pytest.mark.parametrize(("part", "damage"), DAMAGES)
-def test_damage_on_disk_is_noticed_and_the_older_save_still_loads(tmp_path, small_files, part, damage):
-    original = build("disk", tmp_path)
-    train(original, range(30))
-    older, content = save(original, tmp_path), everything(original)
-    train(original, range(30, 70))
-    newer = save(original, tmp_path)
-    latents = newer["latents"]
-    file = {"segment": newer["segments"][-1], "latents": latents["extents"][-1], "places": latents["places"]}[part]
-    path = tmp_path / file["file"]
-    data = bytearray(path.read_bytes())
-    data[len(data) // 100] ^= 4
-    if damage == "missing":
-        path.unlink()
-    else:
-        path.write_bytes({"truncated": data[:-1], "flipped": data}[damage])
-    replay = build("disk", tmp_path)
-    with pytest.raises(ReplayError, match="truncated or was changed|corrupted: expected checksum|cannot read"):
-        replay.load(tmp_path, newer)
-    assert len(replay) == 0
-    replay.load(tmp_path, older)
-    assert everything(replay) == content
 
 
 def no_room(*arguments):
@@ -323,7 +238,7 @@ def test_disk_storage_is_saved_where_it_lies(tmp_path):
 def test_what_each_storage_needs_and_finds(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "machine_memory", lambda: 100_000)
     monkeypatch.setattr(memory, "disk_space", lambda folder: 1_000_000)
-    step, latents = 48 + 4 + 2 + 6 + 2, 6 + 2
+    step, latents = STEP_BYTES, LATENT_BYTES
     tables = {kind: memory.budget(kind, FIELDS, LATENTS, tmp_path, 50_000) for kind in ("host", "disk", "device")}
     assert dict(tables["host"].needs) == {"memory": step, "disk": step + 2 * latents, "device": 0}
     assert dict(tables["disk"].needs) == {"memory": 48, "disk": step + 2 * latents, "device": 0}

@@ -36,6 +36,16 @@ def stored(run: Run, env: int) -> dict[str, np.ndarray]:
     return {name: array[0] for name, array in found.items()}
 
 
+#: No more than training.
+BARE: dict[str, Any] = {"run__eval_every": None, "run__final_eval": False}
+
+
+def train_until(steps: int, logdir: Path, **overrides: Any) -> int:
+    """Train, or go on, with a checkpoint every 40 steps; the exit code."""
+    options = {"run__checkpoint_every": 40} | BARE | overrides
+    return train(tiny_config(logdir=str(logdir), run__agent_steps=steps, **options))
+
+
 @pytest.fixture
 def runs(monkeypatch):
     """The runs of a test, in order."""
@@ -62,8 +72,7 @@ def test_a_failing_environment_costs_an_episode(trouble, workers, said, runs, tm
     logdir = tmp_path / "run"
     config = tiny_config(
         logdir=str(logdir), env__num_envs=2, env__workers=workers, env__timeout_seconds=5.0, env__restart_seconds=0.01,
-        run__agent_steps=80, run__train_ratio=4, run__eval_every=None, run__report_every=None, run__final_eval=False,
-        run__log_every=80,
+        run__agent_steps=80, run__train_ratio=4, run__log_every=80, **BARE,
     )  # fmt: skip
     make = lambda index, seed: Failing(trouble, tmp_path / "once") if index == 1 else Rounds()  # noqa: E731
     assert train(config, make) == 0
@@ -83,7 +92,7 @@ def test_a_failing_environment_costs_an_episode(trouble, workers, said, runs, tm
 def test_an_environment_that_always_fails_stops_the_run_with_a_checkpoint(runs, tmp_path, capsys):
     config = tiny_config(
         logdir=str(tmp_path), env__num_envs=1, env__restart_seconds=0.0, env__failure_limit=2, run__agent_steps=1000,
-        run__eval_every=None, run__report_every=None, run__train_ratio=4,
+        run__eval_every=None, run__train_ratio=4,
     )  # fmt: skip
     assert train(config, lambda index, seed: Failing("raise", None)) == ENVIRONMENTS_FAILED
     text = " ".join(capsys.readouterr().out.split())
@@ -97,7 +106,7 @@ def test_an_environment_that_cannot_be_made_anew_stops_the_run_with_a_checkpoint
     monkeypatch.setattr("dreamer.envs.faults.TRIES", 3)
     config = tiny_config(
         logdir=str(tmp_path), env__num_envs=1, env__restart_seconds=0.0, env__failure_limit=None, run__agent_steps=1000,
-        run__eval_every=None, run__report_every=None, run__final_eval=False, run__train_ratio=4,
+        **BARE, run__train_ratio=4,
     )  # fmt: skip
     made: list[int] = []
 
@@ -116,7 +125,7 @@ def test_an_environment_that_cannot_be_made_anew_stops_the_run_with_a_checkpoint
 def test_a_failing_evaluation_environment_is_made_anew(runs, tmp_path):
     config = tiny_config(
         logdir=str(tmp_path / "run"), env__num_envs=1, env__restart_seconds=0.0, run__agent_steps=20,
-        run__eval_every=20, run__eval_episodes=3, run__eval_envs=1, run__final_eval=False, run__report_every=None,
+        run__eval_every=20, run__eval_episodes=3, run__eval_envs=1, run__final_eval=False,
     )  # fmt: skip
     made: list[int] = []
 
@@ -162,11 +171,7 @@ def test_a_full_disk_stops_no_training_and_costs_no_checkpoint(runs, tmp_path, f
         update(run)
 
     monkeypatch.setattr(Run, "_update", watch)
-    config = tiny_config(
-        logdir=str(tmp_path), run__agent_steps=240, run__checkpoint_every=40, run__eval_every=None,
-        run__report_every=None, run__final_eval=False, run__log_every=20,
-    )  # fmt: skip
-    assert train(config) == 0
+    assert train_until(240, tmp_path, run__log_every=20) == 0
     assert "checkpoint failed" in capsys.readouterr().out
     assert at_full[0][0] == 80 and at_full[0][1] > 0
     # Soon after there was room again a checkpoint was there, and at the end nothing is missing.
@@ -175,8 +180,7 @@ def test_a_full_disk_stops_no_training_and_costs_no_checkpoint(runs, tmp_path, f
     assert sorted(set(steps)) == list(range(20, 241, 20))
     assert len(runs[0].replay) == 240
     monkeypatch.setattr(Run, "_update", update)
-    assert train(tiny_config(logdir=str(tmp_path), run__agent_steps=260, run__checkpoint_every=40,
-        run__eval_every=None, run__report_every=None, run__final_eval=False, run__log_every=20)) == 0  # fmt: skip
+    assert train_until(260, tmp_path, run__log_every=20) == 0
     assert len(runs[1].replay) == 260
 
 
@@ -186,70 +190,24 @@ def test_a_full_disk_stops_no_training_and_costs_no_checkpoint(runs, tmp_path, f
 @pytest.fixture
 def two_checkpoints(runs, tmp_path):
     """A logdir with checkpoints at steps 80 and 120."""
-    config = tiny_config(
-        logdir=str(tmp_path / "run"), run__agent_steps=120, run__checkpoint_every=80, run__eval_every=None,
-        run__report_every=None, run__final_eval=False,
-    )  # fmt: skip
-    assert train(config) == 0
+    assert train_until(120, tmp_path / "run", run__checkpoint_every=80) == 0
     runs.clear()
     return tmp_path / "run"
 
 
-def again(logdir: Path, steps: int) -> int:
-    return train(
-        tiny_config(
-            logdir=str(logdir),
-            run__agent_steps=steps,
-            run__checkpoint_every=40,
-            run__eval_every=None,
-            run__report_every=None,
-            run__final_eval=False,
-        )  # fmt: skip
-    )
-
-
-def largest(folder: Path) -> Path:
-    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-
-
-def cut(path: Path) -> None:
+@pytest.mark.parametrize("newest", ["checkpoints/*/meta.json", "replay/*"])
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(newest, two_checkpoints, runs):
+    """All ways of damage are in `test_damage.py`."""
+    path = max(two_checkpoints.glob(newest), key=lambda path: path.stat().st_mtime_ns)
     os.truncate(path, path.stat().st_size // 2)
-
-
-def flip(path: Path) -> None:
-    """Change one bit in the middle."""
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(data)
-
-
-def remove(path: Path) -> None:
-    path.unlink()
-
-
-@pytest.mark.parametrize("damage", [cut, flip, remove])
-@pytest.mark.parametrize(
-    "part", ["state", "meta.json", "manifest.json", "files/loop.msgpack", "files/environments.msgpack"]
-)
-def test_a_damaged_checkpoint_is_skipped_for_the_one_before(part, damage, two_checkpoints, runs):
-    folder = two_checkpoints / "checkpoints" / f"{120:012d}"
-    damage(largest(folder / part) if part == "state" else folder / part)
-    with pytest.warns(CheckpointWarning, match="damaged and was skipped"):
-        assert again(two_checkpoints, 160) == 0
+    with pytest.warns(CheckpointWarning, match=f"{120:012d} is damaged and was skipped"):
+        assert train_until(160, two_checkpoints) == 0
     assert len(runs[0].replay) == runs[0].agent_steps == 160
     assert Checkpointer(two_checkpoints, read_only=True).steps()[-1] == 160
     # Every episode is there once: 24 stored steps each, of either environment.
     assert np.flatnonzero(stored(runs[0], 0)["is_last"]).tolist() == [23, 47, 71]
-    assert len(lines(two_checkpoints / "scores.jsonl")) == 6
-
-
-@pytest.mark.parametrize("damage", [cut, flip, remove])
-def test_a_damaged_replay_file_too(damage, two_checkpoints, runs):
-    damage(max((two_checkpoints / "replay").iterdir(), key=lambda path: path.stat().st_mtime_ns))
-    with pytest.warns(CheckpointWarning, match="damaged and was skipped"):
-        assert again(two_checkpoints, 160) == 0
-    assert len(runs[0].replay) == 160
-    assert np.flatnonzero(stored(runs[0], 0)["is_last"]).tolist() == [23, 47, 71]
+    scores = lines(two_checkpoints / "scores.jsonl")
+    assert len(scores) == 6 and [score["step"] for score in scores] == sorted(score["step"] for score in scores)
 
 
 def test_a_config_of_another_version_is_refused_by_name(two_checkpoints, capsys):
@@ -274,9 +232,8 @@ def test_records_that_cannot_be_written_are_told_once(runs, tmp_path, full_disk,
     """A disk that is full for the records alone: one warning, and all of them later."""
     (tmp_path / "metrics.jsonl").write_text("")
     config = tiny_config(
-        logdir=str(tmp_path), run__agent_steps=60, run__checkpoint_every=None, run__log_every=2,
-        run__eval_every=None, run__report_every=None, run__final_eval=False,
-    )  # fmt: skip
+        logdir=str(tmp_path), run__agent_steps=60, run__checkpoint_every=None, run__log_every=2, **BARE
+    )
     run_loop = Run.loop
 
     def loop(run: Run, stop: Any) -> None:

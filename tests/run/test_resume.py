@@ -24,7 +24,7 @@ from dreamer.envs import InlineVectorEnv
 from dreamer.presets import load_config
 from dreamer.replay import Selection
 from dreamer.run.loop import Run
-from dreamer.saves.checkpoint import Checkpointer, CheckpointWarning
+from dreamer.saves.checkpoint import Checkpointer
 
 FOREVER = 10_000_000
 OPTIONS = (
@@ -281,34 +281,6 @@ def test_options_that_may_not_change_are_refused(stopped, option, value, shown, 
     error = capsys.readouterr().err
     assert shown in error and "cannot change on resume" in error
     assert {path: path.stat().st_mtime_ns for path in stopped.logdir.rglob("*") if path.is_file()} == before
-
-
-def break_newest(logdir: Path) -> tuple[int, int]:
-    """Cut a file of the newest checkpoint; (its step, the step of the one before)."""
-    folders = sorted((logdir / "checkpoints").iterdir())
-    assert len(folders) == 2
-    largest = max((folders[-1] / "state").rglob("*"), key=lambda path: path.stat().st_size if path.is_file() else 0)
-    os.truncate(largest, largest.stat().st_size // 2)
-    newest, before = (int(folder.name.split(".")[0]) for folder in reversed(folders))
-    return newest, before
-
-
-def test_a_half_written_checkpoint_is_skipped_for_the_one_before(stopped, copy, resume):
-    newest, before = break_newest(copy)
-    with pytest.warns(CheckpointWarning, match=f"{newest:012d}.*damaged and was skipped"):
-        begun = resume(copy, *end_after(stopped, 20))
-    assert begun.steps[0] == before < newest
-    assert begun.replay_length == before
-    assert all(record["step"] <= newest + 20 for record in lines(copy / "scores.jsonl"))
-    assert checkpoint(copy)[0] == newest + 20
-
-
-def test_a_damaged_replay_file_too(stopped, copy, resume):
-    newest = sorted((copy / "replay").iterdir())[-1]
-    os.truncate(newest, newest.stat().st_size - 1)
-    with pytest.warns(CheckpointWarning, match="damaged and was skipped"):
-        begun = resume(copy, *end_after(stopped, 20))
-    assert begun.steps[0] < checkpoint(stopped.logdir)[0]
 
 
 def test_every_checkpoint_damaged_is_an_error(stopped, copy, capsys):
