@@ -301,13 +301,6 @@ class EnvConfig:
     gym: GymConfig = option(GymConfig, "Gymnasium")
     toy: ToyConfig = option(ToyConfig, "Built-in toy")
 
-    def suite_repeat(self, suite: str) -> int:
-        """Action repeat by the suite's own option, 1 if it has none. Unknown names: a user's Gymnasium environment."""
-        if suite == "bsuite":  # without options of its own
-            return 1
-        section = {"atari100k": "atari"}.get(suite, suite)
-        return getattr(getattr(self, section, self.gym), "repeat", 1)
-
 
 @group
 class SelectionConfig:
@@ -509,8 +502,3 @@ class Config:
     def updates_per_step(self) -> float:
         """Gradient updates per agent step: train_ratio / (B * T)."""
         return self.run.train_ratio / (self.run.batch_size * self.run.batch_length)
-
-    @property
-    def repeat(self) -> int:
-        """Environment frames per agent step: `env.repeat` or the suite's own, one of which is 1 (`envs.options`)."""
-        return self.env.repeat * self.env.suite_repeat(self.task.split("_", 1)[0])

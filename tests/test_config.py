@@ -16,6 +16,7 @@ from dreamer import schema
 from dreamer.commands.arguments import split_arguments
 from dreamer.commands.train import train_config
 from dreamer.config import Config
+from dreamer.envs import frames_per_step
 from dreamer.presets import (
     ConfigError,
     check_resume,
@@ -84,7 +85,12 @@ BENCHMARKS = {  # environments, train ratio, agent steps, action repeat
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_benchmark_presets_keep_the_published_protocol(name):
     config = load_config([name])
-    got = (config.env.num_envs, config.run.train_ratio, config.run.agent_steps, config.repeat)
+    got = (
+        config.env.num_envs,
+        config.run.train_ratio,
+        config.run.agent_steps,
+        frames_per_step(config.task, config.env),
+    )
     assert got == BENCHMARKS[name]
     assert (config.run.batch_size, config.run.batch_length) == (16, 64)
     assert config.optimizer.learning_rate == 4e-5

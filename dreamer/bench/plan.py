@@ -17,6 +17,7 @@ from dreamer.bench.update_cost import Outlook, Pace, Say, Update, format_flops, 
 from dreamer.config import Config
 from dreamer.contradictions import filling_steps
 from dreamer.data.preload import find_preload, task_spaces
+from dreamer.envs import frames_per_step
 from dreamer.records.display import format_bytes, format_count, format_duration
 from dreamer.replay import budget, bytes_per_step, choose_storage
 from dreamer.run.allocator import reuse_freed_memory
@@ -187,7 +188,8 @@ def make_plan(config: Config, seconds: float | None = TRIAL_SECONDS, say: Say = 
     preloaded = found.room(config.env.num_envs) if found else 0
     update, whole = Update(config, agent), schedule(config, preloaded)
     outlook = look(config, update, device, seconds, say)
-    steps, frames = config.run.agent_steps, config.run.agent_steps * config.repeat
+    steps = config.run.agent_steps
+    frames = steps * frames_per_step(config.task, config.env)
     envs = _counted(config.env.num_envs, "environment")
     task = f"{config.task}, {envs}, {steps:,} agent steps ({frames:,} frames)"
     if update.agents > 1:

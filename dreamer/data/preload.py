@@ -10,6 +10,7 @@ from pathlib import Path
 
 from dreamer.config import Config
 from dreamer.data.minari import MinariSource, find_dataset
+from dreamer.envs import frames_per_step
 from dreamer.envs.vector import MakeEnv, make_vector_env
 from dreamer.presets import ConfigError
 from dreamer.replay import Replay, ReplayError
@@ -81,10 +82,10 @@ def find_preload(config: Config, observations: Spaces, actions: Spaces) -> Prelo
         dataset = find_dataset(path)
         if dataset is None:
             return Preload(str(path), EpisodeFolder(path, observations, actions))
-        if config.repeat != 1:
+        if (repeat := frames_per_step(config.task, config.env)) != 1:
             raise ConfigError(
                 "expected an action repeat of 1 with a Minari dataset, whose steps are single ones, got "
-                f"{config.repeat}; set the task's option repeat to 1"
+                f"{repeat}; set the task's option repeat to 1"
             )
         return Preload(str(path), MinariSource(dataset, observations, actions))
     except ReplayError as error:

@@ -40,6 +40,7 @@ class Suite:
     check       TaskError if a name cannot be made; None: exactly the listed names can.
     package     Optional package it needs, and the pip extra of this project that installs it, if there is one.
     beside      Commands that install what the extra cannot.
+    repeat      The action repeat by an option of its own.
     process     Whether it is slow enough to earn a process of its own.
     vector      (name, config, seeds) -> all environments at once, or None to make them one by one.
     best_score  (name, config) -> score of perfect play, where known.
@@ -53,6 +54,7 @@ class Suite:
     check: Callable[[str], object] | None = None
     package: tuple[str, str | None] | None = None
     beside: str | None = None
+    repeat: Callable[[EnvConfig], int] = lambda config: 1
     process: Callable[[EnvConfig], bool] = lambda config: True
     vector: Callable[[str, EnvConfig, Sequence[int]], VectorEnv | None] = lambda name, config, seeds: None
     best_score: Callable[[str, EnvConfig], float] | None = None
@@ -68,9 +70,18 @@ class Suite:
 
 def _atari(description: str) -> Suite:
     return Suite(
-        description, atari.make, atari.tasks, atari.check, vector=atari_vector.make, normalized=atari.human_normalized
+        description,
+        atari.make,
+        atari.tasks,
+        atari.check,
+        repeat=lambda config: config.atari.repeat,
+        vector=atari_vector.make,
+        normalized=atari.human_normalized,
     )
 
+
+#: Suites whose environments are, or may be, Gymnasium's.
+_gym = functools.partial(Suite, repeat=lambda config: config.gym.repeat, process=lambda config: config.gym.render)
 
 SUITES: Mapping[str, Suite] = {
     "toy": Suite(
@@ -86,6 +97,7 @@ SUITES: Mapping[str, Suite] = {
         dmc.make,
         dmc.tasks,
         package=("dm_control", "dmc"),
+        repeat=lambda config: config.dmc.repeat,
         process=lambda config: config.dmc.pixels,
     ),
     "bsuite": Suite(
@@ -128,15 +140,10 @@ SUITES: Mapping[str, Suite] = {
         beside="git clone https://github.com/google-deepmind/lab && cd lab && "
         "bazel build -c opt --python_version=PY3 //python/pip_package:build_pip_package && "
         "./bazel-bin/python/pip_package/build_pip_package /tmp/dmlab && pip install /tmp/dmlab/*.whl",
+        repeat=lambda config: config.dmlab.repeat,
     ),
-    "gym": Suite("Any Gymnasium id", gym.make, gym.tasks, gym.check, process=lambda config: config.gym.render),
-    "py": Suite(
-        "A class or function of yours: py_module:NAME or py_file.py:NAME",
-        custom.make,
-        lambda: (),
-        custom.find,
-        process=lambda config: config.gym.render,
-    ),
+    "gym": _gym("Any Gymnasium id", gym.make, gym.tasks, gym.check),
+    "py": _gym("A class or function of yours: py_module:NAME or py_file.py:NAME", custom.make, lambda: (), custom.find),
 }
 
 
@@ -146,13 +153,9 @@ def list_suites() -> Mapping[str, Suite]:
 
 
 def _plugin(suite: str) -> Suite:
-    return Suite(
-        f"From the entry point {custom.plugins()[suite].value}",
-        functools.partial(custom.make_plugin, suite),
-        lambda: (),
-        lambda name: custom.load_plugin(suite),
-        process=lambda config: config.gym.render,
-    )
+    source = f"From the entry point {custom.plugins()[suite].value}"
+    make = functools.partial(custom.make_plugin, suite)
+    return _gym(source, make, lambda: (), lambda name: custom.load_plugin(suite))
 
 
 def split_task(task: str) -> tuple[Suite, str]:
@@ -207,7 +210,16 @@ def make_env(task: str, config: EnvConfig, seed: int) -> Env:
     """One environment. TaskError if the task or an option cannot work."""
     check_task(task)
     suite, name = split_task(task)
-    return wrap(suite.make(name, config, seed), config, seed, config.suite_repeat(task.partition("_")[0]))
+    return wrap(suite.make(name, config, seed), config, seed, suite.repeat(config))
+
+
+def frames_per_step(task: str, config: EnvConfig) -> int:
+    """Environment frames per agent step: `env.repeat` or the suite's own, one of which is 1 (`envs.options`).
+
+    A name that is none of the table's stands for a user's Gymnasium environment.
+    """
+    suite = SUITES.get(task.partition("_")[0])
+    return config.repeat * (config.gym.repeat if suite is None else suite.repeat(config))
 
 
 def best_score(task: str, config: EnvConfig) -> float | None:

@@ -16,7 +16,7 @@ from rich.text import Text
 from dreamer.agent import Agent, seed_key
 from dreamer.config import Config
 from dreamer.data.preload import Preload, check_place, check_trainable, find_preload
-from dreamer.envs import EnvError, InlineVectorEnv
+from dreamer.envs import EnvError, InlineVectorEnv, frames_per_step
 from dreamer.envs.faults import FaultBudget
 from dreamer.envs.interface import Fault
 from dreamer.envs.vector import MakeEnv
@@ -147,7 +147,8 @@ class RunParts:
 
     @property
     def steps(self) -> Steps:
-        return Steps(self.agent_steps, self.agent_steps * self.config.repeat, self.updates)
+        frames = self.agent_steps * frames_per_step(self.config.task, self.config.env)
+        return Steps(self.agent_steps, frames, self.updates)
 
     def _training_fault(self, fault: Fault) -> None:
         """An environment failed and begins a new episode: the one that was cut is stored as abandoned."""

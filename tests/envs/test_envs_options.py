@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from dreamer.config import Config, EnvConfig
-from dreamer.envs import Env, EnvError, TaskError, make_env, make_vector_env, transition
+from dreamer.envs import Env, EnvError, TaskError, frames_per_step, make_env, make_vector_env, transition
 from dreamer.envs.interface import restorable
 from dreamer.envs.options import OPTIONS, wrap
 from dreamer.types import Space
@@ -99,13 +99,17 @@ def test_repeat_and_time_limit_count_agent_steps():
 
 
 def test_frames_are_counted_with_the_one_repeat_there_is():
-    assert Config(task="toy_catch", env={"repeat": 3}).repeat == 3
-    assert Config(task="crafter_reward", env={"repeat": 2, "atari": {"repeat": 8}}).repeat == 2
-    assert Config(task="atari100k_pong", env={"atari": {"repeat": 8}}).repeat == 8
-    assert Config(task="dmc_walker_walk", env={"dmc": {"repeat": 2}}).repeat == 2
-    assert Config(task="my_task", env={"gym": {"repeat": 5}}).repeat == 5
-    assert Config(task="my_task", env={"repeat": 5}).repeat == 5
-    assert Config(task="bsuite_catch/0", env={"gym": {"repeat": 4}}).repeat == 1
+    def frames(task, **options):
+        return frames_per_step(task, Config(task=task, env=options).env)
+
+    assert frames("toy_catch", repeat=3) == 3
+    assert frames("crafter_reward", repeat=2, atari={"repeat": 8}) == 2
+    assert frames("atari100k_pong", atari={"repeat": 8}) == 8
+    assert frames("dmc_walker_walk", dmc={"repeat": 2}) == frames("dmc_walker_walk", repeat=2) == 2
+    assert frames("dmlab_rooms_watermaze") == 4
+    assert frames("gym_CartPole-v1", gym={"repeat": 5}) == frames("py_x:y", gym={"repeat": 5}) == 5
+    assert frames("my_task", gym={"repeat": 5}) == frames("my_task", repeat=5) == 5
+    assert frames("bsuite_catch/0", gym={"repeat": 4}) == 1
 
 
 def test_repeats_never_multiply():
@@ -120,7 +124,6 @@ def test_either_repeat_is_the_same(task):
     suite = task.partition("_")[0]
     rng = np.random.default_rng(0)
     general, own = (make_env(task, EnvConfig(**options), 3) for options in ({"repeat": 2}, {suite: {"repeat": 2}}))
-    assert Config(task=task, env={"repeat": 2}).repeat == Config(task=task, env={suite: {"repeat": 2}}).repeat == 2
     pairs = [(general.reset(), own.reset())]
     while not pairs[-1][0]["is_last"] and len(pairs) < 20:
         action = {key: space.sample(rng) for key, space in own.action_spaces.items()}
