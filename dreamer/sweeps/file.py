@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
-from dreamer.config import LARGEST_SEED
 from dreamer.presets import (
     Setting,
     Settings,
@@ -21,10 +19,12 @@ from dreamer.presets import (
     unknown,
 )
 from dreamer.schema import ConfigError, options, show
-from dreamer.sweeps.draws import read_draw
-from dreamer.sweeps.spec import MOST_RUNS, Drawn, EarlyStop, Entry, RayTask, Sweep
-from dreamer.values import brief, plain, suggestion
+from dreamer.sweeps.draws import Draw, read_draw
+from dreamer.sweeps.spec import Drawn, EarlyStop, Entry, RayTask, Sweep, Trials
+from dreamer.values import brief, describe_fault, suggestion
 from dreamer.yaml_files import find_file, key_text, parse_file, plain_node
+
+Reader = Callable[[Node, Path, str], Any]
 
 #: Options that a sweep sets itself, and what to write instead.
 _OWN = {"seed": "write `seeds: [0, 1, 2]`", "logdir": "each run has a folder of its own in --logdir"}
@@ -50,17 +50,31 @@ def load_sweep(path: Path) -> Sweep:
     """Reads a sweep file; ConfigError for what is wrong in it."""
     root = parse_file(path)
     if root is None:
-        raise ConfigError(f"{path}: expected a sweep, found an empty file; known keys: {', '.join(_KEYS)}")
-    found: dict[str, Any] = {}
-    for key, where, node in _pairs(root, path, "a sweep"):
-        more = "; options of all runs go under `options:`" if key.split(".")[0] in _roots() else ""
-        _check_key(key, _KEYS, where, " of a sweep", more)
-        field, read = _KEYS[key]
-        found[field] = read(node, path, where)
-    sweep = Sweep(**{"path": path, "name": path.stem, **found})
-    if sweep.search and (sweep.named or sweep.grid or sweep.items or sweep.random):
-        raise ConfigError(f"{path}: expected `search` alone beside `options` and `seeds`; its score must be one number")
-    return sweep
+        raise ConfigError(f"{path}: expected a sweep, found an empty file; known keys: {', '.join(_keys(Sweep))}")
+    found = _part(Sweep, "a sweep", _READERS)(root, path, f"{path}")
+    try:
+        return TypeAdapter(Sweep).validate_python({"name": path.stem, **found, "path": path})
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where, name = _line_of(fault["loc"], root, path), ".".join(map(str, fault["loc"]))
+        wrong = f"expected the key {fault['loc'][-1]}" if fault["type"] == "missing" else describe_fault(fault)
+        raise ConfigError(": ".join(part for part in (where, name, wrong) if part)) from None
+
+
+def _keys(kind: Any) -> list[str]:
+    """The keys that make a part of a file, `path` apart."""
+    return [field.alias or name for name, field in kind.__pydantic_fields__.items() if name != "path"]
+
+
+def _line_of(place: Iterable[str | int], root: Node, path: Path) -> str:
+    """`file:line` of the key that these keys, one in the other, lead to; of the last one that is there."""
+    where, node = f"{path}", root
+    for part in place:
+        pairs = node.value if isinstance(node, MappingNode) else ()
+        key, node = next(((key, value) for key, value in pairs if key.value == part), (None, node))
+        if key is not None:
+            where = _line(key, path)
+    return where
 
 
 def _roots() -> set[str]:
@@ -82,14 +96,6 @@ def _pairs(node: Node, path: Path, what: str) -> list[tuple[str, str, Node]]:
             raise ConfigError(f"{where}: {name} stands here twice; keep one")
         found[name] = (name, where, value)
     return list(found.values())
-
-
-def _check_key(key: str, known: Iterable[str], where: str, of: str = "", remedy: str = "") -> None:
-    """ConfigError for a key that is none of those known. of: what it would be a key of; remedy: other than the nearest
-    of them."""
-    if key not in (known := tuple(known)):
-        close = remedy or suggestion(key, known, f"; known: {', '.join(known)}")
-        raise ConfigError(f"{where}: unknown key {key!r}{of}{close}")
 
 
 def _line(node: Node, path: Path) -> str:
@@ -187,118 +193,51 @@ def label_of(configs: Iterable[Setting], settings: Settings, among: Iterable[str
     return "-".join(parts)
 
 
-def _drawn(count_key: str) -> Callable[[Node, Path, str], Drawn]:
-    def read(node: Node, path: Path, where: str) -> Drawn:
-        parts = {key: (line, inner) for key, line, inner in _pairs(node, path, "this")}
-        known = (count_key, "seed", "options")
-        for key, (line, _) in parts.items():
-            _check_key(key, known, line)
-        for key in (count_key, "options"):
-            if key not in parts:
-                raise ConfigError(f"{where}: expected the key {key}; known: {', '.join(known)}")
-        numbers = {
-            k: (_SEED if k == "seed" else _COUNT)(parts[k][1], path, parts[k][0])
-            for k in (count_key, "seed")
-            if k in parts
-        }
-        draws = {
-            name: read_draw(name, plain_node(inner, line), line)
-            for name, (inner, line) in _dotted(parts["options"][1], path).items()
-        }
-        for name, draw in draws.items():
-            for value in draw.values:
-                fitted(name, value, draw.where)
-        return Drawn(numbers[count_key], numbers.get("seed", 0), draws)
+def _draws(node: Node, path: Path, where: str) -> dict[str, Draw]:
+    draws = {
+        name: read_draw(name, plain_node(inner, line), line) for name, (inner, line) in _dotted(node, path).items()
+    }
+    for name, draw in draws.items():
+        for value in draw.values:
+            fitted(name, value, draw.where)
+    return draws
+
+
+def _part(kind: Any, what: str, readers: Mapping[str, Reader]) -> Reader:
+    """Reads a mapping with the keys of a class: by a reader each, or as plain values."""
+
+    def read(node: Node, path: Path, where: str) -> dict[str, Any]:
+        found = {}
+        for key, line, inner in _pairs(node, path, what):
+            if key not in (known := _keys(kind)):
+                close = suggestion(key, known, f"; known: {', '.join(known)}")
+                if kind is Sweep and key.split(".")[0] in _roots():
+                    close = "; options of all runs go under `options:`"
+                raise ConfigError(f"{line}: unknown key {key!r} of {what}{close}")
+            found[key] = readers[key](inner, path, line) if key in readers else plain_node(inner, line)
+        return found
 
     return read
 
 
-def _seeds(node: Node, path: Path, where: str) -> tuple[int, ...]:
-    """A number of seeds, from 0, or the list of them."""
-    found = plain_node(node, where)
-    if isinstance(found, int) and not isinstance(found, bool) and 0 < found <= MOST_RUNS:
-        return tuple(range(found))
-    good = isinstance(found, list) and found and all(isinstance(s, int) and not isinstance(s, bool) for s in found)
-    if not good or min(found) < 0 or max(found) > LARGEST_SEED or len(set(found)) < len(found):
-        raise ConfigError(
-            f"{where}: expected seeds to be their number, at most {MOST_RUNS:,}, or a list of different ones from 0 to "
-            f"2^64 - 1, got {brief(found)}"
-        )
-    return tuple(found)
+def _early_stop(node: Node, path: Path, where: str) -> dict[str, Any] | None:
+    return None if node.tag == "tag:yaml.org,2002:null" else _part(EarlyStop, "early_stop", {})(node, path, where)
 
 
-def _number(kind: type, least: float, largest: float) -> Callable[[Node, Path, str], Any]:
-    def read(node: Node, path: Path, where: str) -> Any:
-        found = plain_node(node, where)
-        number = isinstance(found, int if kind is int else int | float) and not isinstance(found, bool)
-        if not number or not least <= found <= largest:
-            raise ConfigError(
-                f"{where}: expected a {'whole ' if kind is int else ''}number from {least:,g} to {largest:,g}, "
-                f"got {brief(found)}"
-            )
-        return kind(found)
-
-    return read
+def _slurm(node: Node, path: Path, where: str) -> dict[str, Any]:
+    return {key: plain_node(inner, line) for key, line, inner in _pairs(node, path, "slurm")}
 
 
-#: Runs, trials, and the seed of their draws.
-_COUNT, _SEED = _number(int, 1, MOST_RUNS), _number(int, 0, LARGEST_SEED)
-
-
-def _early_stop(node: Node, path: Path, where: str) -> EarlyStop | None:
-    if node.tag == "tag:yaml.org,2002:null":
-        return None
-    readers = {"after": _number(float, 0, 1), "below": _number(float, 0, 1), "runs": _COUNT}
-    found = {}
-    for key, line, inner in _pairs(node, path, "early_stop"):
-        _check_key(key, readers, line, " of early_stop")
-        found[key] = readers[key](inner, path, line)
-    return EarlyStop(**found)
-
-
-def _text(node: Node, path: Path, where: str) -> str:
-    found = plain_node(node, where)
-    if not isinstance(found, str) or found in ("", ".", "..") or "/" in found or not found.isprintable():
-        raise ConfigError(f"{where}: expected a name that a folder can have, without /, got {brief(found)}")
-    return found
-
-
-def _mapping(node: Node, path: Path, where: str) -> dict[str, Any]:
-    found = {}
-    for key, line, inner in _pairs(node, path, "this"):
-        try:
-            found[key] = plain(plain_node(inner, line))
-        except ValueError as error:
-            raise ConfigError(f"{line}: {error}") from None
-        if isinstance(found[key], float) and not math.isfinite(found[key]):
-            raise ConfigError(f"{line}: expected a finite number, got {found[key]}")
-    return found
-
-
-def _ray(node: Node, path: Path, where: str) -> RayTask:
-    for key, line, _ in _pairs(node, path, "ray"):
-        _check_key(key, [field.name for field in dataclasses.fields(RayTask)], line, " of ray")
-    try:
-        return RayTask(**_mapping(node, path, where))
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
-
-
-#: By key of the file: the field of `Sweep`, and how it is read.
-_KEYS: dict[str, tuple[str, Callable[[Node, Path, str], Any]]] = {
-    "name": ("name", _text),
-    "configs": ("configs", _configs),
-    "options": ("settings", _options),
-    "runs": ("named", _named),
-    "grid": ("grid", _grid),
-    "list": ("items", _items),
-    "random": ("random", _drawn("runs")),
-    "search": ("search", _drawn("trials")),
-    "seeds": ("seeds", _seeds),
-    "retries": ("retries", _number(int, 0, 1000)),
-    "retry_seconds": ("retry_seconds", _number(float, 0, 1e6)),
-    "early_stop": ("early_stop", _early_stop),
-    "hours": ("hours", _number(float, 0, 1e6)),
-    "slurm": ("slurm", _mapping),
-    "ray": ("ray", _ray),
+#: How the values of these keys are read; all others are plain.
+_READERS: dict[str, Reader] = {
+    "configs": _configs,
+    "options": _options,
+    "runs": _named,
+    "grid": _grid,
+    "list": _items,
+    "random": _part(Drawn, "random", {"options": _draws}),
+    "search": _part(Trials, "search", {"options": _draws}),
+    "early_stop": _early_stop,
+    "slurm": _slurm,
+    "ray": _part(RayTask, "ray", {}),
 }

@@ -3,18 +3,51 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import pydantic
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from dreamer.config import LARGEST_SEED
 from dreamer.presets import Setting, Settings
 from dreamer.sweeps.draws import Draw
-from dreamer.values import group
+from dreamer.values import brief, group, plain
 
 #: Most runs of a sweep.
 MOST_RUNS = 100_000
+
+
+def _folder_name(name: str) -> str:
+    if name in ("", ".", "..") or "/" in name or not name.isprintable():
+        raise ValueError(f"expected a name that a folder can have, without /, got {brief(name)}")
+    return name
+
+
+def _seeds(found: Any) -> tuple[int, ...]:
+    """A number of seeds, from 0, or the list of them."""
+    listed: Sequence[Any] = found if isinstance(found, list | tuple) else ()
+    if type(found) is int and 0 < found <= MOST_RUNS:
+        listed = range(found)
+    good = listed and all(type(seed) is int and 0 <= seed <= LARGEST_SEED for seed in listed)
+    if not good or len(set(listed)) < len(listed):
+        raise ValueError(
+            f"expected their number, at most {MOST_RUNS:,}, or a list of different ones from 0 to "
+            f"2^64 - 1, got {brief(found)}"
+        )
+    return tuple(listed)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"expected a finite number, got {value}")
+    return plain(value)
+
+
+Count = Annotated[int, Field(strict=True, ge=1, le=MOST_RUNS)]
+Share = Annotated[float, Field(strict=True, ge=0, le=1)]
+Amount = Annotated[float, Field(strict=True, ge=0, le=1_000_000)]
 
 
 @group
@@ -22,8 +55,8 @@ class RayTask:
     """What a run takes of a Ray cluster. address: where that is; None: RAY_ADDRESS says, or one of this machine."""
 
     address: str | None = None
-    num_cpus: float = pydantic.Field(1, ge=0, le=65_536)
-    num_gpus: float = pydantic.Field(0, ge=0, le=65_536)
+    num_cpus: Amount = 1.0
+    num_gpus: Amount = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,26 +68,33 @@ class Entry:
     settings: Settings = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass(frozen=True)
+@group
 class Drawn:
     """Options that are drawn: `count` times, from these distributions by name."""
 
-    count: int
-    seed: int
-    draws: Mapping[str, Draw]
+    draws: Mapping[str, Draw] = Field(alias="options")
+    count: Count = Field(alias="runs")
+    seed: int = Field(0, strict=True, ge=0, le=LARGEST_SEED)
 
 
-@dataclasses.dataclass(frozen=True)
+@group
+class Trials(Drawn):
+    """Options that are drawn by what earlier trials scored."""
+
+    count: Count = Field(alias="trials")
+
+
+@group
 class EarlyStop:
     """When a run is hopeless: its score is below that of this share of at least `runs` others of its task, at the same
     step, once it has done the share `after` of its length."""
 
-    after: float = 0.3
-    below: float = 0.5
-    runs: int = 4
+    after: Share = 0.3
+    below: Share = 0.5
+    runs: Count = 4
 
 
-@dataclasses.dataclass(frozen=True)
+@group
 class Sweep:
     """A sweep file.
 
@@ -72,18 +112,24 @@ class Sweep:
     """
 
     path: Path
-    name: str
+    name: Annotated[str, AfterValidator(_folder_name)]
     configs: tuple[Setting, ...] = ()
-    settings: Settings = dataclasses.field(default_factory=dict)
-    named: tuple[Entry, ...] = ()
+    settings: Settings = Field(default_factory=dict, alias="options")
+    named: tuple[Entry, ...] = Field((), alias="runs")
     grid: tuple[tuple[Entry, ...], ...] = ()
-    items: tuple[Entry, ...] = ()
+    items: tuple[Entry, ...] = Field((), alias="list")
     random: Drawn | None = None
-    search: Drawn | None = None
-    seeds: tuple[int, ...] = (0,)
-    retries: int = 2
-    retry_seconds: float = 10.0
+    search: Trials | None = None
+    seeds: Annotated[tuple[int, ...], BeforeValidator(_seeds)] = (0,)
+    retries: int = Field(2, strict=True, ge=0, le=1000)
+    retry_seconds: Amount = 10.0
     early_stop: EarlyStop | None = None
-    hours: float | None = None
-    slurm: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    ray: RayTask = dataclasses.field(default_factory=RayTask)
+    hours: Amount | None = None
+    slurm: Mapping[str, Annotated[Any, AfterValidator(_plain)]] = Field(default_factory=dict)
+    ray: RayTask = Field(default_factory=RayTask)
+
+    @model_validator(mode="after")
+    def _searched_alone(self) -> Sweep:
+        if self.search and (self.named or self.grid or self.items or self.random):
+            raise ValueError("expected `search` alone beside `options` and `seeds`; its score must be one number")
+        return self
