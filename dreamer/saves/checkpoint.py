@@ -18,7 +18,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 from dreamer.paths import absolute
 from dreamer.replay import ReplayError, prune
@@ -34,8 +34,8 @@ __all__ = [
 ]
 
 
-Result = TypeVar("Result")
-
+#: Step, tree of arrays, meta data.
+Restored = tuple[int, Any, dict[str, Any]]
 _NAME = re.compile(r"(\d{12})(?:\.(\d+))?")
 #: Times a read-only checkpointer looks again when a live run has deleted what it was reading.
 _LOOKS = 5
@@ -74,11 +74,10 @@ class Checkpointer:
         if keep < 1:
             raise ValueError(f"expected to keep at least one checkpoint, got keep={keep}")
         self.logdir = absolute(logdir)
-        self._keep = keep
-        self._milestone_every = milestone_every
-        self._read_only = read_only
+        self._keep, self._milestone_every, self._read_only = keep, milestone_every, read_only
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
+        self._verified: dict[Path, dict[str, Any]] = {}  # manifests
         if not read_only:
             self._clear_leftovers()
 
@@ -163,7 +162,7 @@ class Checkpointer:
         step: int | None = None,
         parts: Iterable[str] | None = None,
         check: Callable[[dict[str, Any], Path], None] | None = None,
-    ) -> tuple[int, Any, dict[str, Any]]:
+    ) -> Restored:
         """The newest intact checkpoint, or that of `step`: (agent step, tree of numpy arrays, meta).
 
         template  Tree with the structure, shapes and dtypes expected; None: nested dicts as saved.
@@ -177,25 +176,20 @@ class Checkpointer:
         """
         self.wait()
 
-        def load(entry: _Entry) -> tuple[int, Any, dict[str, Any]]:
-            tree, meta = snapshot.read(entry.folder, template, parts)
+        def load(entry: _Entry) -> Restored:
+            tree, meta = self._read(entry.folder, template, parts)
             if check is not None:
                 check(meta, entry.folder)
             return entry.step, tree, meta
 
         return self._newest_intact(self._folder, load, step)
 
-    def restore_best(
-        self, template: Any = None, parts: Iterable[str] | None = None
-    ) -> tuple[float, Any, dict[str, Any]]:
+    def restore_best(self, template: Any = None) -> tuple[float, Any, dict[str, Any]]:
         """The weights of the best evaluation: (score, tree, meta). CheckpointError if there are none."""
         self.wait()
-
-        def load(entry: _Entry) -> tuple[float, Any, dict[str, Any]]:
-            tree, meta = snapshot.read(entry.folder, template, parts)
-            return meta["score"], tree, meta
-
-        return self._newest_intact(self._best_folder, load)
+        load = lambda entry: (entry.step, *self._read(entry.folder, template))  # noqa: E731
+        _, tree, meta = self._newest_intact(self._best_folder, load)
+        return meta["score"], tree, meta
 
     def best_score(self) -> float | None:
         """Score of the best evaluation whose weights are kept; None: there is none."""
@@ -210,7 +204,14 @@ class Checkpointer:
             if snapshot.read_meta(entry.folder).get("agent_steps", 0) > agent_steps:
                 _set_aside(entry.folder, "abandoned")
 
-    def _newest_intact(self, folder: Path, load: Callable[[_Entry], Result], step: int | None = None) -> Result:
+    def _read(self, folder: Path, template: Any, parts: Iterable[str] | None = None) -> tuple[Any, dict[str, Any]]:
+        """As `snapshot.read`. Files that only this object may change are verified once between two saves."""
+        manifest = self._verified.get(folder) or snapshot.verify(folder)
+        if not self._read_only:
+            self._verified[folder] = manifest
+        return snapshot.read(folder, manifest, template, parts)
+
+    def _newest_intact(self, folder: Path, load: Callable[[_Entry], Restored], step: int | None = None) -> Restored:
         for _ in range(_LOOKS):
             entries = [e for e in reversed(_entries(folder)) if step is None or e.step == step]
             if not entries:
@@ -242,6 +243,7 @@ class Checkpointer:
     def _begin(self) -> CheckpointError | None:
         if self._read_only:
             raise CheckpointError(f"{self.logdir} was opened read-only; nothing can be saved there")
+        self._verified.clear()
         return self._settle()
 
     def _settle(self) -> CheckpointError | None:

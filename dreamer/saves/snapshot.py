@@ -158,14 +158,16 @@ def read_file(folder: Path, name: str) -> bytes | None:
         raise DamagedCheckpointError(f"{path} cannot be read ({error})") from error
 
 
-def read(folder: Path, template: Any = None, parts: Iterable[str] | None = None) -> tuple[Any, dict[str, Any]]:
-    """Verifies and reads a snapshot: (tree of numpy arrays, meta).
+def read(
+    folder: Path, manifest: Mapping[str, Any], template: Any = None, parts: Iterable[str] | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """Reads a snapshot: (tree of numpy arrays, meta).
 
+    manifest  What `verify` gave for it.
     template  Tree whose structure, shapes and dtypes the snapshot must have (arrays or
               ShapeDtypeStruct); None: nested dicts as they were saved.
     parts     Top-level keys to read; None: all. A template then holds these keys only.
     """
-    manifest = verify(folder)
     chosen = None if parts is None else set(parts)
     saved = {
         tuple(path): jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))

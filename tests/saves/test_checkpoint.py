@@ -165,7 +165,16 @@ def test_chosen_step(tmp_path):
         checkpointer.restore(step=25)
     (tmp_path / "checkpoints" / "000000000020" / "meta.json").write_text("{}")
     with pytest.raises(CheckpointError, match="meta.json has 2 bytes"):
-        checkpointer.restore(step=20)
+        Checkpointer(tmp_path).restore(step=20)
+
+
+def test_files_are_verified_once_between_two_saves(tmp_path, monkeypatch):
+    verified, verify = [], snapshot.verify
+    monkeypatch.setattr(snapshot, "verify", lambda folder: verified.append(int(folder.name)) or verify(folder))
+    checkpointer = saved(tmp_path, [10, 20])
+    assert checkpointer.restore(parts=())[0] == checkpointer.restore()[0] == 20 and verified == [20]
+    checkpointer.save(30, make_state(), {})
+    assert checkpointer.restore()[0] == checkpointer.restore()[0] == 30 and verified == [20, 30]
 
 
 def test_going_back_abandons_the_later_ones(tmp_path):
