@@ -94,18 +94,6 @@ class Spaced(gymnasium.Env):
         return self.observation_space.sample(), 0.0, False, False, {}
 
 
-class Crashing(Scripted):
-    """Fails at its third step."""
-
-    def __init__(self) -> None:
-        super().__init__([(0.0, False, False)] * 10)
-
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:
-        if self.position == 2:
-            raise ZeroDivisionError("the third step")
-        return super().step(action)
-
-
 class Imports(Scripted):
     """Observes which modules its process has imported: [jax, dm_control, the main script's name is __main__]."""
 

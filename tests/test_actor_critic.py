@@ -20,11 +20,7 @@ from dreamer.world_model import TwoHotHead
 
 M, H, F = 4, 3, 5
 MODEL = ModelConfig(units=6, policy_layers=1, value_layers=1, bins=15)
-ACTIONS = {
-    "walk": Space("vector", (2,)),
-    "act": Space("discrete", (), (3,)),
-    "many": Space("discrete", (2,), (2, 4)),
-}
+ACTIONS = {"walk": Space("vector", (2,)), "act": Space("discrete", (), (3,)), "many": Space("discrete", (2,), (2, 4))}
 SCALE = {"low": jnp.float32(0), "high": jnp.float32(0)}
 
 

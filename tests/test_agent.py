@@ -37,11 +37,7 @@ OBSERVATIONS = {
     "hidden": Space("vector", (2,)),
     "log/note": Space("vector", (1,)),
 }
-ACTIONS = {
-    "act": Space("discrete", (), (3,)),
-    "many": Space("discrete", (2,), (2, 4)),
-    "walk": Space("vector", (2,)),
-}
+ACTIONS = {"act": Space("discrete", (), (3,)), "many": Space("discrete", (2,), (2, 4)), "walk": Space("vector", (2,))}
 VECTOR = {"position": Space("vector", (3,))}
 DISCRETE = {"action": Space("discrete", (), (3,))}
 
@@ -269,17 +265,6 @@ def test_acting_and_training_compute_the_same_states():
 
 
 # Compilation and memory
-
-
-def test_every_function_compiles_once(mixed):
-    state, carry = mixed.init(3), mixed.init_policy(3)
-    before = mixed.policy._cache_size()
-    for i in range(3):
-        state, _, _ = mixed.train_step(state, random_batch(mixed, seed=i))
-        carry, _, _ = mixed.policy(state["params"], carry, observation(mixed, 3, i), jax.random.key(i))
-    assert mixed.train_step._cache_size() == 1
-    assert mixed.policy._cache_size() == before + 1
-    assert mixed.init._cache_size() == 1
 
 
 def test_the_old_state_is_donated(mixed):

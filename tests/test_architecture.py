@@ -39,25 +39,13 @@ VOCABULARY = {"paths", "types", "values", "contradictions", "config"}
 PRINTING = {"process", "terminal"}
 SEE_WHOLE_CONFIG = {"agent", "schema", "presets", "records", "saves", "data", "run", "bench", "sweeps", "commands"}
 SEE_WHOLE_CONFIG |= {"__init__"}
-OPTIONAL = {"dm_control", "mujoco", "crafter", "Box2D", "pygame", "tensorflow", "torch", "moviepy", "minerl", "minari"}
-OPTIONAL |= {
-    "wandb",
-    "mlflow",
-    "bsuite",
-    "minigrid",
-    "memory_maze",
-    "labmaze",
-    "vizdoom",
-    "procgen",
-    "gym3",
-    "cffi",
-    "dm_env",
-    "deepmind_lab",
-    "matplotlib",
-    "optuna",
-    "ray",
-    "submitit",
-}
+OPTIONAL = set(
+    """
+    dm_control mujoco crafter Box2D pygame tensorflow torch moviepy minerl minari wandb mlflow bsuite
+    minigrid memory_maze labmaze vizdoom procgen gym3 cffi dm_env deepmind_lab matplotlib optuna ray
+    submitit
+    """.split()
+)
 VAGUE = {"utils", "util", "common", "helpers", "helper", "manager", "misc"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -105,10 +105,7 @@ def test_train_passes_presets_and_overrides_in_order(capsys, trained):
         ),
         ("--task atari_pong --env.atari.size 96,96", ["--configs atari (env.atari.gray true, env.atari.sticky 0.25"]),
         ("--configs size1m cpu --task atari_pong", ["--configs atari ("]),
-        (
-            "--configs atari --task atari100k_pong",
-            ["--configs atari100k (", "or --configs atari100k_official"],
-        ),
+        ("--configs atari --task atari100k_pong", ["--configs atari100k (", "or --configs atari100k_official"]),
         ("--task dmc_walker_walk", ["--configs dmc_proprio or --configs dmc_vision (env.dmc.pixels true)"]),
         ("--task memorymaze_9x9 --configs gym", ["--configs memory_maze"]),
         ("--task toy_catch", ["--configs quickstart"]),
@@ -160,14 +157,11 @@ def test_exit_code_of_training_is_the_program_s(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("train --configs atarri", ["unknown preset 'atarri'", "atari"]),
+        ("train --configs atarri", ["unknown preset 'atarri'", "nearest: atari"]),
         ("train --task dmc_walker_wlak", ["dmc_walker_walk"]),
-        ("train --task dmk_walker_walk", ["toy, atari", "dmc_walker_walk"]),
-        ("train --task gym_CartPol-v1", ["CartPole"]),
-        ("train --task toy_katch", ["toy_catch"]),
         ("train --run.train_ratoi 3", ["run.train_ratio"]),
         ("train --run.train_ratio fast", ["expected a number, got 'fast'"]),
-        ("train --configs no/such.yaml", ["no/such.yaml"]),
+        ("train --configs no/such.yaml", ["expected a YAML file, found none at", "no/such.yaml"]),
         ("trian", ["train"]),
         ("envs dcm", ["unknown suite 'dcm'", "dmc"]),
         ("eval", ["logdir"]),
@@ -231,23 +225,6 @@ def logdir(tmp_path):
 def test_the_same_command_resumes_without_a_word(capsys, trained, logdir):
     code, out, _ = run(capsys, "train", "--configs", "gym", "cpu", "--logdir", logdir)
     assert (code, out, len(trained)) == (0, "", 1)
-
-
-def test_the_logdir_alone_resumes(capsys, trained, logdir):
-    assert run(capsys, "train", "--logdir", logdir)[0] == 0
-    assert trained == [load_config(["gym", "cpu"], {"logdir": logdir})]
-
-
-def test_allowed_changes_are_printed(capsys, trained, logdir):
-    code, out, _ = run(capsys, "train", "--logdir", logdir, "--run.agent_steps", "7")
-    assert code == 0 and trained[0].run.agent_steps == 7
-    assert "run.agent_steps: 100000 -> 7" in out
-
-
-def test_other_changes_are_refused_by_name(capsys, trained, logdir):
-    code, _, err = run(capsys, "train", "--logdir", logdir, "--model.units", "32", "--run.agent_steps", "7")
-    assert code == 2 and trained == []
-    assert "model.units: 64 -> 32" in err and "agent_steps" not in err
 
 
 # --- eval and envs -----------------------------------------------------------------------------

@@ -263,11 +263,6 @@ def test_wrong_files_are_told_with_name_and_line(tmp_path, text, line, words):
         assert word in message
 
 
-def test_unknown_presets_and_files():
-    assert "nearest: atari" in error_of(["atarri"])
-    assert "expected a YAML file, found none at" in error_of(["missing/my.yaml"])
-
-
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

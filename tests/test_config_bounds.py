@@ -79,12 +79,6 @@ def test_an_interval_of_zero_names_null(name):
         assert f"--{name}" in text and "or null" in text and f"got {value}" in text
 
 
-def test_the_command_ends_with_2_and_one_line(capsys):
-    assert cli.main(["train", "--run.train_ratio", "inf"]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("dreamer: error: --run.train_ratio: ") and told.count("\n") == 1
-
-
 @pytest.mark.parametrize(
     "line", ["eval x --episodes 0", "eval x --seed -1", "collect toy_catch x --steps 1e9", "plot x --bins 99999999999"]
     + ["plot x --window nan", "bench loop --seconds inf", "sweep x --jobs 0", "envs check toy_catch --steps 0"]

@@ -13,7 +13,7 @@ import pytest
 from dreamer import cli
 from dreamer.plot import figure
 from dreamer.plot.comparison import compare
-from dreamer.plot.curves import OURS, Run, read
+from dreamer.plot.curves import OURS, THEIRS, Run, read
 from dreamer.presets import load_config, save_config
 from dreamer.records.json_lines import columns
 from dreamer.schema import ConfigError
@@ -232,7 +232,8 @@ def test_scores_that_are_packed_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("prefix", "label"), [("a=", "a"), ("a=b=", "a=b"), ("lr=1e-4, x==", "lr=1e-4, x="), ("$a_1$=", "$a_1$")]
+    ("prefix", "label"),
+    [("", THEIRS), ("a=", "a"), ("a=b=", "a=b"), ("lr=1e-4, x==", "lr=1e-4, x="), ("$a_1$=", "$a_1$")],
 )
 @pytest.mark.parametrize("name", ["run", "run.train_ratio=64"])
 def test_names_may_have_equals_signs(tmp_path, prefix, label, name):
@@ -326,8 +327,7 @@ def test_a_sweep_passes_over_lines_that_cannot_be_used(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content",
-    [b"", b"[]", b"\0\0", b'{"status": "odd"}', b'{"status": 3}', b'{"steps": "x"}', b'{"seconds": NaN}'],
+    "content", [b"", b"[]", b"\0\0", b'{"status": "odd"}', b'{"status": 3}', b'{"steps": "x"}', b'{"seconds": NaN}']
 )
 def test_a_state_that_cannot_be_is_a_new_one(tmp_path, content):
     (tmp_path / "sweep.json").write_bytes(content)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import gymnasium
@@ -30,6 +32,11 @@ _agents: dict[str, Agent] = {}
 def tiny_config(**overrides: Any) -> Config:
     """The debug preset, quiet; `run__batch_size=4` means run.batch_size."""
     return load_config(["debug"], QUIET | {name.replace("__", "."): value for name, value in overrides.items()})
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def tiny_agent(observations: Spaces, actions: Spaces, config: Config | None = None) -> Agent:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -17,7 +16,7 @@ import gymnasium.spaces as gs
 import numpy as np
 import pytest
 from fake_envs import Nested, Script, Scripted
-from tiny_runs import share_agents, tiny_config
+from tiny_runs import lines, share_agents, tiny_config
 
 import dreamer
 from dreamer.cli import main
@@ -336,10 +335,6 @@ def test_training_on_nothing_is_refused():
 # --- Training on data alone --------------------------------------------------------------------
 
 
-def records(logdir: Path, name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (logdir / name).read_text().splitlines()]
-
-
 def test_a_run_that_collects_nothing_trains_on_its_data(tmp_path):
     """60 steps are counted, though none is taken; it goes on without the files; the data is what it was."""
     assert main(["collect", TASK, str(tmp_path / "data"), "--steps", "100", "--env.num_envs", "2"]) == 0
@@ -349,7 +344,7 @@ def test_a_run_that_collects_nothing_trains_on_its_data(tmp_path):
     def train(agent_steps: int) -> dict[str, Any]:
         config = preload_config(data, logdir=str(logdir), run__agent_steps=agent_steps, **options)
         assert dreamer.train(config) == 0
-        return [record for record in records(logdir, "metrics.jsonl") if "train/loss/rew" in record][-1]
+        return [record for record in lines(logdir / "metrics.jsonl") if "train/loss/rew" in record][-1]
 
     first = train(40)
     # Train ratio 16, batches of 2 x 8: an update for each counted step after the first of the two environments.
@@ -358,7 +353,7 @@ def test_a_run_that_collects_nothing_trains_on_its_data(tmp_path):
     second = train(60)
     assert (second["agent_steps"], second["updates"], second["replay/items"]) == (60, 58, 100)
     assert not (logdir / "scores.jsonl").exists()
-    assert sum("eval/score" in record for record in records(logdir, "metrics.jsonl")) == 3
+    assert sum("eval/score" in record for record in lines(logdir / "metrics.jsonl")) == 3
     assert main(["export", str(logdir), str(tmp_path / "again")]) == 0
     episodes = read(tmp_path / "again")
     assert len(episodes) == 20 and all(follows_the_script(episode) for episode in episodes)
@@ -369,9 +364,9 @@ def test_a_run_can_begin_with_data_and_collect(tmp_path):
     logdir = tmp_path / "run"
     options: dict[str, Any] = {"run__agent_steps": 40, "run__eval_every": None, "run__final_eval": False}
     assert dreamer.train(preload_config(tmp_path / "data", logdir=str(logdir), **options)) == 0
-    last = [record for record in records(logdir, "metrics.jsonl") if "replay/items" in record][-1]
+    last = [record for record in lines(logdir / "metrics.jsonl") if "replay/items" in record][-1]
     assert last["replay/items"] == 100 + 40
-    assert len(records(logdir, "scores.jsonl")) == 8
+    assert len(lines(logdir / "scores.jsonl")) == 8
     assert main(["export", str(logdir), str(tmp_path / "out")]) == 0
     episodes = read(tmp_path / "out")
     assert len(episodes) == 20 + 8 and all(follows_the_script(episode) for episode in episodes)
@@ -479,6 +474,6 @@ def test_random_play_is_enough_to_learn_from(tmp_path):
     run("collect", "toy_catch", data, "--steps", "20000", "--env.num_envs", "8")
     offline = ("--replay.preload", data, "--run.collect", "false", "--seed", "1")
     run("train", "--configs", "quickstart", *offline, "--logdir", str(logdir))
-    records = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
+    records = lines(logdir / "metrics.jsonl")
     assert not (logdir / "scores.jsonl").exists() or (logdir / "scores.jsonl").read_text() == ""
     assert [record["eval/score"] for record in records if "eval/score" in record][-1] >= 0.8 * 3

@@ -54,20 +54,6 @@ def test_terminal_end_time_limit_and_both_at_once(workers):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("workers", ["inline", "process"])
-def test_environments_end_at_their_own_times(workers):
-    scripts = [[WIN], [LIMIT]]
-    batches = play(workers, lambda index, seed: Scripted(*scripts[index]), steps=6, num_envs=2)
-    assert column(batches, "reward", 0) == [0, 1, 2, 3, 0, 1, 2]
-    assert column(batches, "reward", 1) == [0, 5, 0, 5, 0, 5, 0]
-    assert column(batches, "is_first", 0) == [T, F, F, F, T, F, F]
-    assert column(batches, "is_first", 1) == [T, F, T, F, T, F, T]
-    assert column(batches, "is_last", 0) == [F, F, F, T, F, F, F]
-    assert column(batches, "is_last", 1) == [F, T, F, T, F, T, F]
-    assert column(batches, "is_terminal", 0) == [F, F, F, T, F, F, F]
-    assert column(batches, "is_terminal", 1) == [F, F, F, F, F, F, F]
-
-
 def test_repeat_sums_rewards_and_stops_at_the_end():
     batches = play("inline", lambda index, seed: Scripted(WIN), steps=3, gym={"repeat": 2})
     assert column(batches, "reward") == [0, 3, 3, 0]

@@ -82,11 +82,6 @@ def test_folders_are_searched_and_globs_expanded_each_file_once(tmp_path):
     assert sorted(run.label for run in named) == [OURS, "mine", "mine"]
 
 
-def test_a_folder_whose_name_has_an_equals_sign_is_a_folder(tmp_path):
-    (run,) = read([str(logdir(tmp_path / "run.train_ratio=64"))])
-    assert run.label == OURS
-
-
 def test_several_files_of_scores_in_one_folder(tmp_path):
     folder = logdir(tmp_path / "results")
     for seed in (0, 1):

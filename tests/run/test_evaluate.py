@@ -23,7 +23,7 @@ from dreamer.run.collector import Collector
 from dreamer.run.evaluate import as_evaluation, evaluate_command
 from dreamer.run.loaded_agent import load_agent
 from dreamer.run.setup import evaluation_envs, training_envs
-from dreamer.saves.checkpoint import Checkpointer, CheckpointError
+from dreamer.saves.checkpoint import Checkpointer
 
 ROUND: Script = [(0.0, False, False)] * 4 + [(1.0, True, False)]
 
@@ -208,40 +208,13 @@ def test_actions_without_an_environment_are_the_agents_own(trained):
     np.testing.assert_allclose(own, [20 + 10 * bare[0], -0.5 + 0.5 * bare[1]], rtol=1e-5)
 
 
-def test_agent_remembers_until_it_is_reset(trained):
-    agent = dreamer.Agent.load(trained("gym_Reach-v0").logdir)
-    first = agent.act(np.ones(3))
-    agent.act(np.full(3, 5.0))
-    later = agent.act(np.ones(3))
-    assert not np.array_equal(first, later)
-    agent.reset()
-    np.testing.assert_array_equal(agent.act(np.ones(3)), first)
-    np.testing.assert_array_equal(agent.act(np.ones(3), first=True), first)
-
-
 def test_sampled_actions_differ(trained):
     agent = dreamer.Agent.load(trained("gym_Reach-v0").logdir, sample=True)
     actions = [agent.act(np.ones(3), first=True) for _ in range(3)]
     assert not np.array_equal(actions[0], actions[1])
 
 
-@pytest.mark.parametrize(
-    "observation",
-    [np.zeros(4), np.zeros((1, 3)), {"vector": np.zeros(2)}, {"wrong": np.zeros(3)}, np.zeros(3, complex), 0.0],
-)
-def test_observations_of_other_shapes_are_refused(trained, observation):
-    agent = dreamer.Agent.load(trained("gym_Reach-v0").logdir)
-    with pytest.raises(ValueError, match=r"expected the observations of training, vector float32\[3\]; got "):
-        agent.act(observation)
-
-
 def test_an_environment_with_other_spaces_is_refused(trained):
     run = trained("gym_Reach-v0")
     with pytest.raises(ValueError, match="expected an environment with the actions of training"):
         dreamer.Agent.load(run.logdir, Scripted(ROUND))
-
-
-def test_a_folder_without_weights(tmp_path):
-    (tmp_path / "config.yaml").write_text("task: toy_catch\n")
-    with pytest.raises(CheckpointError, match="expected a checkpoint in"):
-        dreamer.Agent.load(tmp_path)

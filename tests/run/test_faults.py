@@ -5,7 +5,6 @@ What single workers do is in `test_faults_workers.py`, what single files do in `
 
 from __future__ import annotations
 
-import json
 import os
 import resource
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from failing_env import Failing, Rounds
-from tiny_runs import share_agents, tiny_config
+from tiny_runs import lines, share_agents, tiny_config
 
 from dreamer.cli import main
 from dreamer.records.logger import LogWarning
@@ -23,10 +22,6 @@ from dreamer.run.loop import Run
 from dreamer.run.schedule import SaveTimer
 from dreamer.run.training import ENVIRONMENTS_FAILED, train
 from dreamer.saves.checkpoint import Checkpointer, CheckpointWarning
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def stored(run: Run, env: int) -> dict[str, np.ndarray]:
@@ -60,12 +55,9 @@ def runs(monkeypatch):
     ("trouble", "workers", "said"),
     [
         ("raise", "inline", "ZeroDivisionError: as told"),
-        ("raise", "process", "ZeroDivisionError: as told"),
         ("kill", "process", "signal"),
-        ("exit", "process", "7"),
         ("block", "process", "no answer for 5 seconds"),
         ("nan reward", "inline", "reward"),
-        ("shape", "process", "shape"),
     ],
 )
 def test_a_failing_environment_costs_an_episode(trouble, workers, said, runs, tmp_path, capsys):

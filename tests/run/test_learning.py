@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import gymnasium
 import gymnasium.spaces as gs
 import numpy as np
 import pytest
+from tiny_runs import lines
 
 import dreamer
 
@@ -54,18 +54,14 @@ BERTH = {
 }  # fmt: skip
 
 
-def records(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 def test_learns_to_be_there_in_time(tmp_path):
     config = dreamer.load_config([], BERTH | {"logdir": str(tmp_path), "seed": 1})
     assert dreamer.train(config, make_env=lambda index, seed: Berth()) == 0
-    scores = [record["episode/score"] for record in records(tmp_path / "scores.jsonl")]
+    scores = [record["episode/score"] for record in lines(tmp_path / "scores.jsonl")]
     # Random play scores -0.72.
     assert np.mean(scores[:100]) < -0.4
     assert np.mean(scores[-100:]) > 0.75
-    evaluated = [record["eval/score"] for record in records(tmp_path / "metrics.jsonl") if "eval/score" in record]
+    evaluated = [record["eval/score"] for record in lines(tmp_path / "metrics.jsonl") if "eval/score" in record]
     assert evaluated[-1] > 0.9
 
 
@@ -79,7 +75,7 @@ def from_the_command_line(logdir: Path, *arguments: str) -> None:
 @pytest.mark.timeout(3600)
 def test_quickstart_plays_nearly_perfectly(tmp_path):
     from_the_command_line(tmp_path, "--seed", "0")
-    evaluated = [record["eval/score"] for record in records(tmp_path / "metrics.jsonl") if "eval/score" in record]
+    evaluated = [record["eval/score"] for record in lines(tmp_path / "metrics.jsonl") if "eval/score" in record]
     assert evaluated[-1] >= 0.9 * 3
 
 
@@ -88,6 +84,6 @@ def test_quickstart_plays_nearly_perfectly(tmp_path):
 def test_cartpole_within_15000_steps(tmp_path):
     arguments = ("--configs", "gym", "cpu", "--task", "gym_CartPole-v1", "--run.agent_steps", "15000", "--seed", "0")
     from_the_command_line(tmp_path, *arguments)
-    scores = [record["episode/score"] for record in records(tmp_path / "scores.jsonl")]
+    scores = [record["episode/score"] for record in lines(tmp_path / "scores.jsonl")]
     means = np.convolve(scores, np.ones(20) / 20, mode="valid")
     assert means.max() >= 450

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shlex
 import shutil
@@ -17,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from tiny_runs import same, share_agents
+from tiny_runs import lines, same, share_agents
 
 from dreamer.cli import main
 from dreamer.envs import InlineVectorEnv
@@ -31,10 +30,6 @@ OPTIONS = (
     "--run.checkpoint_every", "40", "--run.eval_every", "null", "--run.report_every", "null",
     "--replay.capacity", "100000",
 )  # fmt: skip
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @dataclasses.dataclass

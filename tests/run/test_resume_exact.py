@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_runs import same
+from tiny_runs import lines, same
 
 from dreamer.presets import CONFIG_FILE, load_config
 from dreamer.replay import Selection
@@ -88,8 +88,7 @@ def kill(name: str, logdir: Path, choice: random.Random) -> None:
 
 
 def records(logdir: Path, name: str) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (logdir / name).read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in lines(logdir / name)]
 
 
 def contents(logdir: Path) -> tuple[int, Any, Any, Any, dict]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ import gymnasium
 import numpy as np
 import pytest
 from fake_envs import Script, Scripted
-from tiny_runs import same, share_agents, tiny_config
+from tiny_runs import lines, same, share_agents, tiny_config
 
 import dreamer
 from dreamer.cli import main
@@ -47,7 +46,7 @@ def checkpoint(logdir: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def updates(logdir: Path) -> list[dict[str, float]]:
-    records = [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
+    records = lines(logdir / "metrics.jsonl")
     return [{k: v for k, v in r.items() if k.startswith("train/")} for r in records if "train/opt/loss" in r]
 
 

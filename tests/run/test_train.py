@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -19,7 +18,7 @@ import numpy as np
 import pytest
 from fake_envs import Script, Scripted
 from PIL import Image
-from tiny_runs import same, share_agents, tiny_config
+from tiny_runs import lines, same, share_agents, tiny_config
 
 import dreamer
 from dreamer.cli import main
@@ -35,10 +34,6 @@ MakeEnv = Callable[[int, int], gymnasium.Env]
 
 def scripted(index: int, seed: int) -> gymnasium.Env:
     return Scripted(ROUND)
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def without_clock(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -21,12 +21,7 @@ import pytest
 from dreamer.records.provenance import versions
 from dreamer.replay import Replay
 from dreamer.saves import snapshot
-from dreamer.saves.checkpoint import (
-    Checkpointer,
-    CheckpointError,
-    CheckpointMismatchError,
-    CheckpointWarning,
-)
+from dreamer.saves.checkpoint import Checkpointer, CheckpointError, CheckpointMismatchError, CheckpointWarning
 from dreamer.types import TRANSITION_FIELDS, Field
 
 
