@@ -310,7 +310,7 @@ def run_config(logdir: Path | str) -> Config:
     raise ConfigError(f"expected the folder of a run, with a {CONFIG_FILE} in it, got {brief(str(logdir))}{where}")
 
 
-def runs_inside(folder: Path, most: int = 5) -> list[str]:
-    """Names of the first folders in a folder that are runs."""
+def runs_inside(folder: Path) -> list[str]:
+    """Names of the first five folders in a folder that are runs."""
     found = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}")) if os.path.isdir(folder) else []
-    return found[:most] + (["..."] if len(found) > most else [])
+    return found[:5] + (["..."] if len(found) > 5 else [])

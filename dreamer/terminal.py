@@ -35,8 +35,8 @@ def can_redraw(console: rich.console.Console) -> bool:
 class Table(rich.table.Table):
     """Its texts stand as they are on any console of rich."""
 
-    def __init__(self, title: str | None = None, title_style: str = "bold", **options: Any) -> None:
-        super().__init__(title=None if title is None else Text(title, title_style), title_justify="left", **options)
+    def __init__(self, title: str | None = None, **options: Any) -> None:
+        super().__init__(title=None if title is None else Text(title, "bold"), title_justify="left", **options)
 
     def add_column(self, header: Any = "", *arguments: Any, **options: Any) -> None:
         super().add_column(_plain(header), *arguments, **options)

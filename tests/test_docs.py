@@ -310,7 +310,7 @@ def written(tmp_path_factory):
     views |= dict.fromkeys(("dream_reward", "dream_cont"), np.ones((2, 8, 4)))
     run = mock.MagicMock()
     run.config, run.logdir, run.steps = config, logdir, Steps(0, 0, 0)
-    run.logger = Logger(logdir, tensorboard=False, sinks=(recorder,))
+    run.logger = Logger(logdir, sinks=(recorder,))
     run.metrics, run.watch = Aggregator(), Stopwatch()
     run.replay = Replay(fields, 1, 100, 9, seed=0)
     for _ in range(20):

@@ -11,7 +11,7 @@ from pathlib import Path
 from dreamer.config import Config
 from dreamer.data.minari import MinariSource, find_dataset
 from dreamer.envs import frames_per_step
-from dreamer.envs.vector import MakeEnv, make_vector_env
+from dreamer.envs.vector import make_vector_env
 from dreamer.presets import ConfigError
 from dreamer.replay import Replay, ReplayError
 from dreamer.replay.episodes import Episode, EpisodeFolder, EpisodeSource, add_episodes
@@ -103,9 +103,9 @@ def check_trainable(config: Config, replay: Replay) -> None:
         )
 
 
-def task_spaces(config: Config, make_env: MakeEnv | None = None) -> tuple[Spaces, Spaces]:
+def task_spaces(config: Config) -> tuple[Spaces, Spaces]:
     """(observations, actions) of the task, from one environment that is made for this and closed."""
-    envs = make_vector_env(config.task, config.env, 1, config.seed, training=False, make=make_env)
+    envs = make_vector_env(config.task, config.env, 1, config.seed, training=False)
     try:
         return envs.observation_spaces, envs.action_spaces
     finally:

@@ -38,10 +38,10 @@ STYLES = {"ok": "green", "warn": "bold yellow", "fail": "bold red"}
 _BROKEN = "this is a fault of `dreamer doctor` itself or of the system: the line says what it met"
 
 
-def examine(request: Request, checks: Mapping[str, Check] = CHECKS) -> list[Finding]:
+def examine(request: Request) -> list[Finding]:
     """What all checks find, in their order; side by side, since most of them wait for another process."""
     with ThreadPoolExecutor(max_workers=4) as pool:
-        found = pool.map(lambda name: _run(name, checks[name], request), checks)
+        found = pool.map(lambda name: _run(name, CHECKS[name], request), CHECKS)
         return [finding for findings in found for finding in findings]
 
 

@@ -214,7 +214,7 @@ def batch_fields(spaces: Spaces) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     return {**fields, **{key: ((), np.dtype(dtype)) for key, dtype in TRANSITION_FIELDS.items()}}
 
 
-def shown(value: Any, most: int = 80) -> str:
-    """A value in a message: on one line, cut to so many characters."""
+def shown(value: Any) -> str:
+    """A value in a message: on one line, cut to 80 characters."""
     text = " ".join(repr(value).split())
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+    return text if len(text) <= 80 else f"{text[:77]}..."

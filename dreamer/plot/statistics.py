@@ -67,7 +67,7 @@ AGGREGATES: dict[str, Aggregate] = {
 }
 
 
-def band(aggregate: Aggregate, groups: Sequence[np.ndarray], resamples: int = RESAMPLES) -> np.ndarray:
+def band(aggregate: Aggregate, groups: Sequence[np.ndarray]) -> np.ndarray:
     """Stratified percentile bootstrap of an aggregate: (2, ...), the lower and the upper end of its 95 % interval.
 
     groups  One array (seed, ...) per task. Seeds are drawn with replacement within each task, whole curves at a time.
@@ -78,7 +78,7 @@ def band(aggregate: Aggregate, groups: Sequence[np.ndarray], resamples: int = RE
     if max(len(group) for group in groups) < 2:
         return np.full((2, *shape), np.nan)
     rng = np.random.default_rng(0)
-    drawn = [rng.integers(len(group), size=(resamples, len(group))) for group in groups]
+    drawn = [rng.integers(len(group), size=(RESAMPLES, len(group))) for group in groups]
     flat = [group.reshape(len(group), -1) for group in groups]
     ends = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
     columns = [

@@ -22,6 +22,8 @@ from dreamer.terminal import Console, Table, can_redraw
 _BLOCKS = "▁▂▃▄▅▆▇█"
 #: Most points the history of scores is kept in; neighbours are averaged when there are more.
 _POINTS = 256
+#: Episodes that the shown score is the mean of.
+_RECENT = 20
 _REFRESH_SECONDS = 0.25
 _LINE_SECONDS = 10.0
 _RATE_SECONDS = 60.0
@@ -40,12 +42,11 @@ class Display:
         live: bool = True,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
-        recent: int = 20,
     ) -> None:
-        """total: agent steps of the whole run. recent: episodes that the shown score is the mean of."""
+        """total: agent steps of the whole run."""
         self.console = console or Console()
         self._task, self._total, self._clock = task, total, clock
-        self._scores: collections.deque[float] = collections.deque(maxlen=recent)
+        self._scores: collections.deque[float] = collections.deque(maxlen=_RECENT)
         self._history = _History()
         self._steps = Steps(0, 0, 0)
         self._status = ""

@@ -85,14 +85,14 @@ class Axes:
         page.text(((self.left + self.right) / 2, at[1] + size[1] - 6), labels[0], 11, GRAY, "md")
         page.text((self.right, self.top - 3), labels[1], 11, GRAY, "rd")
 
-    def frame(self, x_ticks: bool = True, y_ticks: bool = True) -> None:
+    def frame(self, y_ticks: bool = True) -> None:
         """Grid lines and numbers."""
         page = self.page
         for value in ticks(*self.y) if y_ticks else ():
             at = self.at(self.x[0], value)[1]
             page.line([(self.left, at), (self.right, at)], FAINT)
             page.text((self.left - 5, at), number(value), 11, INK, "rm")
-        for value in (decades(*self.x) if self._log_x else ticks(*self.x)) if x_ticks else ():
+        for value in decades(*self.x) if self._log_x else ticks(*self.x):
             at = self.at(value, self.y[0])[0]
             page.line([(at, self.top), (at, self.bottom)], FAINT)
             page.text((at, self.bottom + 4), number(value), 11, INK, "ma")

@@ -96,5 +96,5 @@ def told(faults: Sequence[str], what: str) -> str:
     return faults[0] + (f" (and {len(faults) - 1:,} more {what})" if len(faults) > 1 else "")
 
 
-def _cut(text: str, most: int = 60) -> str:
-    return text if len(text) <= most else f"{text[: most - 3]}..."
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."

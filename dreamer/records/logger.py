@@ -1,8 +1,7 @@
-"""What a run records: metrics and scores as JSON lines; scalars, videos and pages for TensorBoard and other sinks.
+"""What a run records: metrics and scores as JSON lines, videos and pages as files, and all of it for further sinks.
 
     metrics.jsonl    one object a line: step (environment frames), agent_steps, updates, then the metrics
     scores.jsonl     one object per training episode: step, episode/score, episode/length
-    tensorboard/     the same scalars, in groups, and pictures
     videos/          the newest video of each name
     reports/         the newest page of each name
 
@@ -26,7 +25,6 @@ from dreamer.paths import whole_file
 from dreamer.records import video
 from dreamer.records.pictures import Encoder, Pace, Picture, encode_png
 from dreamer.records.sink import Appender, Sink, Steps
-from dreamer.records.tensorboard import TensorBoardSink
 
 _LONGEST_LINE = 1 << 20
 #: In what `Logger.offsets` gives: bytes of pictures that all sinks have got.
@@ -44,19 +42,17 @@ class Logger:
         self,
         logdir: Path | str,
         jsonl: bool = True,
-        tensorboard: bool = True,
         fps: int = 15,
         sinks: Sequence[Sink] = (),
         pictures: Pace | None = None,
     ) -> None:
-        """fps: of videos. sinks: further ones. pictures: what they may take up; None: any space. Existing files of an
-        earlier part of the run are continued.
+        """fps: of videos. sinks: further ones, TensorBoard's say. pictures: what they may take up; None: any space.
+        Existing files of an earlier part of the run are continued.
         """
         self.logdir = Path(logdir)
         self.logdir.mkdir(parents=True, exist_ok=True)
         self._fps = fps
         self._sinks: list[Sink] = [JsonSink(self.logdir)] if jsonl else []
-        self._sinks += [TensorBoardSink(self.logdir / "tensorboard")] if tensorboard else []
         self._sinks += sinks
         self._failing: set[int] = set()
         self._pictures = pictures or Pace(None, 1)

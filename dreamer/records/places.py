@@ -29,7 +29,7 @@ def make_logger(config: Config) -> Logger:
         sinks.append(WandbSink(folder, log.wandb, table(config)))
     if log.mlflow is not None:
         sinks.append(MlflowSink(folder, log.mlflow, table(config)))
-    return Logger(folder, log.jsonl, False, log.video_fps, sinks, Pace(log.picture_megabytes, steps))
+    return Logger(folder, log.jsonl, log.video_fps, sinks, Pace(log.picture_megabytes, steps))
 
 
 def table(config: Config) -> dict[str, float | str]:

@@ -17,24 +17,26 @@ IMAGINED_COLOR = (240, 150, 30)
 #: Longest side of recorded frames, pixels.
 MAX_SIDE = 320
 #: Longest side to which frames are enlarged, pixels.
-LARGEST_SIDE = 1280
+SHORTEST_SIDE, LARGEST_SIDE = 128, 1280
+#: Of the dream video: sequences beside each other, and the least side of their images, pixels.
+SEQUENCES, TILE = 5, 64
 
 _BACKGROUND = (22, 22, 26)
 _TEXT = (225, 225, 225)
 _SAMPLED_PIXELS = 1 << 17
 
 
-def encode_gif(frames: np.ndarray, fps: float = 15, min_side: int = 128) -> bytes:
+def encode_gif(frames: np.ndarray, fps: float = 15) -> bytes:
     """An endlessly repeating GIF of uint8 frames (T, H, W, 3) or (T, H, W, 1).
 
-    Frames whose shorter side is below `min_side` pixels are enlarged by a whole factor, without blur, as far as the
+    Frames whose shorter side is below SHORTEST_SIDE pixels are enlarged by a whole factor, without blur, as far as the
     longer one stays within LARGEST_SIDE. All frames share one palette: exact up to 256 colours in all, else made from
     pixels of the whole video.
     Players know delays in 1/100 s only, so the frame rate is rounded to that.
     """
     frames = _as_rgb(frames)
     palette, indices = _quantize(frames)
-    scale = max(1, min(enlargement(min(frames.shape[1:3]), min_side), LARGEST_SIDE // max(frames.shape[1:3])))
+    scale = max(1, min(enlargement(min(frames.shape[1:3]), SHORTEST_SIDE), LARGEST_SIDE // max(frames.shape[1:3])))
     images = []
     for index in indices:
         image = Image.fromarray(index.repeat(scale, 0).repeat(scale, 1))
@@ -46,10 +48,10 @@ def encode_gif(frames: np.ndarray, fps: float = 15, min_side: int = 128) -> byte
     return file.getvalue()
 
 
-def save_gif(path: Path | str, frames: np.ndarray, fps: float = 15, min_side: int = 128) -> Path:
+def save_gif(path: Path | str, frames: np.ndarray, fps: float = 15) -> Path:
     """Encodes frames, see `encode_gif`, and writes the file."""
     with whole_file(Path(path), sync=False) as file:
-        file.write(encode_gif(frames, fps, min_side))
+        file.write(encode_gif(frames, fps))
     return Path(path)
 
 
@@ -79,30 +81,27 @@ def enlargement(side: int, wanted: int) -> int:
     return max(1, -(-wanted // side))
 
 
-def dream_grid(
-    true: np.ndarray, predicted: np.ndarray, context: int, tile: int = 64, sequences: int = 5, labels: bool = True
-) -> np.ndarray:
+def dream_grid(true: np.ndarray, predicted: np.ndarray, context: int) -> np.ndarray:
     """The dream video, uint8 (T, height, width, 3): one column per sequence, rows true, predicted, error.
 
     true, predicted  (B, T, H, W, C) with C 1 or 3, uint8 or floats in [0, 1].
     context          Leading steps whose images the model saw; after them it imagines from actions alone.
-    tile             Images are enlarged by a whole factor to at least this many pixels.
-    sequences        How many of the batch are shown, from the first on.
 
-    The border of each image has CONTEXT_COLOR, then IMAGINED_COLOR. Error is grey where the prediction is
-    right, brighter or darker where it is too bright or too dark.
+    The first SEQUENCES of the batch are shown, images enlarged by a whole factor to at least TILE pixels. The border of
+    each image has CONTEXT_COLOR, then IMAGINED_COLOR. Error is grey where the prediction is right, brighter or darker
+    where it is too bright or too dark.
     """
     if true.shape != predicted.shape or true.ndim != 5:
         raise ValueError(f"expected two videos (B, T, H, W, C) of one shape, got {true.shape} and {predicted.shape}")
-    true, predicted = (_as_rgb(_as_uint8(v[:sequences])) for v in (true, predicted))
+    true, predicted = (_as_rgb(_as_uint8(v[:SEQUENCES])) for v in (true, predicted))
     error = np.clip(predicted.astype(np.int16) - true + 128, 0, 255).astype(np.uint8)
     count, steps, height, width, _ = true.shape
-    scale = enlargement(min(height, width), tile)
+    scale = enlargement(min(height, width), TILE)
     rows = np.stack([true, predicted, error]).repeat(scale, 3).repeat(scale, 4)
     border = max(2, scale * min(height, width) // 32)
     gap = border
     cell_h, cell_w = scale * height + 2 * border, scale * width + 2 * border
-    left, top = (_gutter() + gap, _line() + gap) if labels else (gap, gap)
+    left, top = _gutter() + gap, _line() + gap
     canvas = np.empty((steps, top + 3 * (cell_h + gap), left + count * (cell_w + gap), 3), np.uint8)
     canvas[:] = _BACKGROUND
     colors = np.array([CONTEXT_COLOR if t < context else IMAGINED_COLOR for t in range(steps)], np.uint8)
@@ -111,14 +110,13 @@ def dream_grid(
             y, x = top + r * (cell_h + gap), left + c * (cell_w + gap)
             canvas[:, y : y + cell_h, x : x + cell_w] = colors[:, None, None]
             canvas[:, y + border : y + cell_h - border, x + border : x + cell_w - border] = rows[r, c]
-    if labels:
-        for r, name in enumerate(("true", "model", "error")):
-            canvas[:, :, :left] = _write(canvas[0, :, :left], (gap, top + r * (cell_h + gap) + cell_h // 2), name)
-        for t in range(steps):
-            seen = t < context
-            text = f"seen {t + 1}/{context}" if seen else f"imagined {t + 1 - context}/{steps - context}"
-            strip = _write(canvas[t, : top - gap], (left, (top - gap) // 2), text, tuple(int(v) for v in colors[t]))
-            canvas[t, : top - gap] = strip
+    for r, name in enumerate(("true", "model", "error")):
+        canvas[:, :, :left] = _write(canvas[0, :, :left], (gap, top + r * (cell_h + gap) + cell_h // 2), name)
+    for t in range(steps):
+        seen = t < context
+        text = f"seen {t + 1}/{context}" if seen else f"imagined {t + 1 - context}/{steps - context}"
+        strip = _write(canvas[t, : top - gap], (left, (top - gap) // 2), text, tuple(int(v) for v in colors[t]))
+        canvas[t, : top - gap] = strip
     return canvas
 
 

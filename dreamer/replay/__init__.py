@@ -8,7 +8,7 @@ from dreamer.replay.buffer import Replay
 from dreamer.replay.device import DeviceStorage
 from dreamer.replay.errors import ReplayError
 from dreamer.replay.files import prune
-from dreamer.replay.memory import Budget, budget, bytes_at_capacity, bytes_per_step, choose_storage, machine_memory
+from dreamer.replay.memory import Budget, budget, bytes_per_step, choose_storage, machine_memory
 from dreamer.replay.selection import Selection
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "ReplayError",
     "Selection",
     "budget",
-    "bytes_at_capacity",
     "bytes_per_step",
     "choose_storage",
     "machine_memory",

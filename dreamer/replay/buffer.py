@@ -26,6 +26,8 @@ from dreamer.replay.selection import Selection, Selector, landing
 from dreamer.replay.storage import SlotStorage, make_storage
 from dreamer.types import LOG_PREFIX
 
+#: Stretches that wait in the online queue at most; four per environment, if that is more.
+LONGEST_QUEUE = 256
 _COUNTERS = ("inserts", "sequences", "online", "written", "write_dropped")
 
 
@@ -39,9 +41,9 @@ class Replay:
     seed          The run's seed; selection derives its own random stream from it.
     online        Serve each new stretch of data once, ahead of other sequences.
     latent_keys   Fields that `write` may change.
-    online_limit  Most stretches that wait in the online queue; None: 256, or four per environment if that is more.
     selection     The mixture that is drawn from behind the online queue; None: uniform.
     storage       Where the steps lie.
+    folder        Disk storage: where its files are, and where alone it can be saved.
     folder        Disk storage: where its files are, and where alone it can be saved.
     device_bytes  Device storage: free memory of it; None: it has none of its own.
 
@@ -59,7 +61,6 @@ class Replay:
         seed: int,
         online: bool = True,
         latent_keys: Sequence[str] = ("deter", "stoch"),
-        online_limit: int | None = None,
         selection: SelectionConfig | None = None,
         storage: Kind = "host",
         folder: Path | None = None,
@@ -84,8 +85,8 @@ class Replay:
         self.budget = budget(storage, self.fields, self.latent_keys, folder, device_bytes)
         self.budget.check(num_envs * rows)
         self.storage = make_storage(storage, self.fields, self.latent_keys, self._ring, folder)
-        limit = max(256, 4 * num_envs) if online_limit is None else online_limit
-        self._selector = Selector(self._ring, length, seed, limit if online else None, selection or SelectionConfig())
+        limit = max(LONGEST_QUEUE, 4 * num_envs) if online else None
+        self._selector = Selector(self._ring, length, seed, limit, selection or SelectionConfig())
         self._marks: set[tuple[int, int]] = set()  # (env, row) of stored steps that were made last ones
         self._counters = dict.fromkeys(_COUNTERS, 0)
         self._all = np.arange(num_envs)

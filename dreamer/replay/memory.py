@@ -32,11 +32,6 @@ def bytes_per_step(fields: Fields) -> int:
     return sum(field.nbytes for field in fields.values())
 
 
-def bytes_at_capacity(fields: Fields, capacity: int) -> int:
-    """Bytes of `capacity` steps, environments counted together."""
-    return capacity * bytes_per_step(fields)
-
-
 def machine_memory() -> int:
     """Bytes of memory this process may use: the machine's, or its container's limit if that is lower."""
     sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]

@@ -20,7 +20,7 @@ from dreamer.schema import ConfigError
 def logdir(folder: Path, seed: int = 0, scores=((8, 1.0), (16, 3.0)), task="dmc_walker_walk", **options) -> Path:
     """A run's folder as the program writes it: action repeat 2, an update every second agent step, 100 of them a
     second."""
-    logger = Logger(folder, tensorboard=False)
+    logger = Logger(folder)
     configs = ["dmc_proprio", "cpu"] if task.startswith("dmc") else ["gym", "cpu"]
     save_config(load_config(configs, {"task": task, "seed": seed, **options}), folder / "config.yaml")
     for frames, score in scores:

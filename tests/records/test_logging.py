@@ -15,6 +15,7 @@ from PIL import Image
 from dreamer import transfer
 from dreamer.records.logger import Logger, LogWarning, Steps
 from dreamer.records.meters import Aggregator, Stopwatch
+from dreamer.records.tensorboard import TensorBoardSink
 
 
 def at(frames):
@@ -40,8 +41,12 @@ def events(logdir):
     return scalars, {tag: [(e.step, e) for e in reader.Images(tag)] for tag in tags["images"]}
 
 
+def board(logdir):
+    return TensorBoardSink(logdir / "tensorboard")
+
+
 def test_metrics_and_scores(tmp_path):
-    with Logger(tmp_path) as logger:
+    with Logger(tmp_path, sinks=[board(tmp_path)]) as logger:
         logger.episode(at(80), np.float32(0.5), np.int64(20))
         values = {"train/loss/dyn": jnp.float32(1.5), "replay/size": np.int64(3), "fps/train": 2.5, "on": np.True_}
         logger.scalars(at(100), {**values, "low": jnp.bfloat16(0.5), "one": np.ones((1, 1))})
@@ -57,14 +62,14 @@ def test_metrics_and_scores(tmp_path):
 
 def test_float_values_survive_exactly(tmp_path):
     values = [0.1, 1 / 3, 1e-300, math.pi]
-    with Logger(tmp_path, tensorboard=False) as logger:
+    with Logger(tmp_path) as logger:
         for value in values:
             logger.scalars(at(1), {"x": value})
     assert [line["x"] for line in lines(tmp_path / "metrics.jsonl")] == values
 
 
 def test_what_is_not_finite_stays_valid_json(tmp_path):
-    with Logger(tmp_path) as logger:
+    with Logger(tmp_path, sinks=[board(tmp_path)]) as logger:
         logger.scalars(at(4), {"a": float("nan"), "b": np.inf, "c": -jnp.inf, "d": 1.0})
         logger.episode(at(4), math.nan, 3)
     (metrics,) = lines(tmp_path / "metrics.jsonl")
@@ -87,7 +92,7 @@ def test_counters_cannot_be_overwritten(tmp_path):
 def test_video_is_an_animation_in_tensorboard_and_a_file(tmp_path):
     frames = np.zeros((7, 32, 48, 3), np.uint8)
     frames[np.arange(7), np.arange(7) * 4] = (255, 200, 0)
-    with Logger(tmp_path, fps=10) as logger:
+    with Logger(tmp_path, fps=10, sinks=[board(tmp_path)]) as logger:
         path = logger.video(at(40), "report/dream/image", frames)
         logger.video(at(80), "report/dream/image", frames[:3])
     assert path == tmp_path / "videos" / "report_dream_image.gif"
@@ -104,20 +109,20 @@ def test_video_is_an_animation_in_tensorboard_and_a_file(tmp_path):
 
 
 def test_sinks_can_be_switched_off(tmp_path):
-    with Logger(tmp_path, jsonl=False, tensorboard=False) as logger:
+    with Logger(tmp_path, jsonl=False) as logger:
         logger.scalars(at(0), {"x": 1})
         logger.episode(at(0), 1, 1)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_resume_cuts_back_to_the_checkpoint(tmp_path):
-    with Logger(tmp_path) as logger:
+    with Logger(tmp_path, sinks=[board(tmp_path)]) as logger:
         for frames in (10, 20, 30, 40):
             logger.scalars(at(frames), {"x": frames})
             logger.episode(at(frames), frames, 1)
             if frames == 20:
                 offsets = logger.offsets()
-    with Logger(tmp_path) as logger:
+    with Logger(tmp_path, sinks=[board(tmp_path)]) as logger:
         logger.truncate(json.loads(json.dumps(offsets)), at(20))
         logger.scalars(at(28), {"x": -1})
         logger.episode(at(28), -1, 1)
@@ -128,7 +133,7 @@ def test_resume_cuts_back_to_the_checkpoint(tmp_path):
 
 
 def test_resume_of_a_file_that_lost_lines(tmp_path):
-    with Logger(tmp_path, tensorboard=False) as logger:
+    with Logger(tmp_path) as logger:
         logger.scalars(at(4), {"x": 1})
         with pytest.warns(LogWarning, match="metrics.jsonl .* lost"):
             logger.truncate({"metrics.jsonl": 10_000})
@@ -139,7 +144,7 @@ def test_resume_of_a_file_that_lost_lines(tmp_path):
 def test_half_a_line_of_a_killed_run_is_dropped(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "tr')
     (tmp_path / "scores.jsonl").write_text('{"st')
-    with Logger(tmp_path, tensorboard=False) as logger:
+    with Logger(tmp_path) as logger:
         logger.scalars(at(4), {"x": 1})
     assert [m["step"] for m in lines(tmp_path / "metrics.jsonl")] == [1, 4]
     assert (tmp_path / "scores.jsonl").read_text() == ""
@@ -148,7 +153,7 @@ def test_half_a_line_of_a_killed_run_is_dropped(tmp_path):
 def test_full_disk_is_reported_once_and_loses_no_line(tmp_path):
     """A limit on file sizes stands in for the full disk."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with Logger(tmp_path) as logger:
+    with Logger(tmp_path, sinks=[board(tmp_path)]) as logger:
         logger.scalars(at(0), {"x": 0, "text" * 100: 1})
         logger.flush()
         size = (tmp_path / "metrics.jsonl").stat().st_size

@@ -59,19 +59,19 @@ def test_no_more_than_a_few_wait():
 
 
 def test_an_error_in_making_a_picture_is_raised_where_records_are_written(tmp_path):
-    logger = Logger(tmp_path, tensorboard=False)
+    logger = Logger(tmp_path)
     logger.video(at(1), "dream", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         logger.flush()
     logger.close()
-    logger = Logger(tmp_path, tensorboard=False)
+    logger = Logger(tmp_path)
     logger.video(at(1), "dream", np.zeros((2, 4, 4, 3)))
     with pytest.raises(ValueError, match="expected uint8 frames"):
         logger.close()
 
 
 def test_a_checkpoint_has_all_pictures_that_came_before(tmp_path):
-    logger = Logger(tmp_path, tensorboard=False)
+    logger = Logger(tmp_path)
     path = logger.video(at(1), "episode/video", lambda: np.zeros((3, 8, 8, 3), np.uint8))
     page = logger.page(at(1), "report/health", lambda: np.full((30, 40, 3), 200, np.uint8))
     offsets = logger.offsets()
@@ -118,7 +118,7 @@ def test_what_a_week_writes_stays_under_the_budget(tmp_path):
 
     week, size = 7 * 24 * 3600 * 100, 25_000
     counter = Counter()
-    logger = Logger(tmp_path, tensorboard=False, sinks=[counter], pictures=Pace(2.0, week))
+    logger = Logger(tmp_path, sinks=[counter], pictures=Pace(2.0, week))
     offered = 0
     for step in range(20_000, week + 1, 20_000):
         logger._deliver((at(step), "report/dream/image", tmp_path / "x.gif"), picture(size))

@@ -137,7 +137,7 @@ def test_scalars_stay_under_their_budget_over_the_whole_run(tmp_path):
     """Ten times what fits is offered."""
     sink = TensorBoardSink(tmp_path, scalars=Pace(0.1, 10_000))
     values = {f"train/loss/key{i}": 1.0 for i in range(20)}
-    with Logger(tmp_path / "run", tensorboard=False, sinks=[sink]) as logger:
+    with Logger(tmp_path / "run", sinks=[sink]) as logger:
         for step in range(0, 10_001, 10):
             logger.scalars(at(step), values)
         offsets = logger.offsets()

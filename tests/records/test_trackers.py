@@ -81,7 +81,7 @@ def test_a_run_goes_on_as_the_same_run(fake, tmp_path):
 
 
 def test_numbers_and_pictures_have_the_frames_as_their_axis(fake, tmp_path):
-    with Logger(tmp_path, tensorboard=False, sinks=[WandbSink(tmp_path, "catch", {})]) as logger:
+    with Logger(tmp_path, sinks=[WandbSink(tmp_path, "catch", {})]) as logger:
         logger.scalars(at(16), {"train/loss/dyn": np.float32(2)})
         logger.episode(at(16), 1.5, 7)
         logger.video(at(16), "episode/video", np.zeros((2, 8, 8, 3), np.uint8))
@@ -103,7 +103,7 @@ def test_a_tracker_that_cannot_be_reached_at_the_start_is_an_error(fake, tmp_pat
 
 
 def test_a_tracker_that_fails_is_reported_once_and_stops_nothing(fake, tmp_path):
-    with Logger(tmp_path, tensorboard=False, sinks=[WandbSink(tmp_path, "catch", {})]) as logger:
+    with Logger(tmp_path, sinks=[WandbSink(tmp_path, "catch", {})]) as logger:
         fake.run.broken = True
         with pytest.warns(LogWarning, match="Weights & Biases: RuntimeError: no route to host; training goes on"):
             logger.scalars(at(1), {"x": 1})

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dreamer.replay import Replay, ReplayError, Selection, budget, bytes_at_capacity, bytes_per_step, memory
+from dreamer.replay import Replay, ReplayError, Selection, budget, buffer, bytes_per_step, memory
 from dreamer.types import Field
 
 FIELDS = {
@@ -42,7 +42,6 @@ def selection_at(*starts: tuple[int, int], length: int) -> Selection:
 
 def test_bytes_are_known_before_anything_is_allocated():
     assert bytes_per_step(FIELDS) == 4 + 12 + 3 * 2 + 2
-    assert bytes_at_capacity(FIELDS, 1000) == 24_000
     replay = Replay(FIELDS, 3, 100, 5, seed=0)
     assert (replay.nbytes_per_step, replay.capacity, replay.nbytes) == (24, 99, 99 * 24)
 
@@ -213,8 +212,9 @@ def test_every_step_but_the_first_is_trained_exactly_once_through_the_queue():
     assert trained == {1000 * env + time: 1 for env in range(2) for time in range(1, 101)}
 
 
-def test_online_queue_is_bounded_and_drops_the_oldest():
-    replay = filled(1, 1000, 3, steps=101, online_limit=5)
+def test_online_queue_is_bounded_and_drops_the_oldest(monkeypatch):
+    monkeypatch.setattr(buffer, "LONGEST_QUEUE", 5)
+    replay = filled(1, 1000, 3, steps=101)
     assert replay.stats()["online_waiting"] == 5 and replay.stats()["online_dropped"] == 45
     assert replay.select(5).row.tolist() == [90, 92, 94, 96, 98]
 

@@ -98,17 +98,18 @@ class ReplayMachine(RuleBasedStateMachine):
 
     def build(self, rows: int) -> Replay:
         model = self.model
-        return Replay(
+        replay = Replay(
             FIELDS,
             len(model.history),
             len(model.history) * rows,
             model.length,
             seed=5,
-            online_limit=model.limit,
             selection=self.mixture,
             storage=self.storage,
             folder=self.path,
         )
+        replay._selector.queue._limit = model.limit  # of a run it is larger than what is collected here
+        return replay
 
     @rule(count=st.integers(1, 9), data=st.data())
     def add(self, count, data):
