@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from dreamer.bench import gpu_report
-from dreamer.bench.gpu_report import SEEDS, SIZES, Job, jobs, markdown, time_all
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "gpu_report.py"
+spec = importlib.util.spec_from_file_location("gpu_report", SCRIPT)
+gpu_report = sys.modules["gpu_report"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(gpu_report)
+SEEDS, SIZES, Job, jobs = gpu_report.SEEDS, gpu_report.SIZES, gpu_report.Job, gpu_report.jobs
+markdown, time_all = gpu_report.markdown, gpu_report.time_all
 
 STEADY = """
 import json, sys

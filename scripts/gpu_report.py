@@ -24,7 +24,7 @@ from typing import Any
 
 from dreamer.paths import PROGRAM
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 SIZES = ("1m", "12m", "25m", "50m", "100m", "200m", "400m")
 OBS = {"vector": "proprio", "image": "image"}
 SEEDS = (1, 2, 4, 8, 16)
