@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
+from waiting import until
 
 from dreamer.commands.train import train_config
 from dreamer.envs.registry import check_task
@@ -230,17 +231,10 @@ def start(place: Path, script: Path, *arguments: str, **environment: str) -> sub
         return subprocess.Popen([script, *arguments], cwd=place, env=there, stdout=out)
 
 
-def wait_for(path: Path, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not path.exists() or not path.stat().st_size:
-        assert time.monotonic() < end, f"no {path.name}"
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize("times", [1, 3])
 def test_the_entry_point_hands_sigterm_on_and_waits_for_the_checkpoint(place, times):
     process = start(place, DOCKER / "dreamer-entrypoint", "train", "--logdir", "a b")
-    wait_for(place / "started")
+    until((place / "started").exists, 20, "start")
     for _ in range(times):
         process.send_signal(signal.SIGTERM)
         time.sleep(0.05)
@@ -256,7 +250,7 @@ def test_the_entry_point_ends_as_the_program_ended(place, code):
 
 def test_a_failure_while_stopping_is_told(place):
     process = start(place, DOCKER / "dreamer-entrypoint", "train", STOPPED_CODE="3")
-    wait_for(place / "started")
+    until((place / "started").exists, 20, "start")
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 3
 
@@ -285,7 +279,7 @@ def test_healthy_is_who_has_written_metrics_lately(tmp_path):
 
 def test_the_slurm_job_queues_itself_again_when_it_was_stopped(place):
     process = start(place, SLURM, "runs/a", "--configs", "crafter", SLURM_JOB_ID="17")
-    wait_for(place / "started")
+    until((place / "started").exists, 20, "start")
     config = train_config((place / "started").read_text().split()[1:])
     assert Path(config.logdir) == Path("runs/a").absolute() and config.run.platform == "gpu" and not config.run.display
     process.send_signal(signal.SIGTERM)
@@ -309,7 +303,7 @@ def test_a_stopped_container_s_run_has_a_checkpoint_and_its_successor_goes_on(tm
     for _ in range(2):
         (tmp_path / "run" / "metrics.jsonl").unlink(missing_ok=True)
         process = subprocess.Popen(command, cwd=tmp_path, env=BARE | {"PATH": path})
-        wait_for(tmp_path / "run" / "metrics.jsonl", 240)
+        until((tmp_path / "run" / "metrics.jsonl").exists, 240, "metrics")
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 143
         steps.append(max(int(re.sub(r"\D", "", p.name)) for p in (tmp_path / "run" / "checkpoints").iterdir()))

@@ -17,13 +17,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -168,14 +168,6 @@ def copy_of_the_project(folder: Path) -> Path:
     return clone
 
 
-def until(condition, process: subprocess.Popen[bytes], seconds: float, what: str) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, f"ended before {what}"
-        assert time.monotonic() < end, f"no {what} within {seconds:.0f} s"
-        time.sleep(0.2)
-
-
 def agent_steps(logdir: Path) -> int:
     """Agent steps of the newest checkpoint; 0: none."""
     return max((int(re.match(r"\d+", p.name)[0]) for p in (logdir / "checkpoints").glob("[0-9]*")), default=0)
@@ -192,7 +184,7 @@ def watch(clone: Path, binaries: Path) -> None:
         return found and found[0]
 
     try:
-        until(lambda: address() is not None, board, 120, "address")
+        until(lambda: address() is not None, 120, "address", board)
         with urllib.request.urlopen(address(), timeout=30) as page:
             assert page.status == 200 and b"TensorBoard" in page.read()
     finally:
@@ -206,7 +198,7 @@ def walked(tmp_path_factory):
     binaries, logdir = clone / ".venv" / "bin", clone / "runs" / "catch"
     run = shell(the("train").text, clone, binaries)
     try:
-        until((logdir / "metrics.jsonl").exists, run, 1200, "metrics")
+        until((logdir / "metrics.jsonl").exists, 1200, "metrics", run)
         watch(clone, binaries)
         assert control_c(run) == 0, (clone / "output.txt").read_text()[-4000:]
     finally:

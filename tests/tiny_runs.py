@@ -39,6 +39,13 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def newest(logdir: Path, name: str) -> Any:
+    """A metric's last value in the whole lines of a run that may be writing; 0: none yet."""
+    path = logdir / "metrics.jsonl"
+    whole = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
+    return json.loads(whole[-1])[name] if whole else 0
+
+
 def tiny_agent(observations: Spaces, actions: Spaces, config: Config | None = None) -> Agent:
     """An agent; the same object for the same spaces, networks and losses: it holds nothing but compiled functions."""
     config = config or tiny_config()

@@ -6,34 +6,11 @@ import io
 import json
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
-from learner_data import CHEAP, random_batch, small_config
 
 from dreamer import cli
-from dreamer.agent import Agent
 from dreamer.bench import bench_update as bench
-from dreamer.types import Space
-
-SPACES = {"vector": ({"position": Space("vector", (3,))}, {"action": Space("vector", (2,))})}
-
-
-def test_updates_in_one_dispatch_are_those_of_single_dispatches():
-    agent = Agent(*SPACES["vector"], small_config())
-    batches = [random_batch(agent, seed=i) for i in range(3)]
-    one, many = (jax.jit(f, compiler_options=CHEAP) for f in (agent._train_step, agent._train_steps))
-    state, singles = agent.init(0), []
-    for batch in batches:
-        state, *outputs = one(state, batch)
-        singles.append(outputs)
-    together, *outputs = many(agent.init(0), batches)
-    assert together["updates"] == 3
-    stacked = jax.tree.map(lambda *x: np.stack(x), *singles)
-    for ours, oracle in ((together["params"], state["params"]), (outputs[0]["deter"], stacked[0]["deter"])):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), ours, oracle)
-    np.testing.assert_allclose(outputs[1]["opt/loss"], stacked[1]["opt/loss"], rtol=1e-4)
-
 
 # The command
 

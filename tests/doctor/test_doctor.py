@@ -110,8 +110,7 @@ CUDA = [  # cards (None: no driver), plug-ins, platform, level, words
 
 def fake_driver(monkeypatch, said: object) -> None:
     """A driver that says this, see tests/fake_driver; None: no driver."""
-    folder = next(place for place in Path(__file__).parents if (place / "fake_driver").is_dir()) / "fake_driver"
-    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "fake_driver"))
     monkeypatch.delenv("FAKE_CARDS", raising=False)
     if said is not None:
         monkeypatch.setenv("FAKE_CARDS", json.dumps(said))

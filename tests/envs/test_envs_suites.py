@@ -8,7 +8,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+from waiting import alive, until
 
 from dreamer.config import EnvConfig
 from dreamer.envs import Env, TaskError, check_task, list_tasks, make_env, registry
@@ -255,20 +255,9 @@ def test_vizdoom_killed_leaves_no_engine_no_shared_memory_and_no_files(tmp_path)
     (engine,) = {int(pid) for task in engines for pid in task.read_text().split()}
     process.kill()
     process.communicate()
-    deadline = time.monotonic() + 10
-    while running(engine) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not running(engine)
+    until(lambda: not alive(engine), 10, "the end of the engine")
     assert doom_memory() <= before
     assert list(folder.iterdir()) == []
-
-
-def running(pid: int) -> bool:
-    """Whether a process is there and not a zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 # --- Memory Maze -------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 from fake_envs import Imports, Nested, Scripted, Spaced
+from waiting import alive, until
 
 from dreamer.config import EnvConfig
 from dreamer.envs import (
@@ -230,29 +230,20 @@ def start(tmp_path: Path, code: str) -> subprocess.Popen:
     )
 
 
-def gone(pids: list[int], seconds: float = 20) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids):
-            return True
-        time.sleep(0.05)
-    return False
-
-
 def test_a_plain_script_needs_no_main_guard_and_leaves_nothing(tmp_path):
     """Classes of the script reach the workers, the exit without close() is quiet, and no worker outlives it."""
     process = start(tmp_path, MAIN)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and err == ""
     assert out.startswith("[3.0, 4.0]")
-    assert gone([int(word) for word in out.split("]")[1].split()])
+    until(lambda: not any(alive(int(word)) for word in out.split("]")[1].split()), 20, "the end of the workers")
 
 
 def test_an_error_in_the_script_does_not_hang_it(tmp_path):
     process = start(tmp_path, MAIN + "\nraise KeyError('the script failed')\n")
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and "the script failed" in err
-    assert gone([int(word) for word in out.split("]")[1].split()])
+    until(lambda: not any(alive(int(word)) for word in out.split("]")[1].split()), 20, "the end of the workers")
 
 
 def run(code: str, **environ: str) -> subprocess.CompletedProcess:

@@ -17,6 +17,7 @@ import psutil
 import pytest
 from fake_envs import Scripted
 from faulty_env import GARBAGE, HARMLESS, Faulty, action, faulty
+from waiting import alive, until
 
 from dreamer.config import EnvConfig
 from dreamer.envs import (
@@ -432,18 +433,9 @@ def check_leaks(restarts: int) -> None:
     restart(2)
     before = held()
     restart(restarts)
-    assert settled(lambda: held() == before), (before, held())
+    until(lambda: held() == before, 10, f"{before}, got {held()}")
     env.close()
-    assert settled(lambda: held()["workers"] == 0), "environments' own processes end as well"
-
-
-def settled(condition: Callable[[], bool], seconds: float = 10) -> bool:
-    end = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.05)
-    return True
+    until(lambda: held()["workers"] == 0, 10, "the end of environments' own processes")
 
 
 def test_restarts_leave_nothing_behind():
@@ -482,15 +474,6 @@ def test_nothing_outlives_a_killed_parent():
     family = psutil.Process(process.pid).children(recursive=True)
     # The server and multiprocessing's tracker, the guard, 4 workers, 2 of their children.
     assert len(family) == 9
-    start = time.monotonic()
     process.kill()
     process.communicate(timeout=30)
-    assert settled(lambda: not any(alive(member) for member in family)), [m for m in family if alive(m)]
-    assert time.monotonic() - start < 5
-
-
-def alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    until(lambda: not any(alive(member.pid) for member in family), 5, f"the end of {family}")

@@ -131,9 +131,7 @@ def test_json_lists(tmp_path, name):
     [
         ('[{"task": "a", "xs": [1]}]', "no ys"),
         ('[{"xs": [1], "ys": [1]}]', "no task"),
-        ('[{"task": "a", "xs": [1], "ys": []}]', "0 and 1"),
         ('{"xs": []}', "list of objects"),
-        ("[", "expected JSON, got"),
         ("[3]", "no task, xs, ys"),
     ],
 )

@@ -248,15 +248,7 @@ def test_one_panel_names_its_seeds_and_other_axes_their_unit(tmp_path, monkeypat
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["x, 3 seeds"]
 
 
-def test_names_are_drawn_and_tabled_as_they_are(tmp_path, monkeypatch):
-    """Neither formulas between dollars, nor hidden for an underscore at the beginning, nor two cells of a table."""
-    task, names = r"gym_$\nonsense{$", ["_mine", r"$\x$ [b]"]
-    found = compare([line(task, name, seed, 1.0) for name in names for seed in range(2)], {}, bins=5)
-    figure = drawn(monkeypatch, found, tmp_path)
-    figure.canvas.draw()
-    (axes,) = figure.axes
-    assert axes.get_title() == task
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [f"{name}, 2 seeds" for name in names]
+def test_names_are_one_cell_of_a_table():
     rows = as_table(["a", "b"], [["one|two", "three\nfour"]]).splitlines()
     assert len(rows) == 3 and all(row.count("|") == 3 for row in rows)
 

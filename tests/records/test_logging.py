@@ -4,13 +4,13 @@ import io
 import json
 import math
 import resource
-import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from test_tensorboard import reader
 
 from dreamer import transfer
 from dreamer.records.logger import Logger, LogWarning, Steps
@@ -31,14 +31,10 @@ def lines(path):
 
 def events(logdir):
     """What TensorBoard's own reader finds: ({tag: [(step, value)]}, {tag: [(step, image)]})."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Importing the reader warns about its optional parts.
-        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    reader = EventAccumulator(str(logdir / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
-    reader.Reload()
-    tags = reader.Tags()
-    scalars = {tag: [(e.step, e.value) for e in reader.Scalars(tag)] for tag in tags["scalars"]}
-    return scalars, {tag: [(e.step, e) for e in reader.Images(tag)] for tag in tags["images"]}
+    found = reader(logdir / "tensorboard")
+    tags = found.Tags()
+    scalars = {tag: [(e.step, e.value) for e in found.Scalars(tag)] for tag in tags["scalars"]}
+    return scalars, {tag: [(e.step, e) for e in found.Images(tag)] for tag in tags["images"]}
 
 
 def board(logdir):

@@ -63,8 +63,8 @@ def test_memory_of_accelerators_is_summed(monkeypatch):
 @pytest.fixture
 def driver(monkeypatch):
     """Sets what a made-up driver says; see tests/fake_driver."""
-    path = next(Path(folder) for folder in Path(__file__).parents if (folder / "fake_driver").is_dir())
-    spec = importlib.util.spec_from_file_location("fake_pynvml", path / "fake_driver" / "pynvml.py")
+    path = Path(__file__).parents[1] / "fake_driver" / "pynvml.py"
+    spec = importlib.util.spec_from_file_location("fake_pynvml", path)
     assert spec is not None and spec.loader is not None
     fake = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fake)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_runs import lines
 
 from dreamer.presets import ConfigError, load_config
 from dreamer.records import trackers
@@ -122,10 +123,6 @@ def train_offline(name: str, logdir: Path, steps: int) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def records(logdir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (logdir / "metrics.jsonl").read_text().splitlines()]
-
-
 def stored(data: bytes) -> list[bytes]:
     """The records of a file of Weights & Biases: LevelDB's log format behind 7 bytes of header."""
     found, parts, at = [], b"", 7
@@ -162,7 +159,7 @@ def test_wandb_offline(tmp_path):
             if record.WhichOneof("record_type") == "history":
                 for item in record.history.item:
                     found.setdefault(item.key or "/".join(item.nested_key), []).append(json.loads(item.value_json))
-    expected = [r["train/loss/dyn"] for r in records(logdir) if "train/loss/dyn" in r]
+    expected = [r["train/loss/dyn"] for r in lines(logdir / "metrics.jsonl") if "train/loss/dyn" in r]
     assert found["train/loss/dyn"] == pytest.approx(expected)
     for picture in ("report/health", "report/dream/image", "episode/video"):  # told as dicts: their kind, file, size
         assert [name for name in found if name.startswith(picture)], sorted(found)
@@ -185,7 +182,7 @@ def test_mlflow_offline(tmp_path, monkeypatch):
     assert run.info.status == "FINISHED" and run.info.run_name == "run"
     assert run.data.params["run.train_ratio"] == "16.0" and run.data.params["task"] == "toy_catch"
     history = client.get_metric_history(run.info.run_id, "train/loss/dyn")
-    expected = [(r["step"], r["train/loss/dyn"]) for r in records(logdir) if "train/loss/dyn" in r]
+    expected = [(r["step"], r["train/loss/dyn"]) for r in lines(logdir / "metrics.jsonl") if "train/loss/dyn" in r]
     assert sorted((m.step, m.value) for m in history) == expected
     pictures = {file.path for file in client.list_artifacts(run.info.run_id, "report")}
     assert "report/health-000000000200.png" in pictures

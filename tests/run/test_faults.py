@@ -16,7 +16,6 @@ from failing_env import Failing, Rounds
 from tiny_runs import lines, share_agents, tiny_config
 
 from dreamer.cli import main
-from dreamer.records.logger import LogWarning
 from dreamer.replay import Selection
 from dreamer.run.loop import Run
 from dreamer.run.schedule import SaveTimer
@@ -218,26 +217,3 @@ def test_state_of_another_user_is_not_read(two_checkpoints, monkeypatch, capsys)
     monkeypatch.setattr(os, "getuid", lambda: user + 1)
     assert main(["train", "--logdir", str(two_checkpoints), "--run.platform", "cpu"]) == 2
     assert "expected a file of the user who resumes the run" in capsys.readouterr().err
-
-
-def test_records_that_cannot_be_written_are_told_once(runs, tmp_path, full_disk, capsys):
-    """A disk that is full for the records alone: one warning, and all of them later."""
-    (tmp_path / "metrics.jsonl").write_text("")
-    config = tiny_config(
-        logdir=str(tmp_path), run__agent_steps=60, run__checkpoint_every=None, run__log_every=2, **BARE
-    )
-    run_loop = Run.loop
-
-    def loop(run: Run, stop: Any) -> None:
-        full_disk(True)
-        with pytest.warns(LogWarning, match="training goes on"):
-            save, run.save = run.save, lambda: full_disk(False)  # type: ignore[method-assign]
-            run_loop(run, stop)
-        save()
-
-    Run.loop, before = loop, Run.loop  # type: ignore[method-assign]
-    try:
-        assert train(config) == 0
-    finally:
-        Run.loop = before  # type: ignore[method-assign]
-    assert sorted({r["agent_steps"] for r in lines(tmp_path / "metrics.jsonl")}) == list(range(2, 61, 2))

@@ -9,14 +9,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from tiny_runs import lines, same, share_agents
+from tiny_runs import lines, newest, same, share_agents
+from waiting import until
 
 from dreamer.cli import main
 from dreamer.envs import InlineVectorEnv
@@ -43,19 +43,6 @@ class Stopped:
     refused: str
 
 
-def wait_for_updates(process: subprocess.Popen, logdir: Path, updates: int) -> None:
-    """Until the run has logged so many updates."""
-    end = time.monotonic() + 600
-    path = logdir / "metrics.jsonl"
-    while time.monotonic() < end:
-        if path.exists() and any(record["updates"] >= updates for record in lines(path)):
-            return
-        if process.poll() is not None:
-            raise AssertionError(f"the run ended by itself: {process.communicate()}")
-        time.sleep(0.1)
-    raise AssertionError("the run did not get so far in ten minutes")
-
-
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     """A run without an end in sight is stopped after a while; meanwhile the same command is given once more."""
@@ -64,7 +51,7 @@ def stopped(tmp_path_factory):
     command = [sys.executable, "-W", "error", "-m", "dreamer", "train", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
-            wait_for_updates(process, logdir, 60)
+            until(lambda: newest(logdir, "updates") >= 60, 600, "60 updates", process)
             second = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
             process.send_signal(signal.SIGTERM)
             output, _ = process.communicate(timeout=300)

@@ -6,7 +6,6 @@ moment, every record (times aside), every stored step with its latents, and the 
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_runs import lines, same
+from tiny_runs import lines, newest, same
 
 from dreamer.presets import CONFIG_FILE, load_config
 from dreamer.replay import Selection
@@ -58,23 +57,16 @@ def finish(name: str, logdir: Path) -> None:
     assert code == 0, (logdir.parent / f"{logdir.name}.log").read_text()
 
 
-def progress(logdir: Path) -> int:
-    """Newest agent step on record."""
-    path = logdir / "metrics.jsonl"
-    whole = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
-    return json.loads(whole[-1])["agent_steps"] if whole else 0
-
-
 def kill(name: str, logdir: Path, choice: random.Random) -> None:
     """Start, or resume, the run and kill it: at a random step, or while a checkpoint is being written."""
     process = start(name, logdir)
-    begin = progress(logdir)
+    begin = newest(logdir, "agent_steps")
     target = begin + choice.randint(0, 160)
     while_saving = choice.random() < 0.4
     end = time.monotonic() + 300
     seen: set[str] = set()
     while process.poll() is None and time.monotonic() < end:
-        if progress(logdir) > target:
+        if newest(logdir, "agent_steps") > target:
             if not while_saving:
                 time.sleep(choice.uniform(0, 0.05))
                 break

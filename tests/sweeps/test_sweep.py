@@ -8,12 +8,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import until
 
 from dreamer.cli import main
 from dreamer.schema import ConfigError
@@ -67,12 +66,6 @@ class Place:
     def steps(self, name: str) -> int:
         path = self.folder / name / "metrics.jsonl"
         return json.loads(path.read_text().splitlines()[-1])["agent_steps"] if path.exists() else 0
-
-    def wait(self, condition: Callable[[], bool], seconds: float = 30.0) -> None:
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, "waited in vain"
-            time.sleep(0.01)
 
     def begin(self, *arguments: str) -> subprocess.Popen:
         """The sweep as a process of its own."""
@@ -206,7 +199,7 @@ def test_a_run_that_gets_further_each_time_is_not_given_up(place):
     place.behave(all={"seconds": 0.2})
     sweep = place.begin()
     for count in range(1, 4):
-        place.wait(lambda count=count: len(place.starts(NAMES[0])) == count and place.steps(NAMES[0]) >= 20 * count)
+        until(lambda count=count: len(place.starts(NAMES[0])) == count and place.steps(NAMES[0]) >= 20 * count)
         pid = int((place.folder / NAMES[0] / ".lock").read_text().split()[1])
         os.kill(pid, signal.SIGKILL)
     assert sweep.wait(30) == 0, place.output.read_text()
@@ -236,7 +229,7 @@ def test_a_trainer_that_leaves_before_the_end_is_started_again(place):
 def test_ctrl_c_stops_all_runs_cleanly_and_the_same_command_goes_on(place, number):
     place.behave(all={"seconds": 0.03}, **{"units_8-seed0": {"seconds": 0.0}})
     sweep = place.begin()
-    place.wait(lambda: place.status(NAMES[0]) == "finished" and place.steps(NAMES[1]) >= 20)
+    until(lambda: place.status(NAMES[0]) == "finished" and place.steps(NAMES[1]) >= 20)
     sweep.send_signal(number)
     assert sweep.wait(30) == 0
     out = place.output.read_text()
@@ -252,7 +245,7 @@ def test_ctrl_c_stops_all_runs_cleanly_and_the_same_command_goes_on(place, numbe
 def test_runs_that_outlive_a_killed_sweep_are_taken_over(place):
     place.behave(all={"seconds": 0.1})
     sweep = place.begin()
-    place.wait(lambda: place.steps(NAMES[0]) >= 20 and place.steps(NAMES[1]) >= 20)
+    until(lambda: place.steps(NAMES[0]) >= 20 and place.steps(NAMES[1]) >= 20)
     sweep.kill()
     sweep.wait()
     assert place.run() == 0
@@ -263,7 +256,7 @@ def test_runs_that_outlive_a_killed_sweep_are_taken_over(place):
 def test_one_command_at_a_time(place, capsys):
     place.behave(all={"seconds": 0.05})
     sweep = place.begin()
-    place.wait(lambda: place.steps(NAMES[0]) >= 10)
+    until(lambda: place.steps(NAMES[0]) >= 10)
     assert main(["sweep", str(place.file), "--logdir", str(place.folder)]) == 2
     assert f"in use by a live run (pid {sweep.pid}" in capsys.readouterr().err
     sweep.send_signal(signal.SIGINT)

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 from test_sweep import FAKE, FOUR, NAMES, Place, place  # noqa: F401
+from waiting import until
 
 from dreamer.schema import ConfigError
 from dreamer.sweeps.launch import Request, sweep_command
@@ -60,7 +61,7 @@ def test_search_goes_on_where_it_was_stopped(place):  # noqa: F811
     place.write(SEARCH)
     place.behave(all={"seconds": 0.3})
     sweep = place.begin()
-    place.wait(lambda: place.steps("trial000-seed1") >= 10)
+    until(lambda: place.steps("trial000-seed1") >= 10)
     sweep.send_signal(signal.SIGINT)
     assert sweep.wait(30) == 0, place.output.read_text()
     before = dict(study(place).trials[0].params)
@@ -143,10 +144,7 @@ def test_a_program_is_asked_to_leave_where_the_cluster_ends_what_watches_it(tmp_
     script += "run_program(sys.argv[2:], Path(sys.argv[1]), {}, 0.02)"
     with (tmp_path / "output.txt").open("w") as file:
         watching = subprocess.Popen([sys.executable, "-c", script, str(folder), *words], stdout=file, stderr=file)
-    end = time.monotonic() + 30
-    while steps_of(folder) < 20:
-        assert time.monotonic() < end, (tmp_path / "output.txt").read_text()
-        time.sleep(0.01)
+    until(lambda: steps_of(folder) >= 20, 30, "20 steps", watching)
     pid = holder(folder)
     watching.send_signal(signal.SIGINT)  # as an exception within
     watching.wait(30)
@@ -190,14 +188,8 @@ def test_the_tiny_sweep_survives_ctrl_c_and_a_kill(tmp_path):
         with (tmp_path / "output.txt").open("a") as file:
             return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
 
-    def wait(condition) -> None:
-        end = time.monotonic() + 600
-        while not condition():
-            assert time.monotonic() < end and sweep.poll() is None, (tmp_path / "output.txt").read_text()
-            time.sleep(0.1)
-
     sweep = begin()
-    wait(lambda: steps_of(first) >= 40 or steps_of(second) >= 40)
+    until(lambda: steps_of(first) >= 40 or steps_of(second) >= 40, 600, "steps", sweep)
     sweep.send_signal(signal.SIGINT)
     assert sweep.wait(300) == 0
     assert "go on with: dreamer sweep tiny" in (tmp_path / "output.txt").read_text()
@@ -206,7 +198,7 @@ def test_the_tiny_sweep_survives_ctrl_c_and_a_kill(tmp_path):
     assert all(list((run / "checkpoints").iterdir()) for run in stopped if steps_of(run) >= 40)
 
     sweep = begin()
-    wait(lambda: load_state(stopped[0]).starts == 2 and holder(stopped[0]) is not None)
+    until(lambda: load_state(stopped[0]).starts == 2 and holder(stopped[0]) is not None, 600, "steps", sweep)
     victim, pid = stopped[0], holder(stopped[0])
     os.kill(pid, signal.SIGKILL)
     assert sweep.wait(900) == 0, (tmp_path / "output.txt").read_text()
