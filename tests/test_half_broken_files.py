@@ -17,9 +17,8 @@ from dreamer.plot.curves import OURS, THEIRS, Run, read
 from dreamer.presets import load_config, save_config
 from dreamer.records.json_lines import columns
 from dreamer.schema import ConfigError
-from dreamer.sweeps import summary
-from dreamer.sweeps.progress import Progress
-from dreamer.sweeps.state import FINISHED, RunState, load_state, save_state
+from dreamer.sweeps import views
+from dreamer.sweeps.progress import FINISHED, Progress, RunState, load_state, save_state
 
 GOOD = b'{"step": 10, "episode/score": 1.0}\n{"step": 20, "episode/score": 3.0}\n'
 
@@ -342,5 +341,5 @@ def test_a_state_comes_back(tmp_path):
 
 def test_the_report_of_a_sweep_says_that_there_are_no_curves(tmp_path):
     folder = written(tmp_path / "run", b"nothing\n")
-    text, notes, files = summary.comparison(tmp_path, [str(folder)])
+    text, notes, files = views.comparison(tmp_path, [str(folder)])
     assert (text, files) == ("", []) and "No curves: nothing can be drawn. Left out: " in notes[0]

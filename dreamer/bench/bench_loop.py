@@ -27,8 +27,7 @@ from dreamer.bench.alone import EnvsAlone, PolicyAlone, UpdateAlone
 from dreamer.bench.measuring import Report, Rows, clocks, figure, spent
 from dreamer.config import Config
 from dreamer.envs import EnvError
-from dreamer.run.allocator import reuse_freed_memory
-from dreamer.run.devices import keep_compiled_programs
+from dreamer.run.devices import keep_compiled_programs, reuse_freed_memory
 from dreamer.run.learner import Learner
 from dreamer.run.loop import Run
 from dreamer.run.setup import training_envs

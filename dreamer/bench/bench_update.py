@@ -1,12 +1,14 @@
-"""How long one update takes: `dreamer bench update`. `--against plain` swaps every rewrite for its plain twin."""
+"""How long one update takes, `dreamer bench update`; `--against plain` swaps every rewrite for its plain twin. What
+choosing actions costs: `dreamer bench policy`."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,14 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from dreamer import kernels
-from dreamer.agent import Agent
+from dreamer.agent import Agent, seed_key
+from dreamer.bench.alone import PolicyAlone, spaces_of
 from dreamer.bench.cost import flops
-from dreamer.bench.measuring import Report, Rows, figure, take_turns
+from dreamer.bench.measuring import Report, Rows, figure, milliseconds, take_turns
 from dreamer.config import Config
 from dreamer.presets import load_config
-from dreamer.run.allocator import reuse_freed_memory
-from dreamer.run.devices import choose_device, compute_dtype
+from dreamer.run.devices import choose_device, compute_dtype, reuse_freed_memory
 from dreamer.run.seeds import MappedAgent
+from dreamer.run.setup import make_agent
 from dreamer.types import Space, Spaces, replay_fields
 
 #: Observation and action spaces of the benchmark.
@@ -171,3 +174,36 @@ def bench_update(request: Request) -> Report | None:
     rate = () if request.seeds is None else ("seed_updates_per_s",)
     columns = ("ms", "cpu_ms", "compile_s", "temp_mb", *rate, *against)
     return Report("update", dataclasses.asdict(request), columns, rows, note)
+
+
+# --- dreamer bench policy --------------------------------------------------------------------------
+
+
+#: Calls in each round.
+CALLS = 20
+
+
+def bench_policy(config: Config, counts: Sequence[int] | None, rounds: int) -> Report:
+    """For each number of environments in `counts` (default: one, and the configured number)."""
+    reuse_freed_memory()
+    agent = make_agent(config, *spaces_of(config))
+    state = agent.init(seed_key(config.seed))
+    programs, first, sizes = {}, {}, {}
+    for count in sorted(set(counts or (1, config.env.num_envs))):
+        name = f"{count} environment{'s' if count > 1 else ''}"
+        program = PolicyAlone(agent, lambda: state["params"], count, np.asarray(state["key"]))
+        sizes[name], first[name] = count, milliseconds(program) / 1e3
+        programs[name] = functools.partial(milliseconds, program, CALLS)
+    take_turns(programs, 1)  # warm-up
+    rows: Rows = {}
+    for name, times in take_turns(programs, rounds).items():
+        row: dict[str, Any] = figure("ms", times)
+        row |= {"steps_per_s": sizes[name] / row["ms"] * 1e3, "first_call_s": first[name]}
+        rows[name] = row
+    request = {
+        "task": config.task,
+        "parameters": sum(x.size for x in jax.tree.leaves(state["params"])),
+        "rounds": rounds,
+    }
+    note = "From observations on the host to actions and latents on the host; the first call compiles."
+    return Report("policy", request, ("ms", "steps_per_s", "first_call_s"), rows, note)

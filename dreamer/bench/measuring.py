@@ -17,7 +17,7 @@ from rich import box
 from rich.text import Text
 
 from dreamer.records.display import format_number
-from dreamer.records.provenance import versions
+from dreamer.records.system import versions
 from dreamer.schema import ConfigError
 from dreamer.terminal import Console, Table
 

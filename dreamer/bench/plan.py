@@ -20,8 +20,7 @@ from dreamer.data.preload import find_preload, task_spaces
 from dreamer.envs import frames_per_step
 from dreamer.records.display import format_bytes, format_count, format_duration
 from dreamer.replay import budget, bytes_per_step, choose_storage
-from dreamer.run.allocator import reuse_freed_memory
-from dreamer.run.devices import choose_device, keep_compiled_programs
+from dreamer.run.devices import choose_device, keep_compiled_programs, reuse_freed_memory
 from dreamer.run.schedule import UpdateSchedule
 from dreamer.run.setup import free_device_bytes, make_agent, module_sizes, replay_capacity, resolve_logdir
 from dreamer.terminal import Console, Table

@@ -108,7 +108,7 @@ def _update(given: argparse.Namespace, options: Sequence[str]) -> Report | None:
 
 def _policy(given: argparse.Namespace, options: Sequence[str]) -> Report:
     config = _checked(bench_config(options))
-    from dreamer.bench.bench_policy import bench_policy
+    from dreamer.bench.bench_update import bench_policy
 
     return bench_policy(config, given.envs, given.rounds)
 

@@ -75,7 +75,7 @@ def run(arguments: Sequence[str]) -> int:
             check_folder(Path(config.logdir))
         return plan_command(config)
 
-    from dreamer.run.startup import process_start
+    from dreamer.records.meters import process_start
     from dreamer.run.training import train
 
     return train(config, begun=process_start())

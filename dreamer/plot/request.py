@@ -12,8 +12,7 @@ from dreamer.paths import absolute, check_file
 from dreamer.plot import published
 from dreamer.plot.comparison import Comparison, compare, some
 from dreamer.plot.curves import Run, read
-from dreamer.plot.figure import draw
-from dreamer.plot.score_table import markdown
+from dreamer.plot.figure import draw, markdown
 from dreamer.plot.variants import variant, variants
 from dreamer.records.json_lines import SCORE, told
 from dreamer.schema import ConfigError, show

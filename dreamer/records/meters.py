@@ -1,4 +1,4 @@
-"""Metrics between two log steps: their means, and where the time went."""
+"""Metrics between two log steps: their means, where the time went, and how long the first update took to come."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import psutil
 
 from dreamer import transfer
 
@@ -133,3 +134,42 @@ class Stopwatch:
 
 def _reduction(name: str) -> Callable[[np.ndarray], Any]:
     return next((reduce for end, reduce in REDUCTIONS.items() if name.endswith(end)), np.mean)
+
+
+# --- To the first update ---------------------------------------------------------------------------
+
+
+#: Parts that take less are left out, seconds.
+_SHOWN = 0.05
+
+
+def process_start() -> float:
+    """When this process was started, by `time.time`."""
+    return psutil.Process().create_time()
+
+
+class Startup:
+    """Parts one after another: `mark` books the time since the mark before."""
+
+    def __init__(self, begun: float | None = None, clock: Callable[[], float] = time.time) -> None:
+        """begun: when the program started; None: now."""
+        self._clock = clock
+        self._begun = self._last = clock() if begun is None else begun
+        self._parts: dict[str, float] | None = {}
+
+    def mark(self, part: str, once: bool = False) -> None:
+        """The time since the last mark went to this part. once: nothing is booked if the part has been marked."""
+        if self._parts is None or (once and part in self._parts):
+            return
+        now = self._clock()
+        self._parts[part] = self._parts.get(part, 0.0) + now - self._last
+        self._last = now
+
+    def finish(self, part: str) -> str | None:
+        """Marks the last part. Returns a line: seconds in all and of each part; None from the second time on."""
+        self.mark(part)
+        parts, self._parts = self._parts, None
+        if parts is None:
+            return None
+        told = ", ".join(f"{part} {seconds:.1f}" for part, seconds in parts.items() if seconds >= _SHOWN)
+        return f"{self._last - self._begun:.1f} s to the first update: {told}"

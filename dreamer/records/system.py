@@ -1,7 +1,10 @@
-"""What a run takes of its machine: memory of its processes, disk, memory and load of the accelerator."""
+"""What a run takes of its machine: memory of its processes, disk, accelerator; and the versions it was made with."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
+import platform
 import shutil
 import time
 from collections.abc import Callable
@@ -76,3 +79,23 @@ def _load() -> dict[str, float]:
     used = [card.used / _GB for card in found if card.used is not None]
     told = {"gpu_load": sum(loads) / len(loads)} if loads else {}
     return told | ({"gpu_gigabytes": sum(used)} if used else {})
+
+
+# --- Versions --------------------------------------------------------------------------------------
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide whether a resumed run repeats the numbers of an undisturbed one."""
+    packages = ("dreamer", "jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "gymnasium")
+    found = {"python": platform.python_version(), "cores": str(_cores())}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _cores() -> int:
+    """Cores this process may use; the number of threads decides the order of some sums."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

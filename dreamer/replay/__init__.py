@@ -6,9 +6,9 @@ Read `buffer.py` first; `ring.py` says what a row is, `selection.py` which seque
 
 from dreamer.replay.buffer import Replay
 from dreamer.replay.device import DeviceStorage
-from dreamer.replay.errors import ReplayError
 from dreamer.replay.files import prune
 from dreamer.replay.memory import Budget, budget, bytes_per_step, choose_storage, machine_memory
+from dreamer.replay.ring import ReplayError
 from dreamer.replay.selection import Selection
 
 __all__ = [

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dreamer.replay.errors import ReplayError
 from dreamer.replay.files import SUFFIX
+from dreamer.replay.ring import ReplayError
 
 OPEN = ".open"
 

@@ -18,10 +18,9 @@ from typing import Any
 import numpy as np
 
 from dreamer.config import SelectionConfig
-from dreamer.replay.errors import ReplayError
-from dreamer.replay.manifest import check_manifest, describe
 from dreamer.replay.memory import Fields, Kind, budget, bytes_per_step
-from dreamer.replay.ring import Ring
+from dreamer.replay.persistence import check_manifest, describe
+from dreamer.replay.ring import ReplayError, Ring
 from dreamer.replay.selection import Selection, Selector, landing
 from dreamer.replay.storage import SlotStorage, make_storage
 from dreamer.types import LOG_PREFIX

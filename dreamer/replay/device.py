@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dreamer.replay.errors import ReplayError
 from dreamer.replay.memory import Fields
-from dreamer.replay.ring import Ring
+from dreamer.replay.ring import ReplayError, Ring
 from dreamer.replay.storage import SlotStorage, Values
 
 if TYPE_CHECKING:

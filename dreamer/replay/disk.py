@@ -21,11 +21,10 @@ import numpy as np
 
 from dreamer.paths import make_durable
 from dreamer.replay.blocks import OPEN, Block, Layout, remove_open
-from dreamer.replay.errors import ReplayError
 from dreamer.replay.files import SUFFIX, StoredFile, write_file
 from dreamer.replay.memory import Fields, bytes_per_step
 from dreamer.replay.persistence import Place, read_chunks
-from dreamer.replay.ring import Ring
+from dreamer.replay.ring import ReplayError, Ring
 from dreamer.replay.versions import VersionedRows
 
 #: A segment holds this share of all rows at least, and so many bytes.

@@ -26,7 +26,7 @@ import numpy as np
 
 from dreamer.paths import whole_file
 from dreamer.replay.buffer import Replay
-from dreamer.replay.errors import ReplayError
+from dreamer.replay.ring import ReplayError
 from dreamer.types import LOG_PREFIX, TRANSITION_FIELDS, Space, Spaces, replay_fields
 
 #: Arrays (L, ...) by field name.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dreamer.paths import whole_file
-from dreamer.replay.errors import ReplayError
+from dreamer.replay.ring import ReplayError
 
 SUFFIX = ".chunk"
 PARTIAL = ".partial"

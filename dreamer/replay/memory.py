@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-from dreamer.replay.errors import ReplayError
+from dreamer.replay.ring import ReplayError
 from dreamer.types import Field
 
 Fields = Mapping[str, Field]

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from dreamer.replay.errors import ReplayError
 from dreamer.replay.files import StoredFile, read_file, write_file
-from dreamer.replay.ring import Ring
+from dreamer.replay.ring import ReplayError, Ring
 
 #: Children of a node. Wide nodes make few levels, and few levels make few calls of numpy.
 FAN = 64

@@ -6,11 +6,17 @@ Because rows are never reused, "was this overwritten meanwhile?" is a comparison
     row    0  1  2  3  4  5  6          rows = 4, head = 7
     slot   0  1  2  3  0  1  2
                     ^tail     ^head - 1          rows 0, 1, 2 are gone
+
+Here too, as all of this room imports it: the room's exception.
 """
 
 from __future__ import annotations
 
 import numpy as np
+
+
+class ReplayError(RuntimeError):
+    """Data that does not fit the buffer, a request it cannot answer, or a file that cannot be trusted."""
 
 
 class Ring:

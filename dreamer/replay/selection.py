@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from dreamer.config import SelectionConfig
-from dreamer.replay.errors import ReplayError
 from dreamer.replay.priorities import Priorities
-from dreamer.replay.ring import Ring
+from dreamer.replay.ring import ReplayError, Ring
 
 #: Names the random stream of selection among all that are derived from the run's seed.
 SELECTION_STREAM = 0x5E1EC7

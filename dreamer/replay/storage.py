@@ -13,10 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from dreamer.replay.disk import DiskStorage, read_blocks
-from dreamer.replay.errors import ReplayError
 from dreamer.replay.memory import Fields, Kind
 from dreamer.replay.persistence import ChunkLog
-from dreamer.replay.ring import Ring
+from dreamer.replay.ring import ReplayError, Ring
 
 Values = Mapping[str, np.ndarray]
 

@@ -19,11 +19,11 @@ from dreamer.config import Config, LogConfig, RunConfig
 from dreamer.envs.vector import MakeEnv
 from dreamer.presets import ConfigError
 from dreamer.records.display import Display
+from dreamer.records.meters import Startup
 from dreamer.run.devices import DeviceError
 from dreamer.run.loop import Run
 from dreamer.run.nonfinite import NonFiniteActionError, NonFiniteError
 from dreamer.run.signals import StopRequest
-from dreamer.run.startup import Startup
 from dreamer.saves.checkpoint import Checkpointer, CheckpointError
 from dreamer.terminal import Console
 

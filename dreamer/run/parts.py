@@ -22,11 +22,10 @@ from dreamer.envs.interface import Fault
 from dreamer.envs.vector import MakeEnv
 from dreamer.presets import CONFIG_FILE, save_config
 from dreamer.records.display import Display, start_summary
-from dreamer.records.meters import Aggregator, Stopwatch
-from dreamer.records.places import make_logger
-from dreamer.records.provenance import versions
+from dreamer.records.logger import make_logger
+from dreamer.records.meters import Aggregator, Startup, Stopwatch
 from dreamer.records.sink import Steps
-from dreamer.records.system import SystemMeter
+from dreamer.records.system import SystemMeter, versions
 from dreamer.run.collector import Collector
 from dreamer.run.devices import find_devices
 from dreamer.run.evaluate import Evaluator
@@ -50,7 +49,6 @@ from dreamer.run.setup import (
     training_envs,
 )
 from dreamer.run.shares import check_processes, from_first, own_key, share
-from dreamer.run.startup import Startup
 from dreamer.saves.checkpoint import Checkpointer, CheckpointError
 from dreamer.saves.weights import check_source, warm_start
 from dreamer.terminal import Console

@@ -15,7 +15,7 @@ from flax import serialization
 
 from dreamer.envs import EnvError, VectorEnv
 from dreamer.records.meters import Aggregator
-from dreamer.records.provenance import versions
+from dreamer.records.system import versions
 from dreamer.run.collector import Collector
 from dreamer.run.evaluate import Evaluator
 from dreamer.run.learner import Learner

@@ -24,10 +24,9 @@ from dreamer.config import Config
 from dreamer.envs.vector import MakeEnv
 from dreamer.paths import brief
 from dreamer.presets import CONFIG_FILE, save_config
-from dreamer.records.meters import Packed
+from dreamer.records.meters import Packed, Startup
 from dreamer.run.loop import Run
 from dreamer.run.signals import StopRequest
-from dreamer.run.startup import Startup
 from dreamer.saves.checkpoint import Checkpointer, CheckpointError
 from dreamer.saves.lock import LogdirLock
 from dreamer.terminal import Console

@@ -21,7 +21,7 @@ from dreamer.envs.vector import MakeEnv
 from dreamer.paths import PathError, absolute, make_folder
 from dreamer.presets import CONFIG_FILE, ConfigError
 from dreamer.records.display import Row, device_row, format_bytes, format_count, parameters_row
-from dreamer.records.provenance import versions
+from dreamer.records.system import versions
 from dreamer.replay import Replay, ReplayError, bytes_per_step, choose_storage, machine_memory
 from dreamer.run.devices import choose_device, compute_dtype
 from dreamer.run.shares import own_seed, share

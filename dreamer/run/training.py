@@ -13,15 +13,14 @@ from dreamer.envs.vector import MakeEnv
 from dreamer.paths import brief
 from dreamer.presets import check_resume, stored_config
 from dreamer.process import unfailing_output
-from dreamer.run.allocator import reuse_freed_memory
-from dreamer.run.devices import find_devices, keep_compiled_programs
+from dreamer.records.meters import Startup
+from dreamer.run.devices import find_devices, keep_compiled_programs, reuse_freed_memory
 from dreamer.run.distributed import SharedRun, join, own_part
 from dreamer.run.loop import Run
 from dreamer.run.nonfinite import NonFiniteError
 from dreamer.run.seeds import SeedRuns
 from dreamer.run.setup import name_own_task, prepare_logdir, resolve_logdir
 from dreamer.run.signals import StopRequest
-from dreamer.run.startup import Startup
 from dreamer.saves.lock import LogdirLock
 from dreamer.terminal import Console
 

@@ -14,15 +14,13 @@ from dreamer.presets import check_resume, stored_config
 from dreamer.run.signals import StopRequest
 from dreamer.saves.lock import LogdirLock
 from dreamer.schema import ConfigError
-from dreamer.sweeps.backend import Backend
 from dreamer.sweeps.expand import Planned, expand
 from dreamer.sweeps.file import find_sweep, load_sweep
-from dreamer.sweeps.live_table import SweepDisplay, counts
 from dreamer.sweeps.local import TRAIN, LocalBackend, found_devices, slots
-from dreamer.sweeps.scheduler import Entry, Scheduler
+from dreamer.sweeps.progress import FAILED
+from dreamer.sweeps.scheduler import Backend, Entry, Scheduler
 from dreamer.sweeps.spec import Sweep
-from dreamer.sweeps.state import FAILED
-from dreamer.sweeps.summary import write_report
+from dreamer.sweeps.views import SweepDisplay, counts, write_report
 from dreamer.terminal import Console
 
 #: Exit code of a sweep of which runs failed.

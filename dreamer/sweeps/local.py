@@ -1,4 +1,5 @@
-"""Runs as processes of this machine, on the devices there are; and those that a killed sweep has left running."""
+"""Runs as processes of this machine, on the devices there are; those that a killed sweep has
+left running; and one run on the machine that a cluster chose."""
 
 from __future__ import annotations
 
@@ -9,16 +10,20 @@ import re
 import signal
 import socket
 import subprocess
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 
 from dreamer.nvidia import DriverError, cards, visible
 from dreamer.paths import PROGRAM
 from dreamer.presets import save_config
+from dreamer.process import STOP_SIGNALS
 from dreamer.saves.lock import LogdirInUseError, LogdirLock
 from dreamer.schema import ConfigError
 from dreamer.sweeps.expand import Planned
-from dreamer.sweeps.state import CONFIG_FILE, LOG_FILE
+from dreamer.sweeps.progress import CONFIG_FILE, LOG_FILE
 
 #: Share of a device's memory that runs on it take together, where there are several.
 MEMORY_SHARE = 0.9
@@ -150,3 +155,42 @@ class AdoptedJob:
         if holder and holder[2] == socket.gethostname() and in_use(self._folder):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(int(holder[1]), number)
+
+
+# --- On the machine that a cluster chose -----------------------------------------------------------
+
+
+#: In a run's folder: asks it to leave. Folders are shared between machines; signals are not.
+STOP_FILE = "stop"
+GRACE_SECONDS = 60.0
+
+
+def run_program(words: Sequence[str], folder: Path, settings: Mapping[str, str], poll_seconds: float = 1.0) -> int:
+    """Runs a program to its end; returns its exit code. Signals to stop, and the file STOP_FILE, reach it as SIGTERM.
+
+    Where the cluster ends this function itself, the program is asked to leave too, and has a minute to do so.
+    """
+    if (folder / STOP_FILE).exists():  # asked for while it was waiting in the queue
+        return 0
+    job = LocalJob(words, settings, folder / LOG_FILE)
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        job.stop()
+
+    if threading.current_thread() is threading.main_thread():
+        for number in STOP_SIGNALS:  # but not where the cluster's own program hears them
+            if number == signal.SIGTERM or signal.getsignal(number) is signal.SIG_DFL:
+                signal.signal(number, hand_on)
+    asked = False
+    try:
+        while (code := job.poll()) is None:
+            if not asked and (folder / STOP_FILE).exists():
+                asked = True
+                job.stop()
+            time.sleep(poll_seconds)
+        return code
+    finally:
+        job.stop()
+        end = time.monotonic() + GRACE_SECONDS
+        while job.poll() is None and time.monotonic() < end:
+            time.sleep(poll_seconds)

@@ -10,8 +10,7 @@ from typing import Any
 from dreamer.paths import working_folder
 from dreamer.schema import ConfigError
 from dreamer.sweeps.expand import Planned
-from dreamer.sweeps.local import MEMORY_SHARE, command
-from dreamer.sweeps.node import STOP_FILE
+from dreamer.sweeps.local import MEMORY_SHARE, STOP_FILE, command
 from dreamer.sweeps.spec import RayTask
 
 #: What a task that ended without an exit code gives: its machine was lost, say.
@@ -24,7 +23,7 @@ def on_a_machine(working_folder: str) -> Callable[[Sequence[str], Path, Mapping[
 
     def task(words: Sequence[str], folder: Path, settings: Mapping[str, str]) -> int:
         sys.path[:] = [place for place in sys.path if place != working_folder] + [working_folder]
-        from dreamer.sweeps.node import run_program
+        from dreamer.sweeps.local import run_program
 
         return run_program(words, folder, settings)
 

@@ -11,8 +11,7 @@ from typing import Any
 from dreamer.paths import safe_path
 from dreamer.schema import ConfigError
 from dreamer.sweeps.expand import Planned
-from dreamer.sweeps.local import command
-from dreamer.sweeps.node import STOP_FILE, run_program
+from dreamer.sweeps.local import STOP_FILE, command, run_program
 
 #: What a job that ended without an exit code gives: it was cancelled, or its machine was lost.
 LOST = 1

@@ -1,15 +1,18 @@
-"""How far a run is, from the lines it writes, and whether it is hopeless beside others. Only what is new is read; lines
-that cannot be used are passed over here, and told by the report."""
+"""How far a run is, from the lines it writes; whether it is hopeless beside others; what is kept of it. Only lines that
+are new are read; those that cannot be used are passed over here, and told by the report."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dreamer.paths import whole_file
 from dreamer.records.json_lines import SCORE, UnreadableError, number, parse
 from dreamer.sweeps.spec import EarlyStop
 
@@ -148,3 +151,53 @@ def hopeless(rule: EarlyStop, run: Progress, others: Iterable[Progress], frames:
     return (
         f"score {score:.4g} at {frames:,} frames, below {bound:.4g}, the {rule.below:g} quantile of {len(beside)} runs"
     )
+
+
+# --- Kept in a run's folder --------------------------------------------------------------------
+
+
+#: In a run's folder.
+STATE_FILE, LOG_FILE, CONFIG_FILE = "sweep.json", "sweep.log", "sweep.yaml"
+
+WAITING, RUNNING, FINISHED, FAILED, HOPELESS = "waiting", "running", "finished", "failed", "stopped early"
+STATUSES = (WAITING, RUNNING, FINISHED, FAILED, HOPELESS)
+
+
+@dataclasses.dataclass
+class RunState:
+    """One run.
+
+    status    waiting, running, finished, failed or stopped early.
+    steps     Agent steps at its last end, whatever ended it; a finished run goes on if it is to be longer.
+    starts    How often it was started.
+    failures  In a row, without getting further; cleared by the next sweep command.
+    seconds   How long it has run, over all its starts.
+    reason    Of the last failure or early stop.
+    """
+
+    status: str = WAITING
+    steps: int = 0
+    starts: int = 0
+    failures: int = 0
+    seconds: float = 0.0
+    reason: str = ""
+
+
+def load_state(folder: Path) -> RunState:
+    """The state in a run's folder; a new one where there is none that can be read."""
+    state = RunState()
+    try:
+        found = parse((folder / STATE_FILE).read_bytes())
+        for name, default in dataclasses.asdict(state).items():
+            value = found.get(name) if isinstance(default, str) else number(found, name)
+            if value is not None:
+                setattr(state, name, type(default)(value))
+    except (OSError, UnreadableError):
+        return RunState()
+    return state if state.status in STATUSES else RunState()
+
+
+def save_state(folder: Path, state: RunState) -> None:
+    """A reader, or a crash, sees the old or the new one."""
+    with whole_file(folder / STATE_FILE) as file:
+        file.write(json.dumps(dataclasses.asdict(state), indent=1).encode())

@@ -9,27 +9,53 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from dreamer.run.signals import StopRequest
-from dreamer.sweeps.backend import Backend, Job
 from dreamer.sweeps.expand import Planned
 from dreamer.sweeps.local import AdoptedJob, in_use
-from dreamer.sweeps.progress import Progress, hopeless, rung
-from dreamer.sweeps.spec import Sweep
-from dreamer.sweeps.state import (
+from dreamer.sweeps.progress import (
     FAILED,
     FINISHED,
     HOPELESS,
     LOG_FILE,
     RUNNING,
     WAITING,
+    Progress,
     RunState,
+    hopeless,
     load_state,
+    rung,
     save_state,
 )
+from dreamer.sweeps.spec import Sweep
 
 #: Exit codes of `dreamer train` that another try cannot change: a mistake in what was asked, numbers not finite.
 FINAL_CODES = (2, 3)
 _IN_USE = "is in use by a live run"
 _LONGEST_WAIT_SECONDS = 600.0
+
+
+class Job(Protocol):
+    """A run that was sent off. where: for people, "device 0" say."""
+
+    where: str
+
+    def poll(self) -> int | None:
+        """The exit code of `dreamer train`, None while it goes on."""
+
+    def stop(self) -> None:
+        """Ask it to save a checkpoint and leave; returns at once."""
+
+    def kill(self) -> None:
+        """End it now."""
+
+
+class Backend(Protocol):
+    """Sends runs off. slots: how many at once."""
+
+    slots: int
+
+    def start(self, run: Planned, slot: int) -> Job: ...
+
+    def close(self) -> None: ...
 
 
 class Entry:

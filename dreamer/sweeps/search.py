@@ -12,10 +12,10 @@ import numpy as np
 
 from dreamer.schema import ConfigError
 from dreamer.sweeps.expand import Planned, check_tasks, draw, drawn_entry, planned
+from dreamer.sweeps.progress import FAILED
 from dreamer.sweeps.scheduler import Entry
 from dreamer.sweeps.spec import Sweep
-from dreamer.sweeps.state import FAILED
-from dreamer.sweeps.summary import LAST
+from dreamer.sweeps.views import LAST
 
 JOURNAL = "search.log"
 

@@ -14,8 +14,8 @@ from tiny_runs import share_agents, tiny_config
 
 from dreamer.bench import bench_loop, measuring
 from dreamer.bench.bench_env import ALONE, bench_env
-from dreamer.bench.bench_policy import bench_policy
 from dreamer.bench.bench_replay import bench_replay
+from dreamer.bench.bench_update import bench_policy
 from dreamer.bench.measuring import Report, figure, read_report, save_report, show, take_turns
 from dreamer.cli import main
 from dreamer.commands import bench
@@ -89,9 +89,9 @@ def test_the_machine_is_named():
 
 def test_every_part_takes_the_options_of_a_run(monkeypatch, tmp_path):
     seen: list[tuple[Any, ...]] = []
-    for part in ("policy", "replay", "env", "loop"):
+    for part, module in (("policy", "update"), ("replay", "replay"), ("env", "env"), ("loop", "loop")):
         measure = lambda *arguments, part=part: (seen.append(arguments), report(part=part))[1]  # noqa: E731
-        monkeypatch.setattr(f"dreamer.bench.bench_{part}.bench_{part}", measure)
+        monkeypatch.setattr(f"dreamer.bench.bench_{module}.bench_{part}", measure)
     file = tmp_path / "out.json"
     assert main(["bench", "policy", "--envs", "1", "8", "--rounds", "2", "--json", str(file)]) == 0
     assert main(["bench", "env", "--configs", "debug", "--env.num_envs", "3", "--steps", "5"]) == 0
@@ -122,7 +122,7 @@ def test_mistakes_end_in_one_line(line, capsys):
 
 
 def test_the_policy_is_measured_for_every_number_of_environments(monkeypatch):
-    monkeypatch.setattr("dreamer.bench.bench_policy.CALLS", 2)
+    monkeypatch.setattr("dreamer.bench.bench_update.CALLS", 2)
     found = bench_policy(tiny_config(), [2, 1], rounds=3)
     assert list(found.rows) == ["1 environment", "2 environments"]
     for count, row in enumerate(found.rows.values(), 1):

@@ -16,11 +16,10 @@ from dreamer import cli
 from dreamer.commands.plot import parser
 from dreamer.plot.comparison import Comparison, compare
 from dreamer.plot.curves import Run
-from dreamer.plot.figure import short
+from dreamer.plot.figure import as_table, number, short
 from dreamer.plot.lines import nice
 from dreamer.plot.published import published
 from dreamer.plot.request import Request, make_comparison
-from dreamer.plot.score_table import as_table, number
 from dreamer.plot.totals import scale_of
 from dreamer.presets import load_config, save_config
 

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from dreamer.presets import load_config
-from dreamer.records.logger import Logger, Steps
+from dreamer.records.logger import Logger, Steps, as_text, make_logger, table
 from dreamer.records.pictures import Pace
-from dreamer.records.places import as_text, make_logger, table
 from dreamer.records.tensorboard import CHARTS, GROUPS, TensorBoardSink, tag
 from dreamer.schema import options
 

@@ -16,9 +16,8 @@ from tiny_runs import lines
 
 from dreamer.presets import ConfigError, load_config
 from dreamer.records import trackers
-from dreamer.records.logger import Logger, LogWarning, Steps
+from dreamer.records.logger import Logger, LogWarning, Steps, make_logger, table
 from dreamer.records.pictures import encode_png
-from dreamer.records.places import make_logger, table
 from dreamer.records.trackers import MlflowSink, WandbSink
 from dreamer.schema import options
 

@@ -10,11 +10,11 @@ pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="anoth
 
 HEAP = """
 import ctypes, random
-from dreamer.run import allocator
+from dreamer.run import devices
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
-libc.mallinfo2.restype = allocator._Usage
+libc.mallinfo2.restype = devices._Usage
 resident = lambda: int(open("/proc/self/statm").read().split()[1]) * 4096
 """
 FRAGMENTS = """
@@ -35,9 +35,9 @@ def run(program: str) -> str:
 def test_freed_chunks_are_retired_and_the_rest_stays():
     """Of 200 MB freed in pieces nothing is handed out again, and what is in use keeps what it holds."""
     program = f"""{HEAP}
-allocator.reuse_freed_memory()
+devices.reuse_freed_memory()
 {FRAGMENTS}
-retired = allocator.retire_fragments()
+retired = devices.retire_fragments()
 left = libc.mallinfo2()
 again = libc.malloc(50_000)
 kept = all(ctypes.string_at(chunk, 2_000) == bytes([1]) * 2_000 for chunk in chunks[1::2])
@@ -50,7 +50,7 @@ print(before, retired, left.fordblks - left.keepcost, again > max(chunks), kept)
 
 def test_retired_chunks_cost_no_memory():
     program = f"""{HEAP}
-allocator.reuse_freed_memory()
+devices.reuse_freed_memory()
 random.seed(0)
 chunks = [libc.malloc(random.randrange(2_000, 200_000)) for _ in range(4000)]
 for chunk in chunks:
@@ -61,7 +61,7 @@ for block in blocks:
 for block in blocks[::2]:
     libc.free(block)
 before = resident()
-allocator.retire_fragments()
+devices.retire_fragments()
 print(before - resident())
 """
     assert int(run(program)) > 80e6
@@ -70,16 +70,16 @@ print(before - resident())
 def test_a_long_compilation_is_cleaned_up_after_and_a_short_one_is_not():
     program = """
 import jax, jax.numpy as jnp
-from dreamer.run import allocator
+from dreamer.run import devices
 
 calls = []
-allocator.retire_fragments = lambda: calls.append(1)
-allocator.reuse_freed_memory()
-allocator.reuse_freed_memory()
-jax.monitoring.record_event_duration_secs(allocator._COMPILED, 0.1)
+devices.retire_fragments = lambda: calls.append(1)
+devices.reuse_freed_memory()
+devices.reuse_freed_memory()
+jax.monitoring.record_event_duration_secs(devices._COMPILED, 0.1)
 short = len(calls)
-jax.monitoring.record_event_duration_secs(allocator._COMPILED, 9.0)
-long, allocator._LONG = len(calls), 0.0
+jax.monitoring.record_event_duration_secs(devices._COMPILED, 9.0)
+long, devices._LONG = len(calls), 0.0
 jax.jit(lambda x: jnp.sin(x) @ x)(jnp.ones((3, 3)))
 print(short, long, len(calls) > long)
 """

@@ -11,9 +11,9 @@ import time
 
 from tiny_runs import share_agents, tiny_config
 
+from dreamer.records.meters import Startup, process_start
 from dreamer.run.loop import Run
 from dreamer.run.signals import StopRequest
-from dreamer.run.startup import Startup, process_start
 from dreamer.terminal import Console
 
 

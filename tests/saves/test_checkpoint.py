@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dreamer.records.provenance import versions
+from dreamer.records.system import versions
 from dreamer.replay import Replay
 from dreamer.saves import snapshot
 from dreamer.saves.checkpoint import Checkpointer, CheckpointError, CheckpointMismatchError, CheckpointWarning

@@ -18,9 +18,8 @@ from dreamer.cli import main
 from dreamer.schema import ConfigError
 from dreamer.sweeps.launch import RUNS_FAILED, Request, sweep_command
 from dreamer.sweeps.local import slots
-from dreamer.sweeps.progress import Progress, hopeless, rung
+from dreamer.sweeps.progress import Progress, hopeless, load_state, rung
 from dreamer.sweeps.spec import EarlyStop
-from dreamer.sweeps.state import load_state
 
 TRAINER = Path(__file__).parent / "fake_trainer.py"
 FAKE = [sys.executable, "-S", str(TRAINER)]
@@ -71,7 +70,7 @@ class Place:
         """The sweep as a process of its own."""
         script = (
             "import sys; from pathlib import Path; from dreamer.sweeps.launch import Request, sweep_command\n"
-            "from dreamer.sweeps import summary; summary.comparison = lambda folder, runs: ('', [], [])\n"
+            "from dreamer.sweeps import views; views.comparison = lambda folder, runs: ('', [], [])\n"
             "sys.exit(sweep_command(Request(sys.argv[1], Path(sys.argv[2]), 2), sys.argv[3:], 0.02))"
         )
         words = [sys.executable, "-c", script, str(self.file), str(self.folder), *FAKE]
@@ -83,7 +82,7 @@ class Place:
 def place(tmp_path, monkeypatch, request):
     """Only the test of the report has the curves compared and drawn: it takes longer than a sweep."""
     if "report" not in request.function.__name__:
-        monkeypatch.setattr("dreamer.sweeps.summary.comparison", lambda folder, folders: ("", [], []))
+        monkeypatch.setattr("dreamer.sweeps.views.comparison", lambda folder, folders: ("", [], []))
     return Place(tmp_path)
 
 

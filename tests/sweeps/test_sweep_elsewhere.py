@@ -19,8 +19,8 @@ from waiting import until
 
 from dreamer.schema import ConfigError
 from dreamer.sweeps.launch import Request, sweep_command
-from dreamer.sweeps.node import STOP_FILE, run_program
-from dreamer.sweeps.state import load_state
+from dreamer.sweeps.local import STOP_FILE, run_program
+from dreamer.sweeps.progress import load_state
 
 SEARCH = """
 configs: [debug]
@@ -138,7 +138,7 @@ def test_a_program_is_asked_to_leave_where_the_cluster_ends_what_watches_it(tmp_
     (tmp_path / "behaviour.json").write_text(json.dumps({"*": {"seconds": 0.02}}))
     (folder / "sweep.yaml").write_text("run:\n  agent_steps: 100000\n")
     words = [*FAKE, "--configs", str(folder / "sweep.yaml"), "--logdir", str(folder)]
-    script = "import signal, sys; from pathlib import Path; from dreamer.sweeps.node import run_program\n"
+    script = "import signal, sys; from pathlib import Path; from dreamer.sweeps.local import run_program\n"
     # Tests that were started in the background inherit that Ctrl-C is ignored.
     script += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     script += "run_program(sys.argv[2:], Path(sys.argv[1]), {}, 0.02)"

@@ -12,10 +12,9 @@ from dreamer.cli import main
 from dreamer.sweeps.estimate import Need, dry_run, kind_of, needs, totals
 from dreamer.sweeps.expand import expand
 from dreamer.sweeps.file import load_sweep
-from dreamer.sweeps.live_table import SweepDisplay, counts, time_left
+from dreamer.sweeps.progress import FAILED, FINISHED, RUNNING, RunState, save_state
 from dreamer.sweeps.scheduler import Entry
-from dreamer.sweeps.state import FAILED, FINISHED, RUNNING, RunState, save_state
-from dreamer.sweeps.summary import write_report
+from dreamer.sweeps.views import SweepDisplay, counts, time_left, write_report
 from dreamer.terminal import Console
 
 FILE = """
