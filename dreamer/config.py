@@ -1,4 +1,5 @@
-"""Every option of the project: name, type, default, unit and meaning, each exactly once.
+"""Every option of the project: name, type, default, unit and meaning, each exactly once; those of environments are in
+`env_config.py`.
 
 The tree of frozen, validated dataclasses below *is* the configuration. YAML presets and command-line
 overrides (see `presets.py`) only change values; an unknown key or a value of the wrong type is an error.
@@ -10,32 +11,11 @@ import os
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
 from dreamer import contradictions, paths
-from dreamer.values import group, plain
-
-#: Bounds that many options have. Numbers above them would not mean more, and would overflow what counts or stores them.
-STEPS: dict[str, Any] = {"gt": 0, "le": 10**12}
-COUNT: dict[str, Any] = {"gt": 0, "le": 1_000_000}
-UNITS: dict[str, Any] = {"gt": 0, "le": 131_072}
-LAYERS: dict[str, Any] = {"ge": 1, "le": 64}
-SCALE: dict[str, Any] = {"ge": 0, "le": 1e6}
-REPEAT: dict[str, Any] = {"ge": 1, "le": 10_000}
-LARGEST_SEED = 2**64 - 1
-
-#: Height and width of images.
-Side = Annotated[int, Field(ge=1, le=4096)]
-Size = tuple[Side, Side]
-
-
-def option(default: Any, meaning: str, unit: str | None = None, resume: bool = False, **limits: Any) -> Any:
-    """One option. `resume`: may change when a run is resumed. `limits`: pydantic's ge, gt, le, lt, min_length; every
-    number has a least and a largest."""
-    extra: dict[str, Any] = {"unit": unit, "resume": resume}
-    if callable(default):
-        return Field(default_factory=default, description=meaning, json_schema_extra=extra, **limits)
-    return Field(default=default, description=meaning, json_schema_extra=extra, **limits)
+from dreamer.env_config import EnvConfig
+from dreamer.values import COUNT, LARGEST_SEED, LAYERS, SCALE, STEPS, UNITS, group, option
 
 
 def _path(value: Any) -> Any:
@@ -126,180 +106,6 @@ class RunConfig:
         True, "false: train on the preloaded data alone; run.agent_steps counts the steps that collecting would take"
     )
     display: bool = option(True, "Live progress display in a terminal", resume=True)
-
-
-@group
-class AtariConfig:
-    """Atari through ale-py."""
-
-    repeat: int = option(4, "Emulator frames per agent step", "frames", **REPEAT)
-    size: Size = option((64, 64), "Image height and width", "pixels")
-    gray: bool = option(False, "One gray channel instead of RGB")
-    sticky: float = option(0.0, "Chance that the emulator repeats its last action", ge=0, le=1)
-    actions: Literal["minimal", "all"] = option("minimal", "Action set")
-    noops: int = option(30, "Most no-op actions at the start of an episode", "agent-free frames", ge=0, le=1_000_000)
-    pooling: int = option(2, "Raw frames whose maximum is the observation", "frames", **REPEAT)
-    max_frames: int = option(108_000, "Time limit of an episode", "frames", gt=0, le=10**9)
-    terminal_on_life_loss: bool = option(False, "Mark a lost life as terminal for the learner (episode goes on)")
-    native: bool = option(
-        False, "Emulators in ale-py's C++ threads, whatever env.workers says: fast, but not the benchmark's pixels"
-    )
-
-
-@group
-class DmcConfig:
-    """DeepMind Control suite."""
-
-    repeat: int = option(1, "Simulation control steps per agent step", "steps", **REPEAT)
-    pixels: bool = option(False, "Observe a rendered image instead of the state vectors")
-    size: Size = option((64, 64), "Image height and width", "pixels")
-    camera: int | None = option(None, "Camera; null: 0, for the quadruped 2", ge=-1, le=1000)
-
-
-@group
-class CrafterConfig:
-    """Crafter."""
-
-    size: Size = option((64, 64), "Image height and width", "pixels")
-    reward: bool = option(True, "false: Crafter's no-reward variant")
-
-
-@group
-class MinigridConfig:
-    """MiniGrid."""
-
-    view: Literal["partial", "full"] = option("partial", "Observe what the agent sees ahead of it, or the whole grid")
-    size: Size = option((64, 64), "Image height and width", "pixels")
-
-
-@group
-class MemoryMazeConfig:
-    """Memory Maze."""
-
-    size: int = option(64, "Image height and width", "pixels", ge=16, le=4096)
-
-
-@group
-class VizdoomConfig:
-    """ViZDoom."""
-
-    size: Size = option((64, 64), "Image height and width", "pixels")
-    max_tics: int = option(2100, "Time limit of an episode", "tics of 1/35 s", gt=0, le=10**9)
-
-
-@group
-class ProcgenConfig:
-    """Procgen."""
-
-    size: Size = option(
-        (64, 64), "Image height and width; other than 64,64: scaled down from a large picture, slow to draw", "pixels"
-    )
-    mode: Literal["easy", "hard"] = option("hard", "Difficulty of the levels")
-    levels: int | None = option(None, "Different levels that are drawn from; null: unlimited", ge=1, le=10**9)
-    start_level: int = option(0, "The first of these levels, where their number is limited", ge=0, le=10**9)
-
-
-@group
-class MinecraftConfig:
-    """Minecraft through MineRL."""
-
-    size: Size = option((64, 64), "Image height and width", "pixels")
-    steps: int = option(36_000, "Time limit of an episode", "agent steps", gt=0, le=10**9)
-    break_speed: float = option(100.0, "How many times as fast blocks break", gt=0, le=1e6)
-    sticky_attack: int = option(
-        30, "Steps that an attack goes on, where env.minecraft.break_speed is 1", ge=0, le=1_000_000
-    )
-    sticky_jump: int = option(10, "Steps that a jump goes on", ge=0, le=1_000_000)
-    pitch_limit: float = option(60.0, "How far up and down one can look", "degrees", ge=0, le=90)
-
-
-@group
-class DmlabConfig:
-    """DeepMind Lab."""
-
-    repeat: int = option(4, "Frames per agent step", "frames", **REPEAT)
-    size: Size = option((64, 64), "Image height and width", "pixels")
-
-
-@group
-class GymConfig:
-    """Any Gymnasium environment."""
-
-    repeat: int = option(1, "Environment steps per agent step", "steps", **REPEAT)
-    render: bool = option(False, "Observe the rendered image instead of the environment's own observation")
-    size: Size | None = option(None, "Resize images to height and width; null: as they come", "pixels")
-    info_mask: bool = option(False, "Take only the actions that info['action_mask'] allows")
-    kwargs: Annotated[dict[str, Any], BeforeValidator(plain)] = option(dict, "Keyword arguments for gymnasium.make")
-
-
-@group
-class ToyConfig:
-    """The built-in catch game."""
-
-    size: int = option(32, "Image height and width", "pixels", ge=16, le=4096)
-    balls: int = option(3, "Balls that fall in one episode", ge=1, le=1_000_000)
-
-
-@group
-class EnvConfig:
-    """Environments: how many, where they run, and each suite's own options."""
-
-    num_envs: int = option(16, "Training environments stepped together (N)", gt=0, le=65_536)
-    workers: Literal["auto", "inline", "process"] = option(
-        "auto", "inline: in the training process; process: one worker each; auto: what the suite prefers"
-    )
-    timeout_seconds: float | None = option(
-        600.0,
-        "A worker process that takes longer over one step, or over starting, is ended and made anew; null: wait for "
-        "ever. Environments in the training process cannot be interrupted",
-        "seconds",
-        resume=True,
-        ge=0.01,
-        le=1e6,
-    )
-    restart_seconds: float = option(
-        1.0,
-        "Wait before a failed environment is made anew; doubles with each failure in an episode, up to a minute",
-        "seconds",
-        resume=True,
-        ge=0,
-        le=3600,
-    )
-    failure_limit: int | None = option(
-        10,
-        "Most failures of environments within env.failure_minutes; one more stops the run; null: any",
-        resume=True,
-        ge=0,
-        le=1_000_000,
-    )
-    failure_minutes: float = option(
-        10.0, "Time within which failures of environments are counted", "minutes", resume=True, gt=0, le=1e6
-    )
-    repeat: int = option(
-        1, "Times each action is taken; not beside a suite's own repeat above 1", "steps per agent step", **REPEAT
-    )
-    time_limit: int | None = option(
-        None, "Longest episode, cut off there; null: the environment's own limit", "agent steps", **STEPS
-    )
-    resize: Size | None = option(
-        None, "Resize images to height and width, after the suite's own size; null: as they come", "pixels"
-    )
-    grayscale: bool = option(False, "One gray channel instead of RGB")
-    frame_noise: float | None = option(
-        None, "Standard deviation of the noise on the agent's images; null: none", "of 255 levels", gt=0, le=255
-    )
-    reward_scale: float = option(1.0, "Factor of the rewards that are learned from; scores stay unscaled", gt=0, le=1e6)
-    atari: AtariConfig = option(AtariConfig, "Atari")
-    dmc: DmcConfig = option(DmcConfig, "DeepMind Control")
-    crafter: CrafterConfig = option(CrafterConfig, "Crafter")
-    minigrid: MinigridConfig = option(MinigridConfig, "MiniGrid")
-    memorymaze: MemoryMazeConfig = option(MemoryMazeConfig, "Memory Maze")
-    vizdoom: VizdoomConfig = option(VizdoomConfig, "ViZDoom")
-    procgen: ProcgenConfig = option(ProcgenConfig, "Procgen")
-    minecraft: MinecraftConfig = option(MinecraftConfig, "Minecraft")
-    dmlab: DmlabConfig = option(DmlabConfig, "DeepMind Lab")
-    gym: GymConfig = option(GymConfig, "Gymnasium")
-    toy: ToyConfig = option(ToyConfig, "Built-in toy")
 
 
 @group

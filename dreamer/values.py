@@ -12,10 +12,11 @@ import math
 import os
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import numpy as np
 import pydantic
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 T = TypeVar("T")
@@ -177,6 +178,29 @@ def group(cls: type[T]) -> type[T]:
 
     checked.__init__ = init
     return checked
+
+
+#: Bounds that many options have. Numbers above them would not mean more, and would overflow what counts or stores them.
+STEPS: dict[str, Any] = {"gt": 0, "le": 10**12}
+COUNT: dict[str, Any] = {"gt": 0, "le": 1_000_000}
+UNITS: dict[str, Any] = {"gt": 0, "le": 131_072}
+LAYERS: dict[str, Any] = {"ge": 1, "le": 64}
+SCALE: dict[str, Any] = {"ge": 0, "le": 1e6}
+REPEAT: dict[str, Any] = {"ge": 1, "le": 10_000}
+LARGEST_SEED = 2**64 - 1
+
+#: Height and width of images.
+Side = Annotated[int, Field(ge=1, le=4096)]
+Size = tuple[Side, Side]
+
+
+def option(default: Any, meaning: str, unit: str | None = None, resume: bool = False, **limits: Any) -> Any:
+    """One option. `resume`: may change when a run is resumed. `limits`: pydantic's ge, gt, le, lt, min_length; every
+    number has a least and a largest."""
+    extra: dict[str, Any] = {"unit": unit, "resume": resume}
+    if callable(default):
+        return Field(default_factory=default, description=meaning, json_schema_extra=extra, **limits)
+    return Field(default=default, description=meaning, json_schema_extra=extra, **limits)
 
 
 def describe_fault(fault: Mapping[str, Any]) -> str:

@@ -12,7 +12,18 @@ PACKAGE = Path(__file__).resolve().parent.parent / "dreamer"
 
 # Each row may import from rows at or above it. A folder counts as one module.
 LAYERS = [
-    ["paths", "types", "values", "contradictions", "config", "yaml_files", "process", "terminal", "nvidia"],
+    [
+        "paths",
+        "types",
+        "values",
+        "contradictions",
+        "env_config",
+        "config",
+        "yaml_files",
+        "process",
+        "terminal",
+        "nvidia",
+    ],
     ["features", "optimizer", "sharding"],
     ["kernels"],
     ["networks", "distributions", "compiler"],
@@ -35,7 +46,7 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 CLOSED = {"envs", "replay"}  # these know only the vocabulary
-VOCABULARY = {"paths", "types", "values", "contradictions", "config"}
+VOCABULARY = {"paths", "types", "values", "contradictions", "env_config", "config"}
 PRINTING = {"process", "terminal"}
 SEE_WHOLE_CONFIG = {"agent", "schema", "presets", "records", "saves", "data", "run", "bench", "sweeps", "commands"}
 SEE_WHOLE_CONFIG |= {"__init__"}

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from dreamer import cli
 from dreamer.agent import seed_key
-from dreamer.config import Config, EnvConfig, GymConfig, RunConfig
+from dreamer.config import Config, RunConfig
 from dreamer.contradictions import filling_steps, least_capacity, unmet
+from dreamer.env_config import EnvConfig, GymConfig
 from dreamer.presets import ConfigError, load_config, save_config
 from dreamer.schema import describe, options
 from dreamer.sweeps.file import load_sweep

@@ -330,7 +330,7 @@ gymnasium.register("MyEnv", MyEnv)
 PLAY = """
 import sys
 import numpy as np
-from dreamer.config import EnvConfig
+from dreamer.env_config import EnvConfig
 from dreamer.envs import make_vector_env
 
 for task in sys.argv[1:]:
@@ -393,7 +393,7 @@ def test_a_module_that_another_one_hides_is_named_with_its_place(here):
 
 
 def test_a_file_is_found_again_after_the_working_folder_has_changed(here, monkeypatch):
-    from dreamer.config import EnvConfig
+    from dreamer.env_config import EnvConfig
     from dreamer.envs import make_env
 
     (here / "mine_too.py").write_text(MODULE.replace('"MyEnv"', '"Mine"'))

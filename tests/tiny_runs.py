@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from dreamer.agent import Agent
-from dreamer.config import Config, EnvConfig
+from dreamer.config import Config
+from dreamer.env_config import EnvConfig
 from dreamer.envs import VectorEnv, make_vector_env
 from dreamer.presets import load_config
 from dreamer.replay import Replay

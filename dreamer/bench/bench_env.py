@@ -17,7 +17,8 @@ import numpy as np
 
 from dreamer.bench.alone import EnvsAlone
 from dreamer.bench.measuring import Report, Rows, figure, spent, take_turns
-from dreamer.config import Config, EnvConfig
+from dreamer.config import Config
+from dreamer.env_config import EnvConfig
 from dreamer.envs import make_vector_env
 
 ALONE = "ale-py alone"

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from dreamer.config import LARGEST_SEED, Config
+from dreamer.config import Config
 from dreamer.paths import PathError, absolute
 from dreamer.presets import Setting, preset_names, settings_of, value_of
 from dreamer.schema import ConfigError, mismatch, options, show
-from dreamer.values import brief
+from dreamer.values import LARGEST_SEED, brief
 
 USAGE_ERROR = 2
 #: Presets that say nothing of their task's suite, the latter of one task alone.

@@ -121,7 +121,7 @@ def cards() -> dict[str, Any]:
 
 def environment(task: str) -> dict[str, Any]:
     """Seconds to make an environment and take two steps in it."""
-    from dreamer.config import EnvConfig
+    from dreamer.env_config import EnvConfig
     from dreamer.envs.registry import make_env
 
     start = time.perf_counter()
@@ -137,7 +137,7 @@ def environment(task: str) -> dict[str, Any]:
 
 def picture() -> dict[str, Any]:
     """The renderer's name, the seconds of a first picture, and how far its values spread."""
-    from dreamer.config import DmcConfig, EnvConfig
+    from dreamer.env_config import DmcConfig, EnvConfig
     from dreamer.envs.registry import make_env
 
     start = time.perf_counter()

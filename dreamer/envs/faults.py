@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from dreamer.config import EnvConfig
+from dreamer.env_config import EnvConfig
 from dreamer.envs.interface import EnvError, Fault, TransitionError
 from dreamer.envs.workers.fence import EscapeError, fenced
 

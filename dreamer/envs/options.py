@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 from PIL import Image
 
-from dreamer.config import EnvConfig
+from dreamer.env_config import EnvConfig
 from dreamer.envs.checks import check_spaces
 from dreamer.envs.interface import Env, TaskError, Transition, TransitionError
 from dreamer.envs.suites.atari import GRAY

@@ -7,7 +7,7 @@ import functools
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 
-from dreamer.config import EnvConfig
+from dreamer.env_config import EnvConfig
 from dreamer.envs.faults import in_words, place
 from dreamer.envs.interface import Env, TaskError, VectorEnv
 from dreamer.envs.options import wrap

@@ -9,7 +9,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from dreamer.config import EnvConfig
+from dreamer.env_config import EnvConfig
 from dreamer.envs.interface import Env, TaskError, VectorEnv
 from dreamer.envs.options import wrap
 from dreamer.envs.registry import check_task, make_env, split_task

@@ -242,11 +242,8 @@ class Replay:
         return {
             "items": float(len(self)),
             "fill": len(self) / self.capacity,
-            "inserts": float(counters["inserts"]),
-            "sequences": float(counters["sequences"]),
+            **{name: float(counters[name]) for name in ("inserts", "sequences", "written", "write_dropped")},
             "ratio": trained / max(counters["inserts"], 1),
-            "written": float(counters["written"]),
-            "write_dropped": float(counters["write_dropped"]),
             "online_served": float(counters["online"]),
             "online_waiting": float(0 if queue is None else len(queue)),
             "online_dropped": float(0 if queue is None else queue.dropped),

@@ -10,10 +10,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from dreamer.config import LARGEST_SEED
 from dreamer.presets import Setting, Settings
 from dreamer.sweeps.draws import Draw
-from dreamer.values import brief, group, plain
+from dreamer.values import LARGEST_SEED, brief, group, plain
 
 #: Most runs of a sweep.
 MOST_RUNS = 100_000

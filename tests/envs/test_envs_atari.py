@@ -11,7 +11,7 @@ import pytest
 from ale_py import roms
 from PIL import Image
 
-from dreamer.config import AtariConfig, EnvConfig
+from dreamer.env_config import AtariConfig, EnvConfig
 from dreamer.envs import human_normalized, list_tasks, make_env
 from dreamer.envs.suites.atari import Atari
 

@@ -13,7 +13,7 @@ import pytest
 from fake_envs import Nested
 
 from dreamer import cli
-from dreamer.config import GymConfig
+from dreamer.env_config import GymConfig
 from dreamer.envs import make_env, transition
 from dreamer.envs.audit import Report, audit
 from dreamer.envs.audit import edges as edge_actions

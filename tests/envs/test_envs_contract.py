@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dreamer.config import EnvConfig
+from dreamer.env_config import EnvConfig
 from dreamer.envs import Batch, VectorEnv, env_seed, list_tasks, make_env, make_vector_env
 from dreamer.types import TRANSITION_FIELDS
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dreamer.config import EnvConfig
+from dreamer.env_config import EnvConfig
 from dreamer.envs import TaskError, check_task, list_tasks, make_env, make_vector_env
 from dreamer.envs.interface import restorable
 
@@ -146,7 +146,7 @@ def test_an_installed_package_brings_suites(folder):
         "[dreamer.envs]\nmygames = my_envs:Ours\ncoins = my_envs:Coin\nlost = no_such_module:make\n"
     )
     script = (
-        "from dreamer.envs import *; from dreamer.config import EnvConfig\n"
+        "from dreamer.envs import *; from dreamer.env_config import EnvConfig\n"
         "assert make_env('mygames_maze', EnvConfig(), 5).text == 'maze None 5'\n"
         "assert make_env('coins_any', EnvConfig(), 5).action_spaces['action'].classes == (2,)\n"
         "assert 'mygames' in list_suites() and list_tasks()['mygames'] == []\n"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from dm_env import specs
 
-from dreamer.config import EnvConfig
+from dreamer.env_config import EnvConfig
 from dreamer.envs import TaskError, make_vector_env, transition
 from dreamer.envs.checks import MOST_NUMBERS, check_spaces
 from dreamer.envs.interface import TransitionError

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from dm_env import specs
 
-from dreamer.config import EnvConfig
+from dreamer.env_config import EnvConfig
 from dreamer.envs import EnvError, TaskError, make_env, make_vector_env
 from dreamer.envs.suites.dm_env import DmEnv
 from dreamer.envs.vector import adopt

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from fake_envs import Script, Scripted
 
-from dreamer.config import EnvConfig, ToyConfig
+from dreamer.env_config import EnvConfig, ToyConfig
 from dreamer.envs import Batch, make_env, make_vector_env, summary, transition
 from dreamer.types import Space
 

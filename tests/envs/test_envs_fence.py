@@ -26,7 +26,7 @@ from faulty_env import Faulty
 from tiny_runs import share_agents, tiny_config
 
 from dreamer import cli
-from dreamer.config import EnvConfig
+from dreamer.env_config import EnvConfig
 from dreamer.envs import EnvError, TaskError, VectorEnv, make_vector_env
 from dreamer.envs.interface import picture, restorable
 from dreamer.envs.workers import fence

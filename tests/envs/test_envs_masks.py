@@ -11,7 +11,7 @@ import pytest
 from learner_data import random_batch
 from tiny_runs import Collection
 
-from dreamer.config import EnvConfig
+from dreamer.env_config import EnvConfig
 from dreamer.envs import EnvError, TaskError, make_env, make_vector_env
 from dreamer.types import Space
 

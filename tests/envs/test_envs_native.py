@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dreamer.config import EnvConfig
+from dreamer.env_config import EnvConfig
 from dreamer.envs import Batch, EnvError, TaskError, make_vector_env
 
 

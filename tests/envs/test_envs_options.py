@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dreamer.config import Config, EnvConfig
+from dreamer.config import Config
+from dreamer.env_config import EnvConfig
 from dreamer.envs import Env, EnvError, TaskError, frames_per_step, make_env, make_vector_env, transition
 from dreamer.envs.interface import restorable
 from dreamer.envs.options import OPTIONS, wrap

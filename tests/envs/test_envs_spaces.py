@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from fake_envs import Nested, Spaced
 
-from dreamer.config import EnvConfig, GymConfig
+from dreamer.env_config import EnvConfig, GymConfig
 from dreamer.envs import EnvError, TaskError
 from dreamer.envs.options import wrap
 from dreamer.envs.spaces import action_leaves, flatten, observation_leaves, unflatten

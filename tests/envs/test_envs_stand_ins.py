@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dreamer.config import DmlabConfig, EnvConfig, MinecraftConfig
+from dreamer.env_config import DmlabConfig, EnvConfig, MinecraftConfig
 from dreamer.envs import EnvError, TaskError, list_tasks, make_env
 from dreamer.envs.suites.dmlab import ACTIONS as LAB_ACTIONS
 from dreamer.envs.suites.dmlab import DMLab, word_numbers

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dreamer.config import AtariConfig, EnvConfig
+from dreamer.env_config import AtariConfig, EnvConfig
 from dreamer.envs import list_tasks, make_env
 from dreamer.envs.interface import Env, restorable
 

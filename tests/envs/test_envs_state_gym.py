@@ -14,7 +14,7 @@ import pytest
 from gymnasium.utils import EzPickle
 from test_envs_state import Case, check
 
-from dreamer.config import EnvConfig, GymConfig
+from dreamer.env_config import EnvConfig, GymConfig
 from dreamer.envs import make_env
 from dreamer.envs.interface import EnvError, restorable
 from dreamer.envs.suites.gym import GymEnv

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from waiting import alive, until
 
-from dreamer.config import EnvConfig
+from dreamer.env_config import EnvConfig
 from dreamer.envs import Env, TaskError, check_task, list_tasks, make_env, registry
 from dreamer.envs.interface import Restorable, Transition, restorable
 from dreamer.envs.proof import difference, disproof
@@ -243,7 +243,7 @@ def test_vizdoom_killed_leaves_no_engine_no_shared_memory_and_no_files(tmp_path)
     assert shutil.which("setpriv"), "part of util-linux"
     before = doom_memory()
     script = (
-        "import sys, time\nfrom dreamer.config import EnvConfig\nfrom dreamer.envs import make_env\n"
+        "import sys, time\nfrom dreamer.env_config import EnvConfig\nfrom dreamer.envs import make_env\n"
         "env = make_env('vizdoom_take_cover', EnvConfig(), 0)\nenv.reset()\nprint('up', flush=True)\ntime.sleep(100)"
     )
     environ = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)}

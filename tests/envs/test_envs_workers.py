@@ -17,7 +17,7 @@ import pytest
 from fake_envs import Imports, Nested, Scripted, Spaced
 from waiting import alive, until
 
-from dreamer.config import EnvConfig
+from dreamer.env_config import EnvConfig
 from dreamer.envs import (
     EnvError,
     InlineVectorEnv,
@@ -201,7 +201,7 @@ def test_slow_suites_get_processes_and_fast_ones_none():
 MAIN = """
 import sys
 import gymnasium, numpy as np
-from dreamer.config import EnvConfig
+from dreamer.env_config import EnvConfig
 from dreamer.envs import make_vector_env
 
 class Mine(gymnasium.Env):
@@ -259,7 +259,7 @@ def test_environments_import_nothing_heavy():
 
 def test_a_missing_renderer_names_the_packages():
     code = """
-from dreamer.config import EnvConfig
+from dreamer.env_config import EnvConfig
 from dreamer.envs import TaskError, make_env
 env = make_env("dmc_cartpole_swingup", EnvConfig(), 0)
 env.reset()

@@ -19,7 +19,7 @@ from fake_envs import Scripted
 from faulty_env import GARBAGE, HARMLESS, Faulty, action, faulty
 from waiting import alive, until
 
-from dreamer.config import EnvConfig
+from dreamer.env_config import EnvConfig
 from dreamer.envs import (
     Batch,
     EnvError,
@@ -450,7 +450,7 @@ def test_two_hundred_restarts_leave_nothing_behind():
 ORPHANS = """
 import sys, time
 import numpy as np
-from dreamer.config import EnvConfig
+from dreamer.env_config import EnvConfig
 from dreamer.envs import make_vector_env
 from faulty_env import Faulty, action
 

@@ -13,7 +13,7 @@ import pytest
 from fake_envs import Script, Scripted, Spaced
 from tiny_runs import Collection, tiny_agent, vector_env
 
-from dreamer.config import EnvConfig
+from dreamer.env_config import EnvConfig
 from dreamer.envs import make_vector_env, transition
 from dreamer.run import collector
 from dreamer.run.collector import run_episodes

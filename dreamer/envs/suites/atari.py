@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dreamer.config import AtariConfig, EnvConfig
+from dreamer.env_config import AtariConfig, EnvConfig
 from dreamer.envs.interface import TaskError, Transition, as_rgb, transition
 from dreamer.envs.suites.atari_scores import SCORES
 from dreamer.types import Space

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dreamer.config import EnvConfig
+from dreamer.env_config import EnvConfig
 from dreamer.envs.interface import Batch, EnvError, Fault, TaskError, as_rgb
 from dreamer.envs.options import chosen
 from dreamer.envs.workers.inline import check_actions

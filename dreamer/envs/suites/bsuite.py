@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dreamer.config import EnvConfig
+from dreamer.env_config import EnvConfig
 from dreamer.envs.interface import TaskError, Transition, transition
 from dreamer.types import Space
 

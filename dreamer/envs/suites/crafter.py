@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dreamer.config import CrafterConfig, EnvConfig
+from dreamer.env_config import CrafterConfig, EnvConfig
 from dreamer.envs.interface import Transition, transition
 from dreamer.types import Space
 

@@ -30,7 +30,7 @@ from typing import Any
 
 import gymnasium
 
-from dreamer.config import EnvConfig
+from dreamer.env_config import EnvConfig
 from dreamer.envs.interface import Env, TaskError
 from dreamer.envs.suites.dm_env import adopted
 from dreamer.envs.suites.gym import GymEnv, old_gym, render_modes

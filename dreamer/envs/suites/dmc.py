@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from dreamer.config import DmcConfig, EnvConfig
+from dreamer.env_config import DmcConfig, EnvConfig
 from dreamer.envs.interface import TaskError, Transition, transition
 from dreamer.envs.spaces import rescale
 from dreamer.types import Space

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dreamer.config import DmlabConfig, EnvConfig
+from dreamer.env_config import DmlabConfig, EnvConfig
 from dreamer.envs.interface import Transition, transition
 from dreamer.types import Space
 

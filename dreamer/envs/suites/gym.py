@@ -13,7 +13,7 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.registration import EnvSpec, load_env_creator
 
-from dreamer.config import EnvConfig, GymConfig
+from dreamer.env_config import EnvConfig, GymConfig
 from dreamer.envs.interface import EnvError, TaskError, Transition, TransitionError, as_rgb, transition
 from dreamer.envs.options import resize
 from dreamer.envs.proof import disproof

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.random import RandomState
 
-from dreamer.config import EnvConfig, MemoryMazeConfig
+from dreamer.env_config import EnvConfig, MemoryMazeConfig
 from dreamer.envs.interface import TaskError, Transition, transition
 from dreamer.envs.suites.dmc import _load_suite
 from dreamer.envs.suites.packages import part

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dreamer.config import EnvConfig, MinecraftConfig
+from dreamer.env_config import EnvConfig, MinecraftConfig
 from dreamer.envs.interface import Env, EnvError, Transition, transition
 from dreamer.envs.wrappers import TimeLimit
 from dreamer.types import Space

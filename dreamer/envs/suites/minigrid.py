@@ -15,7 +15,7 @@ from typing import Any, cast
 import gymnasium
 import numpy as np
 
-from dreamer.config import EnvConfig, MinigridConfig
+from dreamer.env_config import EnvConfig, MinigridConfig
 from dreamer.envs.interface import TaskError, Transition, transition
 from dreamer.envs.options import resize
 from dreamer.envs.suites.seeded import SeededEpisodes

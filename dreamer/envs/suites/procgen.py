@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from dreamer.config import EnvConfig, ProcgenConfig
+from dreamer.env_config import EnvConfig, ProcgenConfig
 from dreamer.envs.interface import Transition, transition
 from dreamer.envs.options import resize
 from dreamer.envs.suites.packages import part

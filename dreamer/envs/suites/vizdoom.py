@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dreamer.config import EnvConfig, VizdoomConfig
+from dreamer.env_config import EnvConfig, VizdoomConfig
 from dreamer.envs.interface import Transition, transition
 from dreamer.envs.options import resize
 from dreamer.envs.suites.seeded import SeededEpisodes

@@ -1,0 +1,183 @@
+"""The options of environments: how many, where they run, wrappers, and each suite's own."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
+
+from dreamer.values import REPEAT, STEPS, Size, group, option, plain
+
+
+@group
+class AtariConfig:
+    """Atari through ale-py."""
+
+    repeat: int = option(4, "Emulator frames per agent step", "frames", **REPEAT)
+    size: Size = option((64, 64), "Image height and width", "pixels")
+    gray: bool = option(False, "One gray channel instead of RGB")
+    sticky: float = option(0.0, "Chance that the emulator repeats its last action", ge=0, le=1)
+    actions: Literal["minimal", "all"] = option("minimal", "Action set")
+    noops: int = option(30, "Most no-op actions at the start of an episode", "agent-free frames", ge=0, le=1_000_000)
+    pooling: int = option(2, "Raw frames whose maximum is the observation", "frames", **REPEAT)
+    max_frames: int = option(108_000, "Time limit of an episode", "frames", gt=0, le=10**9)
+    terminal_on_life_loss: bool = option(False, "Mark a lost life as terminal for the learner (episode goes on)")
+    native: bool = option(
+        False, "Emulators in ale-py's C++ threads, whatever env.workers says: fast, but not the benchmark's pixels"
+    )
+
+
+@group
+class DmcConfig:
+    """DeepMind Control suite."""
+
+    repeat: int = option(1, "Simulation control steps per agent step", "steps", **REPEAT)
+    pixels: bool = option(False, "Observe a rendered image instead of the state vectors")
+    size: Size = option((64, 64), "Image height and width", "pixels")
+    camera: int | None = option(None, "Camera; null: 0, for the quadruped 2", ge=-1, le=1000)
+
+
+@group
+class CrafterConfig:
+    """Crafter."""
+
+    size: Size = option((64, 64), "Image height and width", "pixels")
+    reward: bool = option(True, "false: Crafter's no-reward variant")
+
+
+@group
+class MinigridConfig:
+    """MiniGrid."""
+
+    view: Literal["partial", "full"] = option("partial", "Observe what the agent sees ahead of it, or the whole grid")
+    size: Size = option((64, 64), "Image height and width", "pixels")
+
+
+@group
+class MemoryMazeConfig:
+    """Memory Maze."""
+
+    size: int = option(64, "Image height and width", "pixels", ge=16, le=4096)
+
+
+@group
+class VizdoomConfig:
+    """ViZDoom."""
+
+    size: Size = option((64, 64), "Image height and width", "pixels")
+    max_tics: int = option(2100, "Time limit of an episode", "tics of 1/35 s", gt=0, le=10**9)
+
+
+@group
+class ProcgenConfig:
+    """Procgen."""
+
+    size: Size = option(
+        (64, 64), "Image height and width; other than 64,64: scaled down from a large picture, slow to draw", "pixels"
+    )
+    mode: Literal["easy", "hard"] = option("hard", "Difficulty of the levels")
+    levels: int | None = option(None, "Different levels that are drawn from; null: unlimited", ge=1, le=10**9)
+    start_level: int = option(0, "The first of these levels, where their number is limited", ge=0, le=10**9)
+
+
+@group
+class MinecraftConfig:
+    """Minecraft through MineRL."""
+
+    size: Size = option((64, 64), "Image height and width", "pixels")
+    steps: int = option(36_000, "Time limit of an episode", "agent steps", gt=0, le=10**9)
+    break_speed: float = option(100.0, "How many times as fast blocks break", gt=0, le=1e6)
+    sticky_attack: int = option(
+        30, "Steps that an attack goes on, where env.minecraft.break_speed is 1", ge=0, le=1_000_000
+    )
+    sticky_jump: int = option(10, "Steps that a jump goes on", ge=0, le=1_000_000)
+    pitch_limit: float = option(60.0, "How far up and down one can look", "degrees", ge=0, le=90)
+
+
+@group
+class DmlabConfig:
+    """DeepMind Lab."""
+
+    repeat: int = option(4, "Frames per agent step", "frames", **REPEAT)
+    size: Size = option((64, 64), "Image height and width", "pixels")
+
+
+@group
+class GymConfig:
+    """Any Gymnasium environment."""
+
+    repeat: int = option(1, "Environment steps per agent step", "steps", **REPEAT)
+    render: bool = option(False, "Observe the rendered image instead of the environment's own observation")
+    size: Size | None = option(None, "Resize images to height and width; null: as they come", "pixels")
+    info_mask: bool = option(False, "Take only the actions that info['action_mask'] allows")
+    kwargs: Annotated[dict[str, Any], BeforeValidator(plain)] = option(dict, "Keyword arguments for gymnasium.make")
+
+
+@group
+class ToyConfig:
+    """The built-in catch game."""
+
+    size: int = option(32, "Image height and width", "pixels", ge=16, le=4096)
+    balls: int = option(3, "Balls that fall in one episode", ge=1, le=1_000_000)
+
+
+@group
+class EnvConfig:
+    """Environments: how many, where they run, and each suite's own options."""
+
+    num_envs: int = option(16, "Training environments stepped together (N)", gt=0, le=65_536)
+    workers: Literal["auto", "inline", "process"] = option(
+        "auto", "inline: in the training process; process: one worker each; auto: what the suite prefers"
+    )
+    timeout_seconds: float | None = option(
+        600.0,
+        "A worker process that takes longer over one step, or over starting, is ended and made anew; null: wait for "
+        "ever. Environments in the training process cannot be interrupted",
+        "seconds",
+        resume=True,
+        ge=0.01,
+        le=1e6,
+    )
+    restart_seconds: float = option(
+        1.0,
+        "Wait before a failed environment is made anew; doubles with each failure in an episode, up to a minute",
+        "seconds",
+        resume=True,
+        ge=0,
+        le=3600,
+    )
+    failure_limit: int | None = option(
+        10,
+        "Most failures of environments within env.failure_minutes; one more stops the run; null: any",
+        resume=True,
+        ge=0,
+        le=1_000_000,
+    )
+    failure_minutes: float = option(
+        10.0, "Time within which failures of environments are counted", "minutes", resume=True, gt=0, le=1e6
+    )
+    repeat: int = option(
+        1, "Times each action is taken; not beside a suite's own repeat above 1", "steps per agent step", **REPEAT
+    )
+    time_limit: int | None = option(
+        None, "Longest episode, cut off there; null: the environment's own limit", "agent steps", **STEPS
+    )
+    resize: Size | None = option(
+        None, "Resize images to height and width, after the suite's own size; null: as they come", "pixels"
+    )
+    grayscale: bool = option(False, "One gray channel instead of RGB")
+    frame_noise: float | None = option(
+        None, "Standard deviation of the noise on the agent's images; null: none", "of 255 levels", gt=0, le=255
+    )
+    reward_scale: float = option(1.0, "Factor of the rewards that are learned from; scores stay unscaled", gt=0, le=1e6)
+    atari: AtariConfig = option(AtariConfig, "Atari")
+    dmc: DmcConfig = option(DmcConfig, "DeepMind Control")
+    crafter: CrafterConfig = option(CrafterConfig, "Crafter")
+    minigrid: MinigridConfig = option(MinigridConfig, "MiniGrid")
+    memorymaze: MemoryMazeConfig = option(MemoryMazeConfig, "Memory Maze")
+    vizdoom: VizdoomConfig = option(VizdoomConfig, "ViZDoom")
+    procgen: ProcgenConfig = option(ProcgenConfig, "Procgen")
+    minecraft: MinecraftConfig = option(MinecraftConfig, "Minecraft")
+    dmlab: DmlabConfig = option(DmlabConfig, "DeepMind Lab")
+    gym: GymConfig = option(GymConfig, "Gymnasium")
+    toy: ToyConfig = option(ToyConfig, "Built-in toy")
