@@ -7,7 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from dreamer import distributions
 from dreamer.agent import Agent
 from dreamer.config import Config
 from dreamer.networks import Draws
@@ -68,6 +70,12 @@ def perturb(params: Any, seed: int = 0, size: float = 0.3) -> Any:
     """Parameters none of which is 0, so that every path through the networks carries a gradient."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: x + jnp.asarray(rng.normal(0, size, x.shape), x.dtype), params)
+
+
+def fix_draws(patch: pytest.MonkeyPatch) -> None:
+    """Every draw is the likeliest one, until the patch is undone; functions traced meanwhile keep that."""
+    patch.setattr(distributions, "draw_class", fixed_class)
+    patch.setattr(distributions, "draw_normal", fixed_normal)
 
 
 def fixed_class(key: jax.Array, probs: jax.Array) -> jax.Array:

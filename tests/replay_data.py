@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dreamer.replay import Replay, disk, versions
+from dreamer.replay import Replay, Selection, disk, versions
 from dreamer.types import Field
 
 FIELDS = {
@@ -88,6 +88,13 @@ def everything(replay: Replay) -> dict[str, bytes]:
         rows = np.arange(ring.tail[env], ring.head[env])
         found |= {f"{name} {env}": replay.storage.take(name, env, rows).tobytes() for name in FIELDS}
     return found
+
+
+def stored_steps(replay: Replay) -> dict[str, np.ndarray]:
+    """All stored steps of rings that hold equally many, (N, rows, ...)."""
+    ring, N = replay._ring, replay.num_envs
+    (rows,) = set((ring.head - ring.tail).tolist())
+    return replay.gather(Selection(np.arange(N), ring.tail.copy(), np.zeros(N, bool), rows))
 
 
 def save(replay: Replay, folder: Path) -> dict[str, Any]:

@@ -16,14 +16,12 @@ from learner_data import (
     WORLD_TERMS,
     B,
     T,
-    fixed_class,
-    fixed_normal,
+    fix_draws,
     perturb,
     random_batch,
     small_config,
 )
 
-from dreamer import distributions
 from dreamer.agent import Agent
 from dreamer.sharding import OneDevice
 from dreamer.types import TAKEN, TRANSITION_FIELDS, Space
@@ -64,19 +62,9 @@ def copy(tree: Any) -> Any:
     return jax.tree.map(jnp.copy, tree)
 
 
-def fixed_draws() -> pytest.MonkeyPatch:
-    """From now on every draw is fixed, until `undo`. Functions traced meanwhile keep the fixed draws."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(distributions, "draw_class", fixed_class)
-    patch.setattr(distributions, "draw_normal", fixed_normal)
-    return patch
-
-
 @pytest.fixture
-def fixed():
-    patch = fixed_draws()
-    yield
-    patch.undo()
+def fixed(monkeypatch):
+    fix_draws(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -288,9 +288,9 @@ def test_malformed_command_lines(arguments):
 def test_configs_are_frozen_and_closed():
     config = Config()
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.seed = 3  # type: ignore[misc]
+        config.seed = 3
     with pytest.raises(ValueError, match="sede"):
-        Config(sede=3)  # type: ignore[call-arg]
+        Config(sede=3)
 
 
 # --- The resolved file, and resuming -----------------------------------------------------------

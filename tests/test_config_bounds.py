@@ -175,13 +175,13 @@ def test_numpy_numbers_enums_and_paths_count_as_what_they_stand_for(tmp_path):
     assert (config.task, config.logdir, config.run.final_eval) == ("toy_catch", str(tmp_path / "x"), True)
     values = (config.seed, config.env.num_envs, config.task, config.logdir)
     assert [type(value) for value in values] == [int, int, str, str]
-    direct = Config(seed=np.int64(3), logdir=tmp_path / "x", run=RunConfig(train_ratio=np.float32(32)))  # type: ignore
-    assert dataclasses.replace(direct, logdir=Path("y")).logdir == str(Path("y").absolute())  # type: ignore[arg-type]
+    direct = Config(seed=np.int64(3), logdir=tmp_path / "x", run=RunConfig(train_ratio=np.float32(32)))
+    assert dataclasses.replace(direct, logdir=Path("y")).logdir == str(Path("y").absolute())
 
 
 def test_keyword_arguments_are_settled_before_a_run_starts(tmp_path):
     kwargs = {"size": (3, 4), "nan": np.nan, "deep": {"a": [np.float64(0.5), Path("p")], 3: "three"}}
-    config = Config(env=EnvConfig(gym=GymConfig(kwargs=kwargs)))  # type: ignore[arg-type]
+    config = Config(env=EnvConfig(gym=GymConfig(kwargs=kwargs)))
     assert config.env.gym.kwargs["size"] == [3, 4] and config.env.gym.kwargs["deep"] == {"a": [0.5, "p"], 3: "three"}
     save_config(config, tmp_path / "config.yaml")
     assert load_config([tmp_path / "config.yaml"]) == config

@@ -124,7 +124,7 @@ BEGINNINGS = {
 @contextlib.contextmanager
 def nothing_begins() -> Iterator[None]:
     kept = {name: sys.modules.get(name) for name in BEGINNINGS}
-    sys.modules.update({name: types.SimpleNamespace(**what) for name, what in BEGINNINGS.items()})  # type: ignore[misc]
+    sys.modules.update({name: types.SimpleNamespace(**what) for name, what in BEGINNINGS.items()})
     from dreamer.commands import bench
 
     def measured(given: Any, rest: list[str]) -> None:
@@ -442,7 +442,7 @@ class Random(dreamer.agent.Agent):
             extras = {k: np.zeros((count, *field.shape), field.dtype) for k, field in self.extras.items()}
             return carry, {key: act(space, count) for key, space in self.actions.items()}, extras
 
-        self.init, self.policy = lambda seed: zeros, policy  # type: ignore[assignment]
+        self.init, self.policy = lambda seed: zeros, policy
 
 
 #: A run in which no update falls due.

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from flax import nnx
 from hypothesis import strategies as st
-from learner_data import CHEAP, fixed_class, fixed_normal, perturb, random_batch, small_config, weights
+from learner_data import CHEAP, fix_draws, perturb, random_batch, small_config, weights
 
-from dreamer import distributions, features, kernels
+from dreamer import features, kernels
 from dreamer.agent import Agent
 from dreamer.imagination import imagine
 from dreamer.networks import BlockLinear
@@ -128,8 +128,7 @@ def test_recomputed_norms(batch, units):
 @pytest.mark.parametrize("name", SPACES)
 def test_heads_read_the_same_inside_the_scan_and_after_it(name, last, monkeypatch):
     """Every number of a dream, and the gradients of what is trained, in float64; nothing else has a gradient."""
-    monkeypatch.setattr(distributions, "draw_class", fixed_class)
-    monkeypatch.setattr(distributions, "draw_normal", fixed_normal)
+    fix_draws(monkeypatch)
     with jax.enable_x64(True):
         agent = Agent(*SPACES[name], small_config())
         double = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float64) + 0.1 * draw(*x.shape), tree)  # noqa: E731
@@ -176,8 +175,7 @@ def test_the_whole_update_is_the_same_function(name):
     results = []
     for how in (contextlib.nullcontext(), kernels.plain()):
         with pytest.MonkeyPatch.context() as patch, how:
-            patch.setattr(distributions, "draw_class", fixed_class)
-            patch.setattr(distributions, "draw_normal", fixed_normal)
+            fix_draws(patch)
             patch.setattr(kernels, "PART_BYTES", 1000)
             agent = Agent(*SPACES[name], small_config())
             state = agent.init(0)

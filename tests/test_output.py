@@ -88,7 +88,7 @@ def broken():
 @contextlib.contextmanager
 def standing_for(stdout: TextIO | None, stderr: TextIO | None) -> Iterator[None]:
     former = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = stdout, stderr  # type: ignore[assignment]
+    sys.stdout, sys.stderr = stdout, stderr
     try:
         yield
     finally:

@@ -97,7 +97,7 @@ def test_options_that_are_paths_do_not_depend_on_the_working_folder(here, tmp_pa
     home = here / "home"
     assert (read.logdir, read.replay.preload) == (str(home / "runs" / "y"), str(here / "data"))
     assert read.from_checkpoint == str(home / "teacher")
-    assert Config(logdir=Path("runs")).logdir == str(here / "runs")  # type: ignore[arg-type]
+    assert Config(logdir=Path("runs")).logdir == str(here / "runs")
     assert Config().logdir == "" and Config().from_checkpoint is None
     save_config(read, "saved.yaml")
     assert load_config(["saved.yaml"]) == read

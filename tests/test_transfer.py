@@ -95,7 +95,7 @@ def passes(config: Config, folder: Path) -> list[Pass]:
         door.clear()
         counts.clear()
 
-    run.record = recorded  # type: ignore[method-assign]
+    run.record = recorded
     try:
         with watched_door() as door:
             run.loop(StopRequest())
@@ -154,7 +154,7 @@ def test_several_seeds_share_the_read(tmp_path):
     logged: Door = collections.Counter()
     for run in runs.runs:
         log = run._log_metrics
-        run._log_metrics = lambda log=log: (logged.update(lines=1), log())  # type: ignore[misc,assignment]
+        run._log_metrics = lambda log=log: (logged.update(lines=1), log())
     first = runs.runs[0]
     record = first.record
 
@@ -164,7 +164,7 @@ def test_several_seeds_share_the_read(tmp_path):
         logged.clear()
         record(save)
 
-    first.record = recorded  # type: ignore[method-assign]
+    first.record = recorded
     try:
         with watched_door() as door:
             runs.loop(StopRequest())

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from learner_data import CHEAP, B, T, fixed_class, fixed_normal, perturb, random_batch, small_config
+from learner_data import CHEAP, B, T, fix_draws, perturb, random_batch, small_config
 
-from dreamer import distributions
 from dreamer.agent import Agent
 from dreamer.types import Space
 from dreamer.world_model import Observed
@@ -23,8 +22,7 @@ ACTIONS = {"action": Space("discrete", (), (3,))}
 @pytest.fixture(scope="module", autouse=True)
 def fixed_draws():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributions, "draw_class", fixed_class)
-        patch.setattr(distributions, "draw_normal", fixed_normal)
+        fix_draws(patch)
         yield
 
 

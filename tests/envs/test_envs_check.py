@@ -395,7 +395,7 @@ def bad_one(seed: int) -> Env:
 
 def test_task_errors_pass_through():
     with pytest.raises(TaskError):
-        audit(lambda seed: make_env("toy_nothing", None, seed), 5)  # type: ignore[arg-type]
+        audit(lambda seed: make_env("toy_nothing", None, seed), 5)
     assert "dreamer.envs.audit" in sys.modules
 
 

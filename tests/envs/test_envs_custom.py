@@ -97,10 +97,10 @@ def test_arguments_and_options_arrive(folder):
     env = make_env("py_my_envs:Coin", EnvConfig(gym={"kwargs": {"sides": 1}, "repeat": 3}), seed=1)
     env.reset()
     assert env.step({"action": np.int32(1)})["reward"] == 1.5
-    assert env._env.sides == 1  # type: ignore[attr-defined]
-    assert make_env("py_my_envs:coin", EnvConfig(), seed=3)._env.sides == 4  # type: ignore[attr-defined]
+    assert env._env.sides == 1
+    assert make_env("py_my_envs:coin", EnvConfig(), seed=3)._env.sides == 4
     ours = make_env("py_my_envs:Ours", EnvConfig(time_limit=7), seed=3)
-    assert ours.env.text == "my_envs:Ours 7 3"  # type: ignore[attr-defined]
+    assert ours.env.text == "my_envs:Ours 7 3"
     assert not restorable(ours)
 
 

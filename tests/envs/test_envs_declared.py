@@ -263,7 +263,7 @@ def test_own_environments_are_looked_at_too():
         (({"x": Space("discrete", (2,), (2, 0))}, choice), "got an empty one"),
     ):
         with pytest.raises(TaskError) as error:
-            check_spaces(*spaces)  # type: ignore[arg-type]
+            check_spaces(*spaces)
         assert words in str(error.value)
     check_spaces({**vector, "log/x": Space("vector", ())}, choice)
 
@@ -369,10 +369,10 @@ def test_what_does_no_harm_is_borne():
 
 def test_a_wrapper_that_does_not_take_the_seed_is_named():
     class Forgets(gymnasium.Wrapper):
-        def reset(self) -> Any:  # type: ignore[override]
+        def reset(self) -> Any:
             return self.env.reset()
 
-    refused(lambda: Forgets(Raw()), "in Forgets")  # type: ignore[arg-type]
+    refused(lambda: Forgets(Raw()), "in Forgets")
 
 
 def test_spaces_that_are_missing_or_fail_say_so():
@@ -381,8 +381,8 @@ def test_spaces_that_are_missing_or_fail_say_so():
             self.kept = 1
 
         @property
-        def action_space(self) -> Any:  # type: ignore[override]
-            return self.nothing  # type: ignore[attr-defined]
+        def action_space(self) -> Any:
+            return self.nothing
 
     refused(Without, "an action_space, got none", "'nothing'")
     bare = type("Bare", (gymnasium.Env,), {"reset": Raw.reset, "step": Raw.step})
@@ -516,6 +516,6 @@ def test_own_transitions_must_be_dicts():
     refused(Ours, "a dict as the transition, got None")
     for answer, words in (
         ({"x": SEEN}, "expected the transition keys ['is_first'"),
-        (transition({"x": [[1], [2, 3]]}, is_first=True), "'x' to be an array"),  # type: ignore[dict-item]
+        (transition({"x": [[1], [2, 3]]}, is_first=True), "'x' to be an array"),
     ):
         refused(type("Bad", (Ours,), {"answer": staticmethod(lambda answer=answer: answer)}), words)

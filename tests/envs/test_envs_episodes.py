@@ -131,7 +131,7 @@ def test_dmc_ends_at_its_time_limit_without_terminal():
 def test_dmc_is_terminal_only_with_discount_0(discount, terminal, monkeypatch):
     env = make_env("dmc_cartpole_balance", EnvConfig(dmc={"repeat": 4}), seed=0)
     env.reset()
-    inner = env._env  # type: ignore[attr-defined]
+    inner = env._env
     observation = inner.task.get_observation(inner.physics)
     kinds = iter(
         [dm_env.transition(0.25, observation), dm_env.TimeStep(dm_env.StepType.LAST, 0.5, discount, observation)]
@@ -147,13 +147,13 @@ def test_crafter_dies_terminal(monkeypatch):
     env.reset()
     noop = {"action": np.int32(0)}
     assert not env.step(noop)["is_last"]
-    player = env._env._player  # type: ignore[attr-defined]
+    player = env._env._player
     player.health = 0
     step = env.step(noop)
     assert step["is_last"] and step["is_terminal"]
     first = env.reset()
     assert first["is_first"] and first["reward"] == 0 and first["log/achievement_collect_wood"] == 0
-    env._env._length = 2  # type: ignore[attr-defined]
+    env._env._length = 2
     env.step(noop)
     step = env.step(noop)
     assert step["is_last"] and not step["is_terminal"]
@@ -164,7 +164,7 @@ def test_crafter_rewards_achievements_once_and_logs_them():
     for name in ("reward", "noreward"):
         env = make_env(f"crafter_{name}", EnvConfig(), seed=0)
         env.reset()
-        player = env._env._player  # type: ignore[attr-defined]
+        player = env._env._player
         player.achievements["collect_wood"] = 2
         step = env.step({"action": np.int32(0)})
         again = env.step({"action": np.int32(0)})

@@ -457,7 +457,7 @@ def test_an_error_behind_restorable_is_no_yes():
     class Broken(Rounds):
         @property
         def restorable(self) -> bool:
-            return self.nothing  # type: ignore[attr-defined]
+            return self.nothing
 
         def get_state(self) -> None: ...
 

@@ -93,7 +93,7 @@ def test_taxi_offers_its_mask_in_info():
     rng = np.random.default_rng(0)
     result = env.reset()
     for _ in range(50):
-        np.testing.assert_array_equal(result["action_mask"], inner.action_mask(int(result["discrete"])))  # type: ignore[attr-defined]
+        np.testing.assert_array_equal(result["action_mask"], inner.action_mask(int(result["discrete"])))
         result = env.step({"action": np.int32(rng.choice(np.flatnonzero(result["action_mask"])))})
         if result["is_last"]:
             result = env.reset()

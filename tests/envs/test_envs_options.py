@@ -243,10 +243,10 @@ def test_the_state_holds_the_noise_the_time_and_the_environments_own():
     one, two = wrapped(Painted(*images), 1, **EVERY), wrapped(Painted(*images), 2, **EVERY)
     assert restorable(one)
     episode(one, 2)
-    state = pickle.dumps(one.get_state())  # type: ignore[attr-defined]
+    state = pickle.dumps(one.get_state())
     ahead = [one.step(STEP), one.step(STEP), one.reset(), one.step(STEP)]
     episode(two, 3)
-    two.set_state(pickle.loads(state))  # type: ignore[attr-defined]
+    two.set_state(pickle.loads(state))
     for expected, got in zip(ahead, [two.step(STEP), two.step(STEP), two.reset(), two.step(STEP)], strict=True):
         assert set(expected) == set(got)
         assert all(np.array_equal(expected[key], got[key]) for key in expected)
@@ -257,7 +257,7 @@ def test_the_state_holds_the_noise_the_time_and_the_environments_own():
 def test_a_saved_state_does_not_move_on():
     env = wrapped(Painted(*map(flat, range(5))), frame_noise=9.0)
     env.reset()
-    state = env.get_state()  # type: ignore[attr-defined]
+    state = env.get_state()
     kept = copy.deepcopy(state)
     env.step(STEP)
     assert state == kept

@@ -73,7 +73,7 @@ def saved_and_continued(case: Case) -> tuple[bytes, bool, bytes, list[dict[str, 
     env.reset()
     _, over = run(env, actions(env, 37, seed=0), False)
     before = picture(env)
-    state = pickle.dumps(env.get_state())  # type: ignore[attr-defined]
+    state = pickle.dumps(env.get_state())
     seen, _ = run(env, actions(env, 60, seed=1), over)
     after = picture(env)
     env.close()
@@ -85,7 +85,7 @@ def restored_and_continued(case: Case, state: bytes, over: bool) -> tuple[bytes,
     env = case.make(12)
     env.reset()
     run(env, actions(env, 5, seed=2), False)
-    env.set_state(pickle.loads(state))  # type: ignore[attr-defined]
+    env.set_state(pickle.loads(state))
     before = picture(env)
     seen, _ = run(env, actions(env, 60, seed=1), over)
     after = picture(env)
@@ -147,11 +147,11 @@ def test_saving_changes_nothing_and_a_state_may_be_used_again(name):
     plain.reset(), saving.reset()
     moves = actions(plain, 20, seed=0)
     expected, _ = run(plain, moves, False)
-    state = saving.get_state()  # type: ignore[attr-defined]
+    state = saving.get_state()
     kept = pickle.dumps(state)
     for _ in range(2):
         assert run(saving, moves, False)[0] == expected
-        saving.set_state(state)  # type: ignore[attr-defined]
+        saving.set_state(state)
     assert pickle.dumps(state) == kept
 
 
@@ -160,7 +160,7 @@ def test_crafter_s_picture_takes_no_random_numbers():
     env, other = make_env("crafter_reward", EnvConfig(), 3), make_env("crafter_reward", EnvConfig(), 3)
     for one in (env, other):
         one.reset()
-        one._env._step = 250  # type: ignore[attr-defined]  # night
+        one._env._step = 250  # night
     for move in actions(env, 10, seed=0):
         image = other.step(move)["image"]
         assert np.array_equal(env.step(move)["image"], image)

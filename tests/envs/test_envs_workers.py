@@ -136,7 +136,7 @@ def process_env():
 
 def test_a_worker_killed_before_its_first_transition_is_an_error_that_names_it():
     env = own(lambda index, seed: Scripted(SCRIPT), "process")
-    os.kill(env._workers[1].pid, signal.SIGKILL)  # type: ignore[union-attr]
+    os.kill(env._workers[1].pid, signal.SIGKILL)
     with pytest.raises(EnvError, match=r"own, environment 1: its worker process ended .* exit code -9"):
         env.reset()
     with pytest.raises(EnvError, match="closed"):
@@ -159,7 +159,7 @@ def test_signals_to_stop_reach_no_worker(process_env, number):
 
 def test_close_ends_all_workers():
     env = own(lambda index, seed: Scripted(SCRIPT), "process", num_envs=3)
-    pids = [worker.pid for worker in env._workers.values()]  # type: ignore[union-attr]
+    pids = [worker.pid for worker in env._workers.values()]
     assert all(psutil.pid_exists(pid) for pid in pids)
     env.step_async({"action": np.zeros(3, np.int32)})  # even with a step under way
     env.close()

@@ -215,7 +215,7 @@ def test_what_is_refused_leaves_no_trace():
         with pytest.raises(ValueError, match="finite"):
             one.act(np.array([np.nan, 0, 0]))
         with pytest.raises(ValueError, match="True or False"):
-            one.act(observation, {})  # type: ignore[arg-type]
+            one.act(observation, {})
         assert one.act(observation) == other.act(observation)
     same(memory(one), memory(other))
     assert all(np.isfinite(value).all() for value in memory(one).values())

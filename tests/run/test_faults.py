@@ -13,22 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 from failing_env import Failing, Rounds
+from replay_data import stored_steps
 from tiny_runs import lines, share_agents, tiny_config
 
 from dreamer.cli import main
-from dreamer.replay import Selection
 from dreamer.run.loop import Run
 from dreamer.run.schedule import SaveTimer
 from dreamer.run.training import ENVIRONMENTS_FAILED, train
 from dreamer.saves.checkpoint import Checkpointer, CheckpointWarning
-
-
-def stored(run: Run, env: int) -> dict[str, np.ndarray]:
-    """All steps of an environment, (rows, ...)."""
-    rows = int(run.replay._ring.head[env])
-    found = run.replay.gather(Selection(np.array([env]), np.zeros(1, int), np.zeros(1, bool), rows))
-    return {name: array[0] for name, array in found.items()}
-
 
 #: No more than training.
 BARE: dict[str, Any] = {"run__eval_every": None, "run__final_eval": False}
@@ -70,7 +62,8 @@ def test_a_failing_environment_costs_an_episode(trouble, workers, said, runs, tm
     text = capsys.readouterr().out
     assert "environment 1" in text and "started anew" in text and said in text
     assert sum(row.get("env/failures_sum", 0) for row in lines(logdir / "metrics.jsonl")) == 1
-    healthy, failed = (stored(runs[0], env) for env in (0, 1))
+    steps = stored_steps(runs[0].replay)
+    healthy, failed = ({name: array[env] for name, array in steps.items()} for env in (0, 1))
     # Episodes have 8 stored steps. The second one of the failing environment was cut after its third.
     assert np.flatnonzero(healthy["is_last"]).tolist() == [7, 15, 23, 31, 39]
     assert np.flatnonzero(failed["is_last"]).tolist() == [7, 10, 18, 26, 34]
@@ -90,7 +83,7 @@ def test_an_environment_that_always_fails_stops_the_run_with_a_checkpoint(runs, 
     assert "stopped: expected at most 2 failures of environments within 10 minutes, got 3" in text
     step, _, meta = Checkpointer(tmp_path, read_only=True).restore()
     assert step == meta["agent_steps"] == runs[0].agent_steps == 33
-    assert np.flatnonzero(stored(runs[0], 0)["is_last"]).tolist() == [7, 10, 18, 21, 29, 32]
+    assert np.flatnonzero(stored_steps(runs[0].replay)["is_last"][0]).tolist() == [7, 10, 18, 21, 29, 32]
 
 
 def test_an_environment_that_cannot_be_made_anew_stops_the_run_with_a_checkpoint(runs, tmp_path, capsys, monkeypatch):
@@ -196,7 +189,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(newest, two_chec
     assert len(runs[0].replay) == runs[0].agent_steps == 160
     assert Checkpointer(two_checkpoints, read_only=True).steps()[-1] == 160
     # Every episode is there once: 24 stored steps each, of either environment.
-    assert np.flatnonzero(stored(runs[0], 0)["is_last"]).tolist() == [23, 47, 71]
+    assert np.flatnonzero(stored_steps(runs[0].replay)["is_last"][0]).tolist() == [23, 47, 71]
     scores = lines(two_checkpoints / "scores.jsonl")
     assert len(scores) == 6 and [score["step"] for score in scores] == sorted(score["step"] for score in scores)
 

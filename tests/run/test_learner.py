@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from fake_envs import Script, Scripted
 from flax import serialization
+from replay_data import stored_steps
 from tiny_runs import Collection, same, tiny_config, vector_env
 
 from dreamer.agent import Agent
@@ -124,8 +125,7 @@ def test_settling_between_updates_changes_no_order_of_writes_and_batches(learner
 
 def test_latents_land_in_their_own_rows(collection, monkeypatch):
     learner, agent, replay = learner_of(collection), collection.agent, collection.replay
-    everything = Selection(np.arange(2), np.zeros(2, int), np.zeros(2, bool), 40)
-    before = replay.gather(everything)
+    before = stored_steps(replay)
     returned: list[tuple[Selection, dict[str, np.ndarray]]] = []
     write = replay.write
     monkeypatch.setattr(replay, "write", lambda s, v: (returned.append((s, v)), write(s, v))[1])
@@ -138,7 +138,7 @@ def test_latents_land_in_their_own_rows(collection, monkeypatch):
         for t in range(LENGTH):
             for key, values in expected.items():
                 values[env, row + 1 + t] = latents[key][b, t]
-    after = replay.gather(everything)
+    after = stored_steps(replay)
     assert np.abs(after["deter"].astype(np.float32) - before["deter"].astype(np.float32)).max() > 0
     for key, values in expected.items():
         np.testing.assert_array_equal(after[key], values)
@@ -188,8 +188,7 @@ def test_nan_in_the_data_names_terms_update_and_culprit(key, term, tmp_path):
         assert batch["deter"].dtype == np.float32
     assert (tmp_path / f"nonfinite-update-{error.update}.npz").exists()
     # A broken update is never written back.
-    everything = Selection(np.arange(2), np.zeros(2, int), np.zeros(2, bool), 40)
-    assert np.isfinite(collection.replay.gather(everything)["deter"].astype(np.float32)).all()
+    assert np.isfinite(stored_steps(collection.replay)["deter"].astype(np.float32)).all()
 
 
 def test_what_is_dumped_may_have_any_name(tmp_path):
@@ -258,8 +257,7 @@ def test_what_is_on_its_way_survives_a_resume(tmp_path, settled, count):
     learner.settle()
     again.settle()
     assert same(jax.device_get(learner.state), jax.device_get(again.state))
-    everything = Selection(np.arange(2), np.zeros(2, int), np.zeros(2, bool), 40)
-    assert same(collection.replay.gather(everything), resumed.replay.gather(everything))
+    assert same(stored_steps(collection.replay), stored_steps(resumed.replay))
     assert collection.replay.stats() == resumed.replay.stats()
 
 
@@ -282,8 +280,7 @@ def test_where_the_buffer_lies_changes_no_number(storage, count, tmp_path):
         batch = jax.device_get(dict(learner.batch or {}))
         progress = learner.progress()
         learner.settle()
-        stored = Selection(np.arange(2), collection.replay._ring.tail.copy(), np.zeros(2, bool), 20)
-        found = collection.replay.gather(stored)
+        found = stored_steps(collection.replay)
         runs.append((metrics, batch, progress, jax.device_get(learner.state), found, collection.replay.stats()))
     ours, theirs = runs
     assert theirs[5] == ours[5] and ours[5]["written"] > 0

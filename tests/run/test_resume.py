@@ -15,13 +15,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from replay_data import stored_steps
 from tiny_runs import lines, newest, same, share_agents
 from waiting import until
 
 from dreamer.cli import main
 from dreamer.envs import InlineVectorEnv
 from dreamer.presets import load_config
-from dreamer.replay import Selection
 from dreamer.run.loop import Run
 from dreamer.saves.checkpoint import Checkpointer
 
@@ -81,13 +81,6 @@ class Resumed:
     display: dict
 
 
-def contents(run: Run) -> dict[str, np.ndarray]:
-    """All stored steps, (N, rows, ...)."""
-    ring = run.replay._ring
-    envs, rows = run.replay.num_envs, int(ring.head[0])
-    return run.replay.gather(Selection(np.arange(envs), np.zeros(envs, int), np.zeros(envs, bool), rows))
-
-
 @pytest.fixture
 def resume(monkeypatch):
     """Goes on in this process with the run in a folder; what it begins with is looked at before its loop."""
@@ -106,7 +99,7 @@ def resume(monkeypatch):
                     run.schedule.state(),
                     len(run.replay),
                     run.replay.stats(),
-                    contents(run),
+                    stored_steps(run.replay),
                     run.collector.counter,
                     run.display.state(),
                 )
@@ -176,7 +169,7 @@ def test_replay_goes_on(stopped, copy, resume):
     # Nothing was cut: episodes go on where they were.
     stored = begun.everything
     assert not stored["is_last"][:, -1].any() or step // 2 % 24 == 0
-    ends = np.flatnonzero(contents(begun.run)["is_last"][0])
+    ends = np.flatnonzero(stored_steps(begun.run.replay)["is_last"][0])
     assert (np.diff(ends) == 24).all()
 
 
@@ -197,7 +190,7 @@ def test_environments_that_cannot_be_put_back_begin_anew(stopped, copy, resume):
     ends = np.flatnonzero(stored["is_last"][0])
     assert (np.diff(ends[:-1]) == 24).all()
     assert len(begun.run.replay) == step + 40
-    after = contents(begun.run)
+    after = stored_steps(begun.run.replay)
     assert after["is_first"][:, step // 2].all()
     np.testing.assert_array_equal(after["image"][:, : step // 2], stored["image"])
 
@@ -222,7 +215,7 @@ def test_records_go_on_without_gaps_or_repeats(stopped, copy, resume):
 @pytest.mark.usefixtures("forgetful")
 def test_training_environments_do_not_repeat_themselves_after_a_resume(stopped, copy, resume):
     begun = resume(copy, *end_after(stopped, 60))
-    images = contents(begun.run)["image"]
+    images = stored_steps(begun.run.replay)["image"]
     step = checkpoint(stopped.logdir)[0]
     again = images[:, step // 2 : step // 2 + 24]
     assert not np.array_equal(images[:, :24], again)

@@ -15,12 +15,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from replay_data import stored_steps
 from tiny_runs import lines, newest, same
 
 from dreamer.presets import CONFIG_FILE, load_config
-from dreamer.replay import Selection
 from dreamer.run.resume import read_progress
 from dreamer.run.setup import make_agent, make_replay, spaces_from_json
 from dreamer.saves import snapshot
@@ -84,7 +83,7 @@ def records(logdir: Path, name: str) -> list[dict[str, Any]]:
 
 
 def contents(logdir: Path) -> tuple[int, Any, Any, Any, dict]:
-    """(step, training state, loop, stored steps by environment, statistics of replay) of the newest checkpoint."""
+    """(step, training state, loop, stored steps, statistics of replay) of the newest checkpoint."""
     config = load_config([str(logdir / CONFIG_FILE)], {"logdir": str(logdir)})
     found: list[Any] = []
 
@@ -96,12 +95,7 @@ def contents(logdir: Path) -> tuple[int, Any, Any, Any, dict]:
 
     step, state, _ = Checkpointer(logdir, read_only=True).restore(check=load)
     replay, loop = found
-    stored = []
-    for env in range(replay.num_envs):
-        head, tail = int(replay._ring.head[env]), int(replay._ring.tail[env])
-        every = Selection(np.array([env]), np.array([tail]), np.zeros(1, bool), head - tail)
-        stored.append(replay.gather(every))
-    return step, state, loop, stored, replay.stats()
+    return step, state, loop, stored_steps(replay), replay.stats()
 
 
 def assert_equal_runs(logdir: Path, reference: Path) -> None:

@@ -95,7 +95,7 @@ class World:
     """The Gym environment (reset gives an observation, step four things) that a specification makes."""
 
     def __init__(self, spec: EnvSpec) -> None:
-        observables = {type(one).__name__: one for one in spec.create_observables()}  # type: ignore[attr-defined]
+        observables = {type(one).__name__: one for one in spec.create_observables()}
         self.height, self.width = observables["POVObservation"].args[0]
         in_hand = ["air", *observables["EquippedItemObservation"].args[0], "other"]
         self.observation_space = Dict(
@@ -103,14 +103,14 @@ class World:
             equipped_items=Dict(mainhand=Dict(type=Enum(list(dict.fromkeys(in_hand))))),
         )
         self.keys: dict[str, Any] = {"camera": None}
-        for one in spec.create_actionables():  # type: ignore[attr-defined]
+        for one in spec.create_actionables():
             name = type(one).__name__
             if name == "KeybasedCommandAction":
                 assert one.args[1] == KEYS[one.args[0]]
                 self.keys[one.args[0]] = (0, 1)
             elif name in CHOICES:
                 self.keys[CHOICES[name]] = one.args[0]
-        self.start = [one.xml_template() for one in spec.create_agent_start()]  # type: ignore[attr-defined]
+        self.start = [one.xml_template() for one in spec.create_agent_start()]
         self.given: list[dict[str, Any]] = []
         self.next_seed = 0
         self.fail = self.closed = False
