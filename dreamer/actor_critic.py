@@ -16,8 +16,9 @@ from dreamer import features
 from dreamer.config import ActorCriticConfig, ModelConfig
 from dreamer.distributions import Distribution, MaskedOneHot, MultiOneHot, Normal, OneHot, TwoHot, sum_of
 from dreamer.networks import MLP, Linear, at_least_float32
+from dreamer.optimizer import Slow
 from dreamer.types import Space, Spaces
-from dreamer.world_model import TwoHotHead
+from dreamer.world_model import Head
 
 sg = jax.lax.stop_gradient
 
@@ -61,15 +62,14 @@ class Policy(nnx.Module):
         x = self.mlp(x)
         return {key: self.heads[key](x, allowed) for key in self.keys}
 
-    def sample(self, x: jax.Array, key: jax.Array | None, allowed: jax.Array | None = None) -> jax.Array:
-        """Actions (..., A), see `sample_actions`."""
-        return sample_actions(self(x, allowed), key)
-
 
 def sample_actions(dists: Mapping[str, Distribution], key: jax.Array | None) -> jax.Array:
-    """Actions (..., A) at least float32, one-hot where discrete; no gradient. The mode where key is None."""
+    """Actions (..., A) at least float32, one-hot where discrete, the mode where key is None.
+
+    Gradients go through what was drawn: reparametrised, or straight through where it is one-hot.
+    """
     keys = [None] * len(dists) if key is None else jax.random.split(key, len(dists))
-    return sg(features.concat([d.sample(k) for d, k in zip(dists.values(), keys, strict=True)]))
+    return features.concat([d.sample(k) for d, k in zip(dists.values(), keys, strict=True)])
 
 
 def lambda_return(rewards: jax.Array, values: jax.Array, discounts: jax.Array, lambdas: jax.Array | float) -> jax.Array:
@@ -124,7 +124,7 @@ def return_metrics(returns: jax.Array, advantage: jax.Array, low: jax.Array, spa
 class Dream:
     """What the heads say of an imagined batch: the start and H states after it, M times.
 
-    reward, cont, slow_value, value: (H+1, M) predicted at each state; without gradient.
+    reward, cont, slow_value, value: (H+1, M) predicted at each state.
     critic: the distributions of these values at the first H states, (H, M).
     log_prob: (H, M) of the actions taken there; entropy: (H, M) of each action by its name.
     actions: (H, M, A); allowed: bool (H, M, A), what the dream offers in these states; None where it offers all.
@@ -152,6 +152,10 @@ class ActorCritic(nnx.Module):
     discount: what a predicted probability to continue is multiplied by, 1 where it holds the discount already.
     """
 
+    #: What becomes of the gradient where a dream's states, actions and predictions meet this loss. REINFORCE takes a
+    #: dream as data; a loss that is differentiated through the dream's dynamics has the identity here.
+    through_dreams = staticmethod(sg)
+
     def __init__(
         self,
         feature: int,
@@ -164,18 +168,19 @@ class ActorCritic(nnx.Module):
     ) -> None:
         self.config, self.discount = nnx.static(config), discount
         self.policy = Policy(feature, actions, model, rngs=rngs)
-        self.value = TwoHotHead(feature, model.units, model.value_layers, model.bins, rngs=rngs)
+        self.value = Head("two_hot", feature, model.units, model.value_layers, model.bins, rngs=rngs)
+        self.slow = nnx.static({"value": Slow(("actor_critic", "value"), config.slow_rate)})
 
     def judge(self, x: jax.Array, dists: Mapping[str, Distribution], actions: jax.Array) -> dict[str, Any]:
         """What training needs of features x (..., F) where `actions` (..., A) were drawn from the policy's `dists`.
 
-        critic: the value's logits (..., bins); log_prob (...): of the actions; entropy (...) of each, by name.
+        critic: the value's distributions (...); log_prob (...): of the actions; entropy (...) of each, by name.
         """
         cuts = np.cumsum([features.size(dist.mode()) for dist in dists.values()])[:-1]
         parts = zip(dists.values(), features.split(actions, cuts), strict=True)
         log_prob = [dist.log_prob(part) for dist, part in parts]
         entropy = {key: dist.entropy() for key, dist in dists.items()}
-        return {"critic": self.value(x).logits, "log_prob": sum_of(log_prob), "entropy": entropy}
+        return {"critic": self.value(x), "log_prob": sum_of(log_prob), "entropy": entropy}
 
     def imagination_loss(
         self, dream: Dream, scale: ReturnScale, factor: jax.Array | None = None
@@ -215,9 +220,9 @@ class ActorCritic(nnx.Module):
         return losses, returns, scale, metrics
 
     def replay_loss(
-        self, features: jax.Array, slow_critic: nnx.Module, batch: dict[str, jax.Array], bootstrap: jax.Array
+        self, x: jax.Array, slow: Mapping[str, nnx.Module], batch: Mapping[str, jax.Array], bootstrap: jax.Array
     ) -> jax.Array:
-        """Critic loss (B, T-1) on replayed sequences, with gradient through `features` (B, T, F) into the world model.
+        """Critic loss (B, T-1) on replayed sequences, with gradient through features x (B, T, F) into the world model.
 
         Rₜ = rₜ₊₁ + liveₜ₊₁((1-contₜ₊₁)bₜ₊₁ + contₜ₊₁Rₜ₊₁), live = (1-is_terminal)γ, cont = (1-is_last)λ,
         where bootstrap b (B, T) is the imagined return that starts at each state. Last steps have weight 0: their
@@ -228,6 +233,6 @@ class ActorCritic(nnx.Module):
         live = (1 - terminal) * (1 - 1 / config.discount_horizon)
         sequences = at_least_float32(batch["reward"]), bootstrap, live, (1 - last) * config.lambda_
         returns = jax.vmap(lambda_return)(*sequences)
-        slow_value = slow_critic(sg(features)).mode()
-        dist = TwoHot(self.value(features).logits[:, :-1])
-        return (1 - last)[:, :-1] * critic_loss(dist, returns, slow_value[:, :-1], config.slow_scale)
+        slow_value = slow["value"](sg(x)).mode()[:, :-1]
+        dist = jax.tree.map(lambda logits: logits[:, :-1], self.value(x))
+        return (1 - last)[:, :-1] * critic_loss(dist, returns, slow_value, config.slow_scale)

@@ -7,31 +7,26 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx, serialization
 
-from dreamer import compiler, imagination, kernels
-from dreamer.actor_critic import ActorCritic, Dream, return_metrics, return_range, update_return_scale
-from dreamer.coders import join_actions, split_actions
+from dreamer import compiler, kernels
+from dreamer.actor_critic import ReturnScale, return_metrics, return_range, update_return_scale
+from dreamer.coders import split_actions
 from dreamer.config import Config
-from dreamer.distributions import sum_of
-from dreamer.insight import look, norms
+from dreamer.insight import norms
+from dreamer.model import Act, Batch, DreamerModel, Outcome, SlowModules, act_by_policy
 from dreamer.networks import Draws
-from dreamer.optimizer import make_optimizer, root_mean_square, update_slow
-from dreamer.rssm import RSSM, State, feature
+from dreamer.optimizer import make_optimizer, root_mean_square
 from dreamer.sharding import BATCH, BATCHES, STATE, WEIGHTS, WHOLE, make_devices
-from dreamer.types import ACTION_MASK, Field, Spaces, masks_actions, replay_fields
-from dreamer.world_model import WorldModel
+from dreamer.types import ACTION_MASK, Field, Spaces, replay_fields
 
-sg = jax.lax.stop_gradient
-
-#: Nested plain dicts of arrays: params, slow_value, opt, return_scale {low, high}, updates, key (raw uint32 data).
+#: Nested plain dicts of arrays: params, slow {name: some of the params}, opt, return_scale {low, high}, updates,
+#: key (raw uint32 data).
 TrainState = dict[str, Any]
-Batch = Mapping[str, jax.Array]
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 #: Named random streams: every key is fold_in(fold_in(run_key, stream), counter).
@@ -73,24 +68,13 @@ def for_target(method: Method) -> Method:
     return traced  # type: ignore[return-value]
 
 
-class DreamerModel(nnx.Module):
-    """All trained networks."""
-
-    def __init__(self, observations: Spaces, actions: Spaces, config: Config, *, rngs: nnx.Rngs) -> None:
-        width = config.model.deter + config.model.stoch * config.model.classes
-        action = sum(space.flat_width for space in actions.values())
-        discount = 1 - 1 / config.actor_critic.discount_horizon
-        # In what the continue head learns, or beside what it predicts.
-        learned, beside = (discount, 1.0) if config.loss.discount_in_cont else (1.0, discount)
-        self.world_model = WorldModel(observations, action, config.model, config.loss, learned, rngs=rngs)
-        self.actor_critic = ActorCritic(width, actions, config.model, config.actor_critic, beside, rngs=rngs)
-
-
 class Agent:
-    """Pure functions over a `TrainState`, jit-compiled once each.
+    """Pure functions over a `TrainState`, and their compiled programs: `policy` of `act`, `train_step` of `learn`,
+    `train_steps` of `learn_in_turn`, `report` of `examine`, `init` of `create`.
 
     observations, actions: spaces by name; config: the whole configuration; dtype: of activations; devices: what to
-    compute on, as far as the options ask for them, none for JAX's default device. ValueError if they do not fit.
+    compute on, as far as the options ask for them, none for JAX's default device; chooses: what chooses actions.
+    ValueError if they do not fit.
     """
 
     def __init__(
@@ -100,30 +84,43 @@ class Agent:
         config: Config,
         dtype: jnp.dtype = jnp.float32,
         devices: Sequence[jax.Device] = (),
+        chooses: Act = act_by_policy,
     ) -> None:
         self.observations, self.actions, self.config = dict(observations), dict(sorted(actions.items())), config
-        self.dtype = jnp.dtype(dtype)
-        self.optimizer = make_optimizer(config.optimizer)
-        model = nnx.eval_shape(lambda: DreamerModel(self.observations, self.actions, config, rngs=nnx.Rngs(params=0)))
-        self.extras: dict[str, Field] = model.world_model.rssm.stored()
+        self.dtype, self._chooses = jnp.dtype(dtype), chooses
+        self.optimizer = make_optimizer({"": config.optimizer})
+        model = nnx.eval_shape(lambda: self._build(nnx.Rngs(params=0)))
+        self._graph, state = nnx.split(model)
+        self._numbered = nnx.to_pure_dict(state)
+        self._initial_state, self.masked, self._slow = model.world_model.rssm.init, model.masked, dict(model.slow)
+        self._slow_graphs = {name: nnx.graphdef(where.within(model)) for name, where in self._slow.items()}
+        #: The parameters, as ShapeDtypeStructs.
+        self.shapes = text_keys(self._numbered)
+        self._opt_shapes = jax.eval_shape(self.optimizer.init, self.shapes)
+        #: What replay stores of a step beside what the environment says: latents, and what is remembered of the choice.
+        self.extras: dict[str, Field] = {**model.world_model.rssm.stored(), **self._remembered()}
         replay_fields(self.observations, self.actions, self.extras)  # names that are taken
-        self._initial_state = model.world_model.rssm.init
-        self.graph, state = nnx.split(model)
-        self.critic_graph = nnx.graphdef(model.actor_critic.value)
-        self.masked = masks_actions(self.observations, self.actions)
-        self.dreams_masks = self._dreams_masks(model)
-        self.loss_scales = self._loss_scales(model)
-        self.numbered = nnx.to_pure_dict(state)
-        self.opt_template = jax.eval_shape(self.optimizer.init, text_keys(self.numbered))
-        shapes = functools.partial(jax.eval_shape, self._init, 0)
+        shapes = functools.partial(jax.eval_shape, self.create, 0)
         self.devices = over = make_devices(devices, config.run, config.optimizer.accumulate, shapes)
         self.target = kernels.target((devices or jax.devices())[0].platform, math.prod(over.shape))
         options = {"donate_argnums": 0, "compiler_options": compiler.options(self.target)}
-        self.init = over.jit(self._init, [WHOLE], STATE)
-        self.train_step = over.jit(self._train_step, [STATE, BATCH], [STATE, BATCH, WHOLE], **options)
-        self.train_steps = over.jit(self._train_steps, [STATE, BATCH], [STATE, BATCHES, WHOLE], **options)
-        self.policy = over.jit_local(self._policy, [WEIGHTS, WHOLE, WHOLE, WHOLE], donate_argnums=1)
-        self.report = over.jit_local(self._report, [WEIGHTS, WHOLE, WHOLE])
+        self.init = over.jit(self.create, [WHOLE], STATE)
+        self.train_step = over.jit(self.learn, [STATE, BATCH], [STATE, BATCH, WHOLE], **options)
+        self.train_steps = over.jit(self.learn_in_turn, [STATE, BATCH], [STATE, BATCHES, WHOLE], **options)
+        self.policy = over.jit_local(self.act, [WEIGHTS, WHOLE, WHOLE, WHOLE], donate_argnums=1)
+        self.report = over.jit_local(self.examine, [WEIGHTS, WHOLE, WHOLE])
+
+    def _build(self, rngs: Any) -> DreamerModel:
+        return DreamerModel(self.observations, self.actions, self.config, self.dtype, rngs=rngs)
+
+    def model(self, params: Any) -> DreamerModel:
+        """The networks with these parameters in them."""
+        return nnx.merge(self._graph, like_keys(self._numbered, params))
+
+    def slow_modules(self, slow: Any) -> SlowModules:
+        """The modules of which there are slow copies, with the slow weights in them."""
+        keys = {name: where.of(self._numbered) for name, where in self._slow.items()}
+        return {name: nnx.merge(graph, like_keys(keys[name], slow[name])) for name, graph in self._slow_graphs.items()}
 
     # Acting
 
@@ -133,46 +130,55 @@ class Agent:
         return {**self._initial_state(envs, self.dtype), "action": jnp.zeros((envs, width), self.dtype)}
 
     @for_target
-    def _policy(
+    def act(
         self, params: Any, carry: dict[str, jax.Array], obs: Batch, key: jax.Array | None
     ) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, jax.Array]]:
         """Look at `obs` (N, ...) incl. is_first, choose actions: (carry, action by name, extras to store in replay).
 
         key=None takes the most likely action from the most likely state.
         """
-        model = self._merge(params)
+        model = self.model(params)
         observe_key, act_key = (None, None) if key is None else jax.random.split(key)
-        previous = {k: carry[k] for k in ("deter", "stoch")}
+        previous = {k: v for k, v in carry.items() if k != "action"}
         rssm = model.world_model.rssm
         tokens = model.world_model.encoder(obs, obs["is_first"].shape, self.dtype)
         state, _ = rssm.observe_step(previous, carry["action"], tokens, obs["is_first"], observe_key)
         allowed = obs[ACTION_MASK] > 0 if self.masked else None
-        flat = model.actor_critic.policy.sample(feature(state), act_key, allowed)
+        flat, remembered = self._chooses(model, state, act_key, allowed)
         carry = {**state, "action": flat.astype(self.dtype)}
-        return carry, split_actions(flat, self.actions), rssm.pack(state)
+        return carry, split_actions(flat, self.actions), {**rssm.pack(state), **remembered}
+
+    def _remembered(self) -> dict[str, Field]:
+        """What `chooses` gives beside actions: of one environment, found by tracing it."""
+        width = sum(space.flat_width for space in self.actions.values())
+        allowed = jax.ShapeDtypeStruct((1, width), jnp.bool_) if self.masked else None
+
+        def choose(params: Any, state: Any, key: jax.Array, allowed: jax.Array | None) -> dict[str, jax.Array]:
+            return self._chooses(self.model(params), state, key, allowed)[1]
+
+        state = jax.eval_shape(lambda: self._initial_state(1, self.dtype))
+        found = jax.eval_shape(choose, self.shapes, state, jax.eval_shape(lambda: jax.random.key(0)), allowed)
+        return {name: Field(leaf.shape[1:], np.dtype(leaf.dtype)) for name, leaf in found.items()}
 
     # Learning
 
-    def _init(self, seed: int | jax.Array) -> TrainState:
+    def create(self, seed: int | jax.Array) -> TrainState:
         """A fresh TrainState; `seed` is the run's, if it is below 2**31, or what `seed_key` makes of it."""
         run_key = jnp.asarray(seed) if np.ndim(seed) else jax.random.key_data(jax.random.key(seed))
         # At least as many draws as there are weights; biases and norm scales need none.
-        count = sum(leaf.size for leaf in jax.tree.leaves(self.numbered))
-        rngs: Any = Draws(stream_key(run_key, "init", 0), count)
-        model = DreamerModel(self.observations, self.actions, self.config, rngs=rngs)
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
+        model = self._build(Draws(stream_key(run_key, "init", 0), count))
         params = text_keys(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
         return {
             "params": params,
-            "slow_value": jax.tree.map(jnp.array, params["actor_critic"]["value"]),
+            "slow": self.slow_copies(params),
             "opt": serialization.to_state_dict(self.optimizer.init(params)),
             "return_scale": {"low": jnp.zeros((), jnp.float32), "high": jnp.zeros((), jnp.float32)},
             "updates": jnp.zeros((), jnp.int32),
             "key": run_key,
         }
 
-    def _train_step(
-        self, state: TrainState, batch: Batch
-    ) -> tuple[TrainState, dict[str, jax.Array], dict[str, jax.Array]]:
+    def learn(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array], dict[str, jax.Array]]:
         """One update: (new state, latents (B, T, ...) to write back, metrics).
 
         Where replay draws by priority, beside the latents: "priority" (B, T), the world model's loss.
@@ -189,13 +195,12 @@ class Agent:
             parts = self.devices.slices(jax.tree.map(part, dict(batch)))
             grads, (scale, latents, metrics) = self._accumulate(state, parts, jax.random.split(key, slices))
         params = state["params"]
-        opt = serialization.from_state_dict(self.opt_template, state["opt"])
+        opt = serialization.from_state_dict(self._opt_shapes, state["opt"])
         updates, opt = self.optimizer.update(grads, opt, params)
         params = optax.apply_updates(params, updates)
-        slow_rate = self.config.actor_critic.slow_rate
         new = {
             "params": params,
-            "slow_value": update_slow(state["slow_value"], params["actor_critic"]["value"], slow_rate),
+            "slow": {name: where.update(state["slow"][name], params) for name, where in self._slow.items()},
             "opt": serialization.to_state_dict(opt),
             "return_scale": scale,
             "updates": state["updates"] + 1,
@@ -209,13 +214,13 @@ class Agent:
         metrics["opt/updates"] = new["updates"]
         return new, latents, metrics
 
-    def _train_steps(
+    def learn_in_turn(
         self, state: TrainState, batches: Sequence[Batch]
     ) -> tuple[TrainState, dict[str, jax.Array], dict[str, jax.Array]]:
         """K updates that are due together: the new state, latents (K, B, T, ...) and metrics (K,) of each."""
 
         def step(state: TrainState, batch: Batch) -> tuple[TrainState, tuple]:
-            state, *outputs = self._train_step(state, batch)
+            state, *outputs = self.learn(state, batch)
             return state, tuple(outputs)
 
         stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *map(dict, batches))
@@ -230,9 +235,9 @@ class Agent:
         return jnp.isfinite(jnp.stack(checked)).all()
 
     def _gradients(self, state: TrainState, batch: Batch, key: jax.Array) -> tuple[Any, tuple]:
-        params, slow_value = self.devices.gathered((state["params"], state["slow_value"]))
-        grads, outputs = jax.grad(self.loss, has_aux=True)(params, slow_value, state["return_scale"], batch, key)
-        return self.devices.divided(grads), outputs
+        params, slow = self.devices.gathered((state["params"], state["slow"]))
+        grads, outcome = jax.grad(self.loss, has_aux=True)(params, slow, state["return_scale"], batch, key)
+        return self.devices.divided(grads), outcome[:3]
 
     def _accumulate(self, state: TrainState, parts: Batch, keys: jax.Array) -> tuple[Any, tuple]:
         """The same gradients from equal slices (slices, B/slices, T+1, ...), one in memory at a time.
@@ -241,14 +246,14 @@ class Agent:
         1/S, the factor of the advantages, and so is its gradient. Summed up are its value at 0 and its slope, which is
         0 but for the policy.
         """
-        params, slow_value = self.devices.gathered((state["params"], state["slow_value"]))
+        params, slow = self.devices.gathered((state["params"], state["slow"]))
 
         def at(factor: jax.Array, batch: Batch, key: jax.Array) -> tuple[Any, tuple]:
             """What has a slope, and what is summed up or collected beside it."""
-            gradients = jax.grad(self._loss, has_aux=True)
-            grads, outputs = gradients(params, slow_value, state["return_scale"], batch, key, factor)
-            sloping = {name: outputs[2][name] for name in ("loss/policy", "opt/loss")}
-            return (grads["actor_critic"]["policy"], sloping), (self.devices.divided(grads), outputs[1:])
+            gradients = jax.grad(self.loss, has_aux=True)
+            grads, outcome = gradients(params, slow, state["return_scale"], batch, key, factor)
+            sloping = {name: outcome.metrics[name] for name in ("loss/policy", "opt/loss")}
+            return (grads["actor_critic"]["policy"], sloping), (self.devices.divided(grads), outcome[1:])
 
         def step(total: Any, inputs: tuple) -> tuple[Any, tuple]:
             _, (slopes, changes), (grads, outputs) = jax.jvp(lambda x: at(x, *inputs), (0.0,), (1.0,), has_aux=True)
@@ -268,136 +273,26 @@ class Agent:
         latents = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), latents)
         return grads, (scale, latents, metrics)
 
-    def loss(
-        self, params: Any, slow_value: Any, return_scale: dict[str, jax.Array], batch: Batch, key: jax.Array | None
-    ) -> tuple[jax.Array, tuple]:
-        """The one weighted sum of all loss terms, and (new return scale, latents to write back, metrics)."""
-        total, (*outputs, _, _) = self._loss(params, slow_value, return_scale, batch, key)
-        return total, tuple(outputs)
-
     @for_target
-    def _loss(
+    def loss(
         self,
         params: Any,
-        slow_value: Any,
-        return_scale: dict[str, jax.Array],
+        slow: Any,
+        return_scale: ReturnScale,
         batch: Batch,
         key: jax.Array | None,
         factor: jax.Array | None = None,
-    ) -> tuple[jax.Array, tuple]:
-        """`loss`, its outputs followed by returns R and R - v (H, M). factor: see `ActorCritic.imagination_loss`."""
-        config, model = self.config, self._merge(params)
-        world_key, dream_key = (None, None) if key is None else jax.random.split(key)
-        slow_critic = self.slow_critic(slow_value)
-        rssm, behaviour = model.world_model.rssm, model.actor_critic
+    ) -> tuple[jax.Array, Outcome]:
+        """`DreamerModel.loss` of these weights."""
+        return self.model(params).loss(self.slow_modules(slow), return_scale, batch, key, factor)
 
-        context, actions, trained = self.split_batch(rssm, batch)
-        observed = model.world_model.loss(context, actions, trained, world_key)
-
-        length = actions.shape[1]
-        last = config.actor_critic.imagine_last or length
-        recent = jax.tree.map(lambda x: x[:, length - last :], (observed.states, dict(trained)))
-        starts = jax.tree.map(lambda x: sg(x).reshape(-1, *x.shape[2:]), recent[0])
-        dream = self.dream(model, slow_critic, starts, dream_key)
-        losses, returns, return_scale, metrics = behaviour.imagination_loss(dream, return_scale, factor)
-        bootstrap = returns[0].reshape(-1, last)
-        losses["repval"] = behaviour.replay_loss(feature(recent[0]), slow_critic, recent[1], bootstrap)
-        losses.update(observed.losses)
-
-        scales = self.loss_scales
-        if set(scales) != set(losses):
-            raise ValueError(f"loss terms {sorted(losses)} and their scales {sorted(scales)} differ")
-        means = {name: term.mean() for name, term in losses.items()}
-        total = sum_of([scales[name] * mean for name, mean in means.items()])
-        metrics.update(observed.metrics)
-        for name, space in self.actions.items():
-            # An action without a choice (all entries of one class) has no randomness to measure.
-            if space.classes is not None and max(space.classes) > 1:
-                metrics[f"rand/{name}"] = metrics[f"ent/{name}"] / sum(math.log(n) for n in space.classes)
-        metrics.update({f"loss/{name}": mean for name, mean in means.items()})
-        metrics["opt/loss"] = total
-        written = rssm.pack(sg(observed.states))
-        if config.replay.selection.prioritised:
-            written["priority"] = sg(sum_of([scales[name] * term for name, term in observed.losses.items()]))
-        return total, (return_scale, written, metrics, returns, returns - dream.value[:-1])
-
-    @for_target
-    def dream(self, model: DreamerModel, slow_critic: nnx.Module, starts: State, key: jax.Array | None) -> Dream:
-        """Imagine from `starts` (M, ...) and read the states; see `imagination`."""
-        return imagination.imagine(
-            model.world_model,
-            model.actor_critic,
-            slow_critic,
-            starts,
-            self.config.actor_critic.horizon,
-            key,
-            masked=self.dreams_masks,
-        )
-
-    def _dreams_masks(self, model: DreamerModel) -> bool:
-        """Whether masks hold in imagination too. ValueError if they should, and the decoder does not predict them."""
-        if not self.masked or self.config.actor_critic.imagine_mask == "ignore":
-            return False
-        if ACTION_MASK not in model.world_model.objective.decoder.spaces:
-            raise ValueError(
-                f"expected model.decoder_keys to match {ACTION_MASK!r}, which imagination needs, got "
-                f"{self.config.model.decoder_keys!r}; extend it or pass --actor_critic.imagine_mask ignore"
-            )
-        return True
-
-    def split_batch(self, rssm: RSSM, batch: Batch) -> tuple[State, jax.Array, dict[str, jax.Array]]:
-        """(context state (B, ...), actions (B, T, A) that led to each trained step, trained steps (B, T, ...))::
-
-        stored step      0 (context)   1        2      ...  T
-        trained as       -             t=0      t=1         t=T-1
-        action used      a0 ---------> t=0
-                                       a1 ----> t=1
-        """
-        chex.assert_tree_shape_prefix(dict(batch), batch["is_first"].shape)
-        context = rssm.unpack({k: batch[k][:, 0] for k in self.extras}, self.dtype)
-        taken = join_actions({k: batch[k][:, :-1] for k in self.actions}, self.actions, self.dtype)
-        skip = (*self.extras, *self.actions)
-        return context, taken, {k: v[:, 1:] for k, v in batch.items() if k not in skip}
-
-    def _loss_scales(self, model: DreamerModel) -> dict[str, float]:
-        """Scale of every loss term by name; one per reconstructed observation key."""
-        config = self.config.loss
-        scales = {"rew": config.reward, "con": config.cont, "dyn": config.dyn, "rep": config.rep}
-        scales |= {"policy": config.policy, "value": config.value, "repval": config.replay_value}
-        keys = model.world_model.objective.decoder.spaces
-        if taken := sorted(set(keys) & set(scales)):
-            raise ValueError(
-                f"expected observations named unlike the loss terms {sorted(scales)}, got {taken}; rename these keys "
-                "of the environment or leave them out with model.decoder_keys"
-            )
-        return scales | {key: config.reconstruction for key in keys}
+    def slow_copies(self, params: Any) -> dict[str, Any]:
+        """Slow copies that begin where the parameters are."""
+        return {name: jax.tree.map(jnp.array, where.of(params)) for name, where in self._slow.items()}
 
     # Looking
 
     @for_target
-    def _report(self, params: Any, batch: Batch, key: jax.Array) -> dict[str, Any]:
-        """What the model makes of a batch (B, T+1, ...): see `insight.look`, and from the filtered states
-
-        - ``value`` (B, T), the critic's
-        - ``dream_reward``, ``dream_cont`` (B, T, H+1): imagined from each, the state itself first
-        - ``param_norm`` () by module
-        """
-        model = self._merge(params)
-        look_key, dream_key = jax.random.split(key)
-        context, actions, trained = self.split_batch(model.world_model.rssm, batch)
-        states, views = look(model.world_model, context, actions, trained, look_key)
-        views["value"] = model.actor_critic.value(feature(states)).mode()
-        starts = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), states)
-        dream = self.dream(model, model.actor_critic.value, starts, dream_key)
-        for name in ("reward", "cont"):
-            views[f"dream_{name}"] = jnp.moveaxis(getattr(dream, name), 0, -1).reshape(*actions.shape[:2], -1)
-        return views | {"param_norm": norms(params)}
-
-    # Plumbing
-
-    def _merge(self, params: Any) -> DreamerModel:
-        return nnx.merge(self.graph, like_keys(self.numbered, params))
-
-    def slow_critic(self, slow_value: Any) -> nnx.Module:
-        """The critic's module with the slow weights in it."""
-        return nnx.merge(self.critic_graph, like_keys(self.numbered["actor_critic"]["value"], slow_value))
+    def examine(self, params: Any, batch: Batch, key: jax.Array) -> dict[str, Any]:
+        """`DreamerModel.look` of a batch (B, T+1, ...), and ``param_norm`` () by module."""
+        return self.model(params).look(batch, key) | {"param_norm": norms(params)}

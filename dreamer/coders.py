@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dreamer import features
 from dreamer.config import ModelConfig
 from dreamer.distributions import MultiOneHot, Output, SquaredError, symlog
 from dreamer.kernels import in_parts
@@ -201,12 +200,12 @@ class Encoder(nnx.Module):
 
 
 class ImageDecoder(nnx.Module):
-    """Model state (M, D), (M, S*K) -> image in [0, 1], (M, H, W, C) with all keys' channels side by side.
+    """Feature (M, F) -> image in [0, 1], (M, H, W, C) with all keys' channels side by side.
 
     The start map adds a block-linear view of the deterministic state to a dense view of the stochastic one.
     """
 
-    def __init__(self, spaces: Spaces, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, width: int, spaces: Spaces, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         self.geometry = image_geometry(spaces, config)
         depths = self.geometry.depths(config)[::-1]
         if depths[0] % config.blocks:
@@ -215,12 +214,11 @@ class ImageDecoder(nnx.Module):
                 f"to be a multiple of model.blocks = {config.blocks}; change model.depth or model.blocks"
             )
         self.channels = tuple((key, space.shape[-1]) for key, space in spaces.items())
-        self.start, self.remat = (*self.geometry.map, depths[0]), config.remat
+        self.start, self.deter, self.remat = (*self.geometry.map, depths[0]), config.deter, config.remat
         self.activations = self.geometry.activations(config)
         units = math.prod(self.start)
-        latent = config.stoch * config.classes
         self.from_deter = BlockLinear(config.blocks, config.deter, units, rngs=rngs)
-        self.from_stoch = Dense(latent, 2 * config.units, rngs=rngs)
+        self.from_stoch = Dense(width - config.deter, 2 * config.units, rngs=rngs)
         self.from_stoch_out = Linear(2 * config.units, units, rngs=rngs)
         self.start_norm = RMSNorm(depths[0])
         pairs = list(zip(depths, depths[1:], strict=False))
@@ -228,7 +226,8 @@ class ImageDecoder(nnx.Module):
         self.norms = nnx.List([RMSNorm(o) for _, o in pairs])
         self.out = Conv(depths[-1], sum(c for _, c in self.channels), config.kernel, rngs=rngs)
 
-    def __call__(self, deter: jax.Array, stoch: jax.Array) -> dict[str, jax.Array]:
+    def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
+        deter, stoch = jnp.split(x, [self.deter], -1)
         height, width, depth = self.start
         blocks = self.from_deter.kernel.shape[0]
         x = self.from_deter(deter.reshape(-1, blocks, deter.shape[-1] // blocks))
@@ -255,31 +254,28 @@ class Decoder(nnx.Module):
     Vectors: squared error against symlog of the target. Discrete: cross entropy. Images: squared error on [0, 1].
     """
 
-    def __init__(self, spaces: Spaces, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, width: int, spaces: Spaces, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        """width: of the feature."""
         self.spaces = nnx.static(select_keys(spaces, config.decoder_keys, "model.decoder_keys"))
         images = {k: s for k, s in self.spaces.items() if s.kind == "image"}
         vectors = {k: s for k, s in self.spaces.items() if s.kind != "image"}
-        feature = config.deter + config.stoch * config.classes
-        self.mlp = MLP(feature, config.units, config.decoder_layers, rngs=rngs) if vectors else None
+        self.mlp = MLP(width, config.units, config.decoder_layers, rngs=rngs) if vectors else None
         self.heads = nnx.Dict({k: Linear(config.units, s.flat_width, rngs=rngs) for k, s in vectors.items()})
-        self.cnn = ImageDecoder(images, config, rngs=rngs) if images else None
+        self.cnn = ImageDecoder(width, images, config, rngs=rngs) if images else None
 
-    def __call__(self, deter: jax.Array, stoch: jax.Array) -> dict[str, Output]:
-        """deter (..., D), stoch (..., S, K)."""
-        outputs = self.vectors(deter, stoch, [k for k, s in self.spaces.items() if s.kind != "image"])
-        batch = deter.shape[:-1]
-        stoch = stoch.reshape(*batch, -1)
+    def __call__(self, x: jax.Array) -> dict[str, Output]:
+        """x: features (..., F)."""
+        outputs = self.vectors(x, [k for k, s in self.spaces.items() if s.kind != "image"])
         if self.cnn is not None:
-            flat = self.cnn(deter.reshape(-1, deter.shape[-1]), stoch.reshape(-1, stoch.shape[-1]))
-            for key, image in flat.items():
-                outputs[key] = SquaredError(image.reshape(*batch, *image.shape[1:]), rank=3)
+            for key, image in self.cnn(x.reshape(-1, x.shape[-1])).items():
+                outputs[key] = SquaredError(image.reshape(*x.shape[:-1], *image.shape[1:]), rank=3)
         return outputs
 
-    def vectors(self, deter: jax.Array, stoch: jax.Array, keys: Sequence[str]) -> dict[str, Output]:
+    def vectors(self, x: jax.Array, keys: Sequence[str]) -> dict[str, Output]:
         """The same for some of the keys that are no images."""
         if self.mlp is None:
             return {}
-        x = self.mlp(features.concat([deter, features.ungroup(stoch)]))
+        x = self.mlp(x)
         return {key: self._vector_output(self.heads[key](x), self.spaces[key]) for key in keys}
 
     def targets(self, observations: Observations) -> dict[str, jax.Array]:

@@ -3,14 +3,15 @@
 Every head output has ``loss(target) -> (...)`` and ``mode()``; those that are sampled also have ``sample(key)``
 (``key=None`` gives the mode), ``log_prob(value)`` and ``entropy()``. All arithmetic is at least float32.
 
-The classes (or bins, or entries) are the features of what a distribution is made from, and it works `over` them.
+The classes (or bins, or entries) are the features of what a distribution is made from, and it works `over` them. Every
+distribution is a pytree of what it is made from: scans, slices and transformations of JAX take it whole.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,25 @@ def sum_of(terms: Sequence[jax.Array]) -> jax.Array:
     return functools.reduce(jnp.add, terms)
 
 
+def tree_of(*arrays: str) -> Callable[[type], type]:
+    """Registers a class as a pytree of these attributes; its others are constants."""
+
+    def register(kind: type) -> type:
+        def flatten(dist: Any) -> tuple[list[Any], tuple]:
+            constants = {name: value for name, value in vars(dist).items() if name not in arrays}
+            return [getattr(dist, name) for name in arrays], tuple(sorted(constants.items()))
+
+        def unflatten(constants: tuple, values: Sequence[Any]) -> Any:
+            dist = object.__new__(kind)
+            vars(dist).update(zip(arrays, values, strict=True), **dict(constants))
+            return dist
+
+        jax.tree_util.register_pytree_node(kind, flatten, unflatten)
+        return kind
+
+    return register
+
+
 class Distribution(Protocol):
     """What the policy head returns."""
 
@@ -59,6 +79,7 @@ class Output(Protocol):
     def loss(self, target: jax.Array) -> jax.Array: ...
 
 
+@tree_of("log_probs")
 class OneHot:
     """Independent categorical variables as one-hot vectors: logits (..., K), optionally mixed with a uniform.
 
@@ -109,6 +130,7 @@ class OneHot:
         return sg(hot) + (probs - sg(probs))
 
 
+@tree_of("log_probs", "allowed")
 class MaskedOneHot(OneHot):
     """A categorical variable renormalised over its allowed classes: logits (..., K), allowed (..., K) bool.
 
@@ -130,6 +152,7 @@ class MaskedOneHot(OneHot):
         return jnp.where(fits, drawn, self.log_probs.argmax(self.over))
 
 
+@tree_of("parts")
 class MultiOneHot:
     """Several independent categoricals of different sizes side by side: logits (..., sum(classes)).
 
@@ -137,7 +160,7 @@ class MultiOneHot:
     """
 
     def __init__(self, logits: jax.Array, classes: Sequence[int]) -> None:
-        self.cuts, self.over = list(np.cumsum(classes)[:-1]), features.axis()
+        self.cuts, self.over = tuple(np.cumsum(classes)[:-1].tolist()), features.axis()
         self.parts = [OneHot(part) for part in jnp.split(logits, self.cuts, self.over)]
 
     def mode(self) -> jax.Array:
@@ -158,6 +181,7 @@ class MultiOneHot:
         return sum_of([part.entropy() for part in self.parts])
 
 
+@tree_of("mean", "std")
 class Normal:
     """Independent normals, mean and std (..., A); log-probabilities and entropies summed over A."""
 
@@ -184,6 +208,7 @@ class Normal:
         return (jnp.log(self.std) + 0.5 * jnp.log(2 * jnp.pi * jnp.e)).sum(self.over)
 
 
+@tree_of("logit")
 class Bernoulli:
     """A binary variable with logit (...); the target of the loss may be soft."""
 
@@ -207,6 +232,7 @@ def twohot_bins(count: int) -> np.ndarray:
     return np.concatenate([half, -half[:-1][::-1]]).astype(np.float32)
 
 
+@tree_of("logits")
 class TwoHot:
     """A scalar predicted as a categorical over exponentially spaced bins: logits (..., bins).
 
@@ -215,7 +241,10 @@ class TwoHot:
 
     def __init__(self, logits: jax.Array) -> None:
         self.logits, self.over = at_least_float32(logits), features.axis()
-        self.bins = jnp.asarray(twohot_bins(logits.shape[self.over]), self.logits.dtype)
+
+    @property
+    def bins(self) -> jax.Array:
+        return jnp.asarray(twohot_bins(self.logits.shape[self.over]), self.logits.dtype)
 
     def mode(self) -> jax.Array:
         """Expected value (...); symmetric logits give exactly 0.
@@ -223,11 +252,12 @@ class TwoHot:
         Bins reach 5e8, so the odds of b and -b are subtracted *before* they are multiplied by anything: a compiler
         may round only one of two products (fused multiply-add), and what that leaves of 5e8 is as large as a reward.
         """
-        over, middle = self.over, self.bins.shape[0] // 2
+        over, bins = self.over, self.bins
+        middle = bins.shape[0] // 2
         odds = jnp.exp(self.logits - sg(self.logits.max(over, keepdims=True)))
         below, _, above = jnp.split(odds, (middle, middle + 1), over)
         balance = above - jnp.flip(below, over)
-        return (balance * self._along(self.bins[middle + 1 :])).sum(over) / odds.sum(over)
+        return (balance * self._along(bins[middle + 1 :])).sum(over) / odds.sum(over)
 
     def loss(self, target: jax.Array) -> jax.Array:
         """Cross entropy (...) with the target (...) spread linearly over its two neighbouring bins.
@@ -248,6 +278,7 @@ class TwoHot:
         return vector if self.over == -1 else vector[:, None]
 
 
+@tree_of("prediction")
 class SquaredError:
     """A point prediction (..., *event) scored by the sum of squares, without 1/2, over the last `rank` axes.
 

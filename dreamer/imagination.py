@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,8 +11,8 @@ from flax import nnx
 
 from dreamer import features, kernels
 from dreamer.actor_critic import ActorCritic, Dream, sample_actions
-from dreamer.distributions import Distribution, TwoHot
-from dreamer.rssm import State, feature
+from dreamer.distributions import Distribution
+from dreamer.rssm import State
 from dreamer.world_model import WorldModel
 
 sg = jax.lax.stop_gradient
@@ -20,29 +21,33 @@ sg = jax.lax.stop_gradient
 def imagine(
     world_model: WorldModel,
     behaviour: ActorCritic,
-    slow_critic: nnx.Module,
+    slow: Mapping[str, nnx.Module],
     starts: State,
     horizon: int,
     key: jax.Array | None,
     *,
     masked: bool,
 ) -> Dream:
-    """`horizon` steps from `starts` (M, ...), without gradient to anything but the weights of policy and critic.
+    """`horizon` steps from `starts` (M, ...), without gradient to the world model's weights.
 
-    slow_critic: read beside the critic.
+    What of it is differentiated at all is the behaviour's choice, `through_dreams`: DreamerV3's trains its weights
+    on dreams as on data.
+    slow: slow copies; the critic's is read beside the critic.
     masked: the dream predicts which actions there are, and the policy keeps to them.
     """
     graph, weights = nnx.split(world_model)
     world: WorldModel = nnx.merge(graph, jax.tree.map(sg, weights))
+    stop = behaviour.through_dreams
 
     def look(state: State) -> tuple[jax.Array, jax.Array | None, dict[str, Distribution]]:
         """The features of a state, the actions there are, the policy's distributions."""
-        x, allowed = sg(feature(state)), world.objective.allowed(state) if masked else None
+        x = stop(world.rssm.feature(state))
+        allowed = world.objective.allowed(x) if masked else None
         return x, allowed, behaviour.policy(x, allowed)
 
     def read(x: jax.Array) -> dict[str, jax.Array]:
-        heads = {"reward": world.reward, "cont": world.cont, "slow_value": slow_critic}
-        return {name: sg(head(x).mode()) for name, head in heads.items()}
+        heads = {"reward": world.reward, "cont": world.cont, "slow_value": slow["value"]}
+        return {name: stop(head(x).mode()) for name, head in heads.items()}
 
     def note(x: jax.Array, allowed: jax.Array | None, dists: dict[str, Distribution], action: jax.Array) -> tuple:
         """What training needs of a state where `action` was taken."""
@@ -50,7 +55,7 @@ def imagine(
 
     def act(state: State, key: jax.Array | None) -> tuple[jax.Array, Any]:
         x, allowed, dists = look(state)
-        action = sample_actions(dists, key).astype(state["deter"].dtype)
+        action = stop(sample_actions(dists, key)).astype(state["deter"].dtype)
         return action, note(x, allowed, dists, action) if inside else None
 
     inside = kernels.heads_read_in_scan()
@@ -61,10 +66,9 @@ def imagine(
             before = jax.tree.map(lambda start, after: jnp.concatenate([start[None], after[:-1]]), starts, states)
             notes = note(*look(before), actions)
         numbers, judged, allowed = notes
-        critic = TwoHot(judged.pop("critic"))
-        x = sg(feature(jax.tree.map(lambda x: x[-1], states)))
-        end = {**read(x), "value": sg(behaviour.value(x).mode())}
-        numbers["value"] = sg(critic.mode())
+        x = stop(world.rssm.feature(jax.tree.map(lambda x: x[-1], states)))
+        end = {**read(x), "value": stop(behaviour.value(x).mode())}
+        numbers["value"] = stop(judged["critic"].mode())
         numbers = {name: jnp.concatenate([value, end[name][None]]) for name, value in numbers.items()}
         actions, allowed = jax.vmap(features.leave)((actions, allowed))
-    return Dream(**numbers, **judged, critic=critic, actions=actions, allowed=allowed)
+    return Dream(**numbers, **judged, actions=actions, allowed=allowed)

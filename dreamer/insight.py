@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dreamer.rssm import State, feature
+from dreamer.rssm import State
 from dreamer.world_model import WorldModel
 
 #: Sequences whose observations and predictions are handed out, for videos.
@@ -27,33 +27,34 @@ def look(
 
     context, actions, batch: as in `WorldModel.loss`. Returns the filtered states (B, T, ...) and
 
-    - of the open loop: ``true``, ``pred`` (SHOWN, T, ...) by observation key, as the decoder's targets and modes are
-      (images in [0, 1]); ``error`` (B, T) by key, the mean magnitude of their difference; ``guess`` () by key, the mean
-      error of always predicting the mean of all steps; ``open_reward``, ``open_cont`` (B, T)
+    - of the open loop, by observation key as the objective predicts them (nothing where it predicts nothing):
+      ``true``, ``pred`` (SHOWN, T, ...), targets and modes, images in [0, 1]; ``error`` (B, T), the mean magnitude of
+      their difference; ``guess`` (), the mean error of always predicting the mean of all steps
+    - of the open loop: ``open_reward``, ``open_cont`` (B, T)
     - of the filtered states: ``reward``, ``cont`` (B, T); ``kl`` (B, T), from prior to posterior, summed over the
-      variables; ``probs`` (B, T, S, K), the posterior's
+      variables; what the latent shows of the posterior, here ``probs`` (B, T, S, K)
 
     all float32.
     """
-    rssm, length = model.rssm, actions.shape[1]
-    half = length // 2
+    rssm, latent, half = model.rssm, model.rssm.latent, actions.shape[1] // 2
     observe_key, dream_key = jax.random.split(key)
-    tokens = model.encoder(batch, actions.shape[:2], actions.dtype)
-    states, logits = rssm.observe(context, actions, tokens, batch["is_first"], observe_key)
-    posterior, prior = rssm.dist(logits), rssm.dist(rssm.prior(states["deter"]))
-    dreamed = rssm.imagine_actions(jax.tree.map(lambda x: x[:, half - 1], states), actions[:, half:], dream_key)
-    opened = jax.tree.map(lambda a, b: jnp.concatenate([a[:, :half], b], 1), states, dreamed)
-    true = model.objective.decoder.targets(batch)
-    pred = {name: output.mode() for name, output in model.objective.predict(opened).items()}
+    seen = model.see(context, actions, batch, observe_key)
+    dreamed = rssm.imagine_actions(jax.tree.map(lambda x: x[:, half - 1], seen.states), actions[:, half:], dream_key)
+    opened = jax.tree.map(lambda a, b: jnp.concatenate([a[:, :half], b], 1), seen.states, dreamed)
+    open_feature = rssm.feature(opened)
+    true = model.objective.targets(batch)
+    pred = {name: output.mode() for name, output in model.objective.predict(open_feature).items()}
     views: dict[str, Any] = {
         "true": {name: x[:SHOWN] for name, x in true.items()},
         "pred": {name: x[:SHOWN] for name, x in pred.items()},
         "error": {name: _magnitude(pred[name] - x) for name, x in true.items()},
         "guess": {name: _magnitude(x - x.mean((0, 1), keepdims=True)).mean() for name, x in true.items()},
     }
-    for prefix, x in (("open_", feature(opened)), ("", feature(states))):
+    for prefix, x in (("open_", open_feature), ("", seen.feature)):
         views[f"{prefix}reward"], views[f"{prefix}cont"] = model.reward(x).mode(), model.cont(x).mode()
-    return states, views | {"kl": posterior.kl(prior).sum(-1), "probs": posterior.probs}
+    posterior = latent.dist(seen.posterior)
+    views["kl"] = latent.kl(posterior, latent.dist(seen.prior))
+    return seen.states, views | latent.shown(posterior)
 
 
 def norms(params: Mapping[str, Any]) -> dict[str, jax.Array]:

@@ -5,6 +5,10 @@ optax's own adaptive clip is unit-wise and it has no LaProp, so these two transf
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import operator
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -54,8 +58,25 @@ def scale_by_laprop(beta1: float, beta2: float, eps: float) -> optax.GradientTra
     return optax.GradientTransformation(init, update)
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """The chain: clip -> LaProp -> learning rate, which is ``lr * min(1, n / warmup)`` at update n, counted from 0."""
+def make_optimizer(groups: Mapping[str, OptimizerConfig]) -> optax.GradientTransformation:
+    """An optimizer for each group of parameters, named by where they lie.
+
+    groups: ``{"": options}`` for all parameters, as DreamerV3 has it; ``{"": ..., "actor_critic.policy": ...}`` gives
+    those below this path options of their own. A parameter belongs to the longest name that its path begins with.
+    """
+    if list(groups) == [""]:
+        return _chain(groups[""])
+
+    def name_of(path: tuple, _: jax.Array) -> str:
+        dotted = ".".join(entry.key for entry in path) + "."
+        return max((name for name in groups if not name or dotted.startswith(f"{name}.")), key=len)
+
+    labels = lambda params: jax.tree.map_with_path(name_of, params)  # noqa: E731
+    return optax.partition({name: _chain(config) for name, config in groups.items()}, labels)
+
+
+def _chain(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Clip -> LaProp -> learning rate, which is ``lr * min(1, n / warmup)`` at update n, counted from 0."""
     rate = optax.constant_schedule(config.learning_rate)
     if config.warmup:
         rate = optax.linear_schedule(0.0, config.learning_rate, config.warmup)
@@ -72,9 +93,27 @@ def root_mean_square(tree: Tree) -> jax.Array:
     return optax.tree.norm(tree) / count**0.5
 
 
-def update_slow(slow: Tree, fast: Tree, rate: float) -> Tree:
-    """EMA of weights: slow ← rate fast + (1 - rate) slow.
+@dataclasses.dataclass(frozen=True)
+class Slow:
+    """A slow copy of some of the weights, their exponential moving average.
 
-    In this order a fused multiply-add rounds the large term last, which keeps an EMA of equal weights unbiased.
+    path: where they lie among the parameters, keys from the top; rate: of the average, per update.
     """
-    return jax.tree.map(lambda s, f: rate * f + (1 - rate) * s, slow, fast)
+
+    path: tuple[str, ...]
+    rate: float
+
+    def of(self, tree: Tree) -> Tree:
+        """What `tree`, parameters or something like them, has at this path."""
+        return functools.reduce(operator.getitem, self.path, tree)
+
+    def within(self, module: Any) -> Any:
+        """The part of a module that has these weights."""
+        return functools.reduce(getattr, self.path, module)
+
+    def update(self, slow: Tree, params: Tree) -> Tree:
+        """slow ← rate fast + (1 - rate) slow.
+
+        In this order a fused multiply-add rounds the large term last, which keeps an EMA of equal weights unbiased.
+        """
+        return jax.tree.map(lambda s, f: self.rate * f + (1 - self.rate) * s, slow, self.of(params))

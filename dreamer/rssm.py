@@ -21,52 +21,51 @@ from flax import nnx
 
 from dreamer import features
 from dreamer.config import ModelConfig
-from dreamer.distributions import OneHot
+from dreamer.latents import make_latent
 from dreamer.networks import MLP, BlockLinear, Dense, Linear, RMSNorm
 from dreamer.types import Field
 
 sg = jax.lax.stop_gradient
 
-#: A model state: deter (..., D) and stoch (..., S, K), the latter one-hot with straight-through gradients.
+#: A model state: deter (..., D) and stoch (..., S, K), or whatever the latent is.
 State = dict[str, jax.Array]
 #: (state, key) -> action (..., A) and what it notes of the state, if anything; key None: the most likely action.
 Policy = Callable[[State, jax.Array | None], tuple[jax.Array, Any]]
 
 
-def feature(state: State) -> jax.Array:
-    """What heads read: [deter, flattened stoch], (..., F)."""
-    return features.concat([state["deter"], features.ungroup(state["stoch"])])
-
-
 class RSSM(nnx.Module):
-    """Deterministic path of D units in G blocks (a GRU), stochastic path of S categoricals with K classes."""
+    """Deterministic path of D units in G blocks (a GRU), stochastic path of a `latent`: S categoricals of K classes."""
 
     def __init__(self, tokens: int, action: int, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         deter, hidden, blocks = config.deter, config.hidden, config.blocks
-        latent = config.stoch * config.classes
-        self.shape = (config.stoch, config.classes)
-        self.deter, self.blocks, self.unimix, self.remat = deter, blocks, config.unimix, config.remat
+        self.latent = latent = make_latent(config)
+        self.deter, self.blocks, self.remat = deter, blocks, config.remat
+        self.width = deter + latent.width
         self.from_deter = Dense(deter, hidden, rngs=rngs)
-        self.from_stoch = Dense(latent, hidden, rngs=rngs)
+        self.from_stoch = Dense(latent.width, hidden, rngs=rngs)
         self.from_action = Dense(action, hidden, rngs=rngs)
         self.mix = BlockLinear(blocks, deter, deter, shared=3 * hidden, rngs=rngs)
         self.mix_norm = RMSNorm(deter)
         self.gates = BlockLinear(blocks, deter, 3 * deter, rngs=rngs)
         self.prior_mlp = MLP(deter, hidden, config.prior_layers, rngs=rngs)
-        self.prior_logits = Linear(hidden, latent, rngs=rngs)
+        self.prior_logits = Linear(hidden, latent.numbers, rngs=rngs)
         self.posterior_mlp = MLP(deter + tokens, hidden, config.posterior_layers, rngs=rngs)
-        self.posterior_logits = Linear(hidden, latent, rngs=rngs)
+        self.posterior_logits = Linear(hidden, latent.numbers, rngs=rngs)
 
     def init(self, batch: int, dtype: jnp.dtype) -> State:
         """The state before an episode's first observation: all zeros."""
-        return {"deter": jnp.zeros((batch, self.deter), dtype), "stoch": jnp.zeros((batch, *self.shape), dtype)}
+        return {"deter": jnp.zeros((batch, self.deter), dtype), "stoch": self.latent.init(batch, dtype)}
+
+    def feature(self, state: State) -> jax.Array:
+        """What heads read: [deter, flat stoch], (..., F)."""
+        return features.concat([state["deter"], self.latent.flat(state["stoch"])])
 
     def step(self, state: State, action: jax.Array) -> jax.Array:
         """deter_t (B, D) from the state at t-1 and the action (B, A) taken there: a GRU with block-diagonal weights.
 
         u·tanh(r·c) + (1-u)·deter with u = σ(update - 1), r = σ(reset).
         """
-        deter, stoch = state["deter"], features.ungroup(state["stoch"])
+        deter, stoch = state["deter"], self.latent.flat(state["stoch"])
         action = action / sg(jnp.maximum(1, jnp.abs(action)))
         inputs = [self.from_deter(deter), self.from_stoch(stoch), self.from_action(action)]
         own = features.group(deter, self.blocks)
@@ -79,16 +78,12 @@ class RSSM(nnx.Module):
 
     def prior(self, deter: jax.Array) -> jax.Array:
         """Prior logits (..., S, K), before unimix."""
-        return features.group(self.prior_logits(self.prior_mlp(deter)), self.shape[0])
+        return self.latent.shaped(self.prior_logits(self.prior_mlp(deter)))
 
     def posterior(self, deter: jax.Array, tokens: jax.Array) -> jax.Array:
         """Posterior logits (..., S, K), before unimix."""
         x = self.posterior_mlp(features.concat([deter, tokens]))
-        return features.group(self.posterior_logits(x), self.shape[0])
-
-    def dist(self, logits: jax.Array) -> OneHot:
-        """99 % softmax, 1 % uniform; the KL uses it on both sides."""
-        return OneHot(logits, self.unimix)
+        return self.latent.shaped(self.posterior_logits(x))
 
     def observe_step(
         self, state: State, action: jax.Array, tokens: jax.Array, is_first: jax.Array, key: jax.Array | None
@@ -97,7 +92,7 @@ class RSSM(nnx.Module):
         start = lambda x: jnp.where(features.per_item(is_first, x), jnp.zeros_like(x), x)  # noqa: E731
         deter = self.step(jax.tree.map(start, state), start(action))
         logits = self.posterior(deter, tokens)
-        stoch = self.dist(logits).sample(key).astype(deter.dtype)
+        stoch = self.latent.dist(logits).sample(key).astype(deter.dtype)
         return {"deter": deter, "stoch": stoch}, logits
 
     def observe(
@@ -119,7 +114,7 @@ class RSSM(nnx.Module):
     def imagine_step(self, state: State, action: jax.Array, key: jax.Array | None) -> State:
         """One prior step: the state that follows (M, ...) when `action` (M, A) is taken."""
         deter = self.step(state, action)
-        stoch = self.dist(self.prior(deter)).sample(key).astype(deter.dtype)
+        stoch = self.latent.dist(self.prior(deter)).sample(key).astype(deter.dtype)
         return {"deter": deter, "stoch": stoch}
 
     def imagine(
@@ -150,18 +145,13 @@ class RSSM(nnx.Module):
         return features.over_time(step, state, actions, key)
 
     def stored(self) -> dict[str, Field]:
-        """How replay stores a state: deter as bfloat16 (D,), stoch as class indices (S,)."""
-        count, classes = self.shape
-        index = np.dtype(np.uint8 if classes <= 256 else np.uint16)
-        return {"deter": Field((self.deter,), np.dtype(ml_dtypes.bfloat16)), "stoch": Field((count,), index)}
+        """How replay stores a state: deter as bfloat16 (D,), stoch as the latent says."""
+        return {"deter": Field((self.deter,), np.dtype(ml_dtypes.bfloat16), latent=True), "stoch": self.latent.stored()}
 
     def pack(self, state: State) -> State:
         """State -> stored form."""
-        dtypes = self.stored()
-        index = state["stoch"].argmax(-1).astype(dtypes["stoch"].dtype)
-        return {"deter": state["deter"].astype(dtypes["deter"].dtype), "stoch": index}
+        return {"deter": state["deter"].astype(jnp.bfloat16), "stoch": self.latent.pack(state["stoch"])}
 
     def unpack(self, stored: Mapping[str, jax.Array], dtype: jnp.dtype) -> State:
-        """Stored form -> state. (The stored all-zero state of before an episode is never needed: is_first resets.)"""
-        stoch = jax.nn.one_hot(stored["stoch"], self.shape[1], dtype=dtype)
-        return {"deter": stored["deter"].astype(dtype), "stoch": stoch}
+        """Stored form -> state."""
+        return {"deter": stored["deter"].astype(dtype), "stoch": self.latent.unpack(stored["stoch"], dtype)}

@@ -135,10 +135,14 @@ def masks_actions(observations: Spaces, actions: Spaces) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Field:
-    """Shape (of one step, without batch axes) and numpy dtype of something replay stores."""
+    """Shape (of one step, without batch axes) and numpy dtype of something replay stores.
+
+    latent: whether updates write it anew, as they do the model's states; all else stays as it was collected.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
+    latent: bool = False
 
     @property
     def nbytes(self) -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import chex
 import jax
@@ -13,45 +13,39 @@ from flax import nnx
 from dreamer import features
 from dreamer.coders import Encoder
 from dreamer.config import LossConfig, ModelConfig
-from dreamer.distributions import Bernoulli, TwoHot
+from dreamer.distributions import Bernoulli, Output, TwoHot
 from dreamer.networks import MLP, Linear
-from dreamer.objectives import OBJECTIVES
-from dreamer.rssm import RSSM, State, feature
+from dreamer.objectives import OBJECTIVES, Seen
+from dreamer.rssm import RSSM, State
 from dreamer.types import Spaces
 
 sg = jax.lax.stop_gradient
 
+#: Kind of head -> the distribution of its numbers, and the out-scale of its last layer. At scale 0 the first
+#: predictions are exactly 0.
+HEADS: dict[str, tuple[Callable[[jax.Array], Output], float]] = {
+    "two_hot": (TwoHot, 0.0),
+    "binary": (lambda x: Bernoulli(features.single(x)), 1.0),
+}
 
-class TwoHotHead(nnx.Module):
-    """Feature (..., F) -> TwoHot scalar. The output layer starts at 0, so the first predictions are exactly 0."""
 
-    def __init__(self, inputs: int, units: int, layers: int, bins: int, *, rngs: nnx.Rngs) -> None:
+class Head(nnx.Module):
+    """Feature (..., F) -> the distribution of a scalar (...), of one of the kinds in `HEADS`."""
+
+    def __init__(self, kind: str, inputs: int, units: int, layers: int, numbers: int = 1, *, rngs: nnx.Rngs) -> None:
+        self.kind = kind
         self.mlp = MLP(inputs, units, layers, rngs=rngs)
-        self.out = Linear(units, bins, scale=0.0, rngs=rngs)
+        self.out = Linear(units, numbers, scale=HEADS[kind][1], rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> TwoHot:
-        return TwoHot(self.out(self.mlp(x)))
-
-
-class BinaryHead(nnx.Module):
-    """Feature (..., F) -> Bernoulli of shape (...)."""
-
-    def __init__(self, inputs: int, units: int, layers: int, *, rngs: nnx.Rngs) -> None:
-        self.mlp = MLP(inputs, units, layers, rngs=rngs)
-        self.out = Linear(units, 1, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> Bernoulli:
-        return Bernoulli(features.single(self.out(self.mlp(x))))
+    def __call__(self, x: jax.Array) -> Output:
+        return HEADS[self.kind][0](self.out(self.mlp(x)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Observed:
-    """What one pass of the world model over a batch gives, with gradients: everything (B, T, ...)."""
+class Observed(NamedTuple):
+    """What one pass of the world model over a batch gives, with gradients: losses (B, T), metrics ()."""
 
     losses: dict[str, jax.Array]
-    states: State
-    posterior: jax.Array
-    prior: jax.Array
+    seen: Seen
     metrics: dict[str, jax.Array]
 
 
@@ -71,39 +65,52 @@ class WorldModel(nnx.Module):
         self.free_nats, self.discount = loss.free_nats, discount
         self.encoder = Encoder(observations, config, rngs=rngs)
         self.rssm = RSSM(self.encoder.width, action, config, rngs=rngs)
-        self.objective = OBJECTIVES[loss.objective](observations, config, rngs=rngs)
-        width = config.deter + config.stoch * config.classes
-        self.reward = TwoHotHead(width, config.units, config.reward_layers, config.bins, rngs=rngs)
-        self.cont = BinaryHead(width, config.units, config.cont_layers, rngs=rngs)
+        width, units = self.rssm.width, config.units
+        self.objective = OBJECTIVES[loss.objective](width, self.encoder.width, observations, config, loss, rngs=rngs)
+        self.reward = Head("two_hot", width, units, config.reward_layers, config.bins, rngs=rngs)
+        self.cont = Head("binary", width, units, config.cont_layers, rngs=rngs)
+
+    def see(
+        self, context: State, actions: jax.Array, observations: Mapping[str, jax.Array], key: jax.Array | None
+    ) -> Seen:
+        """Filter a batch; the arguments as in `loss`."""
+        tokens = self.encoder(observations, actions.shape[:2], actions.dtype)
+        states, posterior = self.rssm.observe(context, actions, tokens, observations["is_first"], key)
+        prior = self.rssm.prior(states["deter"])
+        return Seen(tokens, actions, states, self.rssm.feature(states), posterior, prior)
 
     def loss(
-        self, context: State, actions: jax.Array, batch: Mapping[str, jax.Array], key: jax.Array | None
+        self,
+        context: State,
+        actions: jax.Array,
+        batch: Mapping[str, jax.Array],
+        slow: Mapping[str, nnx.Module],
+        key: jax.Array | None,
     ) -> Observed:
         """Filter the batch and score every prediction.
 
         context: state (B, ...) at the step before the first; actions (B, T, A): ``actions[:, t]`` led to step t;
-        batch: observations, reward, is_first, is_terminal, each (B, T, ...).
+        batch: observations, reward, is_first, is_terminal, each (B, T, ...); slow: see `Objective.losses`.
 
         The five terms (paper v2, eq. 2-3), per (B, T) and unweighted::
 
-            reconstruction  -ln p(x_t | z_t)        one per observation key
+            the objective's -ln p(x_t | z_t)        here one per observation key
             reward          -ln p(r_t | z_t)
             cont            -ln p(c_t | z_t)        c_t = (1 - is_terminal_t) * gamma
             dyn             max(1, KL(sg(posterior) || prior))
             rep             max(1, KL(posterior || sg(prior)))
         """
-        tokens = self.encoder(batch, actions.shape[:2], actions.dtype)
-        states, posterior_logits = self.rssm.observe(context, actions, tokens, batch["is_first"], key)
-        prior_logits = self.rssm.prior(states["deter"])
-        posterior, prior = self.rssm.dist(posterior_logits), self.rssm.dist(prior_logits)
-        frozen_posterior, frozen_prior = self.rssm.dist(sg(posterior_logits)), self.rssm.dist(sg(prior_logits))
-        losses = self.objective.losses(states, batch)
-        x = feature(states)
-        losses["rew"] = self.reward(x).loss(batch["reward"])
-        losses["con"] = self.cont(x).loss((1 - batch["is_terminal"].astype(jnp.float32)) * self.discount)
-        # The KL is summed over the S variables first: the free nats are for the whole state, per (B, T).
-        losses["dyn"] = jnp.maximum(frozen_posterior.kl(prior).sum(-1), self.free_nats)
-        losses["rep"] = jnp.maximum(posterior.kl(frozen_prior).sum(-1), self.free_nats)
-        metrics = {"dyn_ent": prior.entropy().sum(-1).mean(), "rep_ent": posterior.entropy().sum(-1).mean()}
+        # `observe` draws with the children 0 to T - 1 of this key.
+        objective_key = None if key is None else jax.random.fold_in(key, actions.shape[1])
+        seen, latent = self.see(context, actions, batch, key), self.rssm.latent
+        losses = self.objective.losses(seen, batch, slow, objective_key)
+        losses["rew"] = self.reward(seen.feature).loss(batch["reward"])
+        losses["con"] = self.cont(seen.feature).loss((1 - batch["is_terminal"].astype(jnp.float32)) * self.discount)
+        posterior, prior = latent.dist(seen.posterior), latent.dist(seen.prior)
+        frozen_posterior, frozen_prior = latent.dist(sg(seen.posterior)), latent.dist(sg(seen.prior))
+        # The KL is summed over the variables first: the free nats are for the whole state, per (B, T).
+        losses["dyn"] = jnp.maximum(latent.kl(frozen_posterior, prior), self.free_nats)
+        losses["rep"] = jnp.maximum(latent.kl(posterior, frozen_prior), self.free_nats)
+        metrics = {"dyn_ent": latent.entropy(prior).mean(), "rep_ent": latent.entropy(posterior).mean()}
         chex.assert_shape(list(losses.values()), actions.shape[:2])
-        return Observed(losses, states, posterior_logits, prior_logits, metrics)
+        return Observed(losses, seen, metrics)

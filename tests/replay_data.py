@@ -19,8 +19,8 @@ FIELDS = {
     "reward": Field((), np.dtype(np.float32)),
     "is_first": Field((), np.dtype(bool)),
     "is_last": Field((), np.dtype(bool)),
-    "deter": Field((3,), np.dtype(ml_dtypes.bfloat16)),
-    "stoch": Field((2,), np.dtype(np.uint8)),
+    "deter": Field((3,), np.dtype(ml_dtypes.bfloat16), latent=True),
+    "stoch": Field((2,), np.dtype(np.uint8), latent=True),
 }
 LATENTS = ("deter", "stoch")
 LATENT_BYTES = 6 + 2

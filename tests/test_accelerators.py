@@ -77,7 +77,7 @@ def shapes(agent: Agent, config: Config) -> tuple[Any, dict[str, jax.ShapeDtypeS
     lead = config.run.batch_size, config.run.batch_length + 1
     fields = replay_fields(agent.observations, agent.actions, agent.extras)
     batch = {key: jax.ShapeDtypeStruct((*lead, *field.shape), field.dtype) for key, field in fields.items()}
-    return jax.eval_shape(agent._init, 0), batch
+    return jax.eval_shape(agent.create, 0), batch
 
 
 def test_every_preset_is_here():
@@ -91,9 +91,9 @@ def test_every_preset_is_here():
 def test_the_update_of_every_preset_lowers_for_gpu_and_tpu(name):
     config = load_config([name])
     agent = Agent(*TASKS[name], config, jnp.bfloat16)
-    lowered = export.export(jax.jit(agent._train_step), platforms=("cuda", "tpu"))(*shapes(agent, config))
+    lowered = export.export(jax.jit(agent.learn), platforms=("cuda", "tpu"))(*shapes(agent, config))
     assert lowered.platforms == ("cuda", "tpu")
-    assert len(lowered.out_avals) > len(jax.tree.leaves(agent.numbered))
+    assert len(lowered.out_avals) > len(jax.tree.leaves(agent.shapes))
 
 
 # bfloat16
@@ -134,7 +134,7 @@ def traced():
     config = load_config(["crafter", "size1m"])
     seen = {**image(64), **vector(speed=5), "item": Space("discrete", (), (4,))}
     agent = Agent(seen, {**classes(17), "walk": Space("vector", (2,))}, config, jnp.bfloat16)
-    return jax.jit(agent._train_step).trace(*shapes(agent, config))
+    return jax.jit(agent.learn).trace(*shapes(agent, config))
 
 
 def test_products_are_bfloat16_and_delicate_arithmetic_float32(traced):
@@ -151,7 +151,7 @@ def test_products_are_bfloat16_and_delicate_arithmetic_float32(traced):
 def test_what_is_kept_between_updates_is_float32(traced):
     state, latents, metrics = traced.out_info
     floats = lambda tree: {x.dtype.name for x in jax.tree.leaves(tree) if x.dtype.name.startswith(("float", "bf"))}  # noqa: E731
-    for name in ("params", "slow_value", "opt", "return_scale"):
+    for name in ("params", "slow", "opt", "return_scale"):
         assert floats(state[name]) == {"float32"}, name
     assert floats(metrics) == {"float32"}
     assert {key: value.dtype.name for key, value in latents.items()} == {"deter": "bfloat16", "stoch": "uint8"}

@@ -12,11 +12,11 @@ import pytest
 from flax import nnx
 from learner_data import weights
 
-from dreamer.actor_critic import ActorCritic, Dream, lambda_return, return_range, update_return_scale
+from dreamer.actor_critic import ActorCritic, Dream, lambda_return, return_range, sample_actions, update_return_scale
 from dreamer.config import ActorCriticConfig, ModelConfig
 from dreamer.distributions import TwoHot
 from dreamer.types import Space
-from dreamer.world_model import TwoHotHead
+from dreamer.world_model import Head
 
 M, H, F = 4, 3, 5
 MODEL = ModelConfig(units=6, policy_layers=1, value_layers=1, bins=15)
@@ -31,7 +31,7 @@ def noisy(module: Any, seed: int) -> Any:
     return nnx.merge(graph, jax.tree.map(lambda x: x + jnp.asarray(rng.normal(0, 0.3, x.shape), x.dtype), state))
 
 
-def moderate(critic: TwoHotHead) -> None:
+def moderate(critic: Head) -> None:
     """Make the outer bins, up to 5e8, so unlikely that values are of the size of the rewards."""
     critic.out.bias[...] -= 4.0 * jnp.abs(jnp.arange(MODEL.bins) - MODEL.bins // 2)
 
@@ -44,8 +44,8 @@ def build(actions: dict[str, Space] | None = None, **behaviour: Any) -> ActorCri
     return actor_critic
 
 
-def slow() -> TwoHotHead:
-    critic = noisy(TwoHotHead(F, MODEL.units, 1, MODEL.bins, rngs=weights(1)), 2)
+def slow() -> Head:
+    critic = noisy(Head("two_hot", F, MODEL.units, 1, MODEL.bins, rngs=weights(1)), 2)
     moderate(critic)
     return critic
 
@@ -64,7 +64,7 @@ def dream_of(actor_critic: ActorCritic, seed: int = 0) -> Imagined:
     rng = np.random.default_rng(seed)
     draw = lambda *shape: jnp.asarray(rng.normal(0, 1, shape), jnp.float32)  # noqa: E731
     features = draw(M, H + 1, F)
-    actions = actor_critic.policy.sample(features[:, :-1], jax.random.key(seed))
+    actions = sample_actions(actor_critic.policy(features[:, :-1]), jax.random.key(seed))
     cont = jnp.asarray(rng.uniform(0.5, 1, (M, H + 1)), jnp.float32)
     return Imagined(features, actions, draw(M, H + 1), cont)
 
@@ -74,7 +74,7 @@ def turned(tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tree)
 
 
-def loss_of(actor_critic: ActorCritic, imagined: Imagined, critic: TwoHotHead, scale: Any) -> tuple:
+def loss_of(actor_critic: ActorCritic, imagined: Imagined, critic: Head, scale: Any) -> tuple:
     """The imagination loss of what the heads say of an imagined batch; losses and returns (M, H)."""
     imagined = Imagined(**turned(vars(imagined)))
     x = imagined.features[:-1]
@@ -82,7 +82,7 @@ def loss_of(actor_critic: ActorCritic, imagined: Imagined, critic: TwoHotHead, s
     numbers = {"slow_value": critic(imagined.features).mode(), "value": actor_critic.value(imagined.features).mode()}
     numbers = jax.tree.map(jax.lax.stop_gradient, numbers)
     given = {"reward": imagined.reward, "cont": imagined.cont, "actions": imagined.actions}
-    dream = Dream(**given, **numbers, **judged | {"critic": TwoHot(judged["critic"])})
+    dream = Dream(**given, **numbers, **judged)
     losses, returns, scale, metrics = actor_critic.imagination_loss(dream, scale)
     return *turned((losses, returns)), scale, metrics
 
@@ -351,7 +351,7 @@ def test_the_slow_critic_regularises_by_its_scale(slow_scale):
     batch = {k: v[:1, -3:] for k, v in replay_batch().items()}  # within an episode
     features = jnp.asarray(np.random.default_rng(3).normal(0, 1, (1, 3, F)), jnp.float32)
     bootstrap = jnp.ones((1, 3))
-    loss = actor_critic.replay_loss(features, regulariser, batch, bootstrap)
+    loss = actor_critic.replay_loss(features, {"value": regulariser}, batch, bootstrap)
     reward, gamma = np.float64(batch["reward"][0]), 1 - 1 / 333
     second = reward[2] + gamma
     first = reward[1] + gamma * (0.05 + 0.95 * second)
@@ -390,8 +390,8 @@ def test_the_most_likely_action_is_taken_without_a_key():
     policy = build(ACTIONS).policy
     x = jnp.asarray(np.random.default_rng(0).normal(0, 1, (7, F)), jnp.float32)
     modes = jnp.concatenate([dist.mode() for dist in policy(x).values()], -1)
-    np.testing.assert_array_equal(policy.sample(x, None), modes)
-    samples = np.asarray(jax.jit(policy.sample)(x, jax.random.key(0)))
+    np.testing.assert_array_equal(sample_actions(policy(x), None), modes)
+    samples = np.asarray(jax.jit(lambda x, key: sample_actions(policy(x), key))(x, jax.random.key(0)))
     assert (samples != np.asarray(modes)).any(0)[-2:].all()
 
 
@@ -429,7 +429,7 @@ def replayed():
 
     @jax.jit
     def call(features: jax.Array, batch: dict[str, jax.Array], bootstrap: jax.Array) -> tuple:
-        loss, pull = jax.vjp(lambda x: actor_critic.replay_loss(x, critic, batch, bootstrap), features)
+        loss, pull = jax.vjp(lambda x: actor_critic.replay_loss(x, {"value": critic}, batch, bootstrap), features)
         return loss, pull(jnp.ones_like(loss))[0]
 
     def evaluate(batch: dict[str, np.ndarray], bootstrap: jax.Array = bootstrap) -> tuple:

@@ -23,6 +23,7 @@ from learner_data import (
 )
 
 from dreamer.agent import Agent
+from dreamer.model import Outcome
 from dreamer.sharding import OneDevice
 from dreamer.types import TAKEN, TRANSITION_FIELDS, Space
 
@@ -98,7 +99,7 @@ SPACES = {
 @pytest.mark.parametrize("name", SPACES)
 def test_images_of_any_size_train(name):
     agent = Agent(*SPACES[name], small_config())
-    step = jax.jit(agent._train_step, compiler_options=CHEAP)
+    step = jax.jit(agent.learn, compiler_options=CHEAP)
     state, latents, metrics = step(agent.init(0), random_batch(agent))
     assert set(metrics) == expected_metrics(agent)
     assert all(np.isfinite(v) for v in metrics.values()), metrics
@@ -125,8 +126,8 @@ OTHER_SPACES = {
 def test_an_update_can_be_built_for_every_kind_of_space(name):
     """Traced, not computed: shapes, dtypes and metric names of a whole update."""
     agent = Agent(*OTHER_SPACES[name], small_config())
-    state = jax.eval_shape(agent._init, 0)
-    new, latents, metrics = jax.eval_shape(agent._train_step, state, random_batch(agent))
+    state = jax.eval_shape(agent.create, 0)
+    new, latents, metrics = jax.eval_shape(agent.learn, state, random_batch(agent))
     assert set(metrics) == expected_metrics(agent)
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)  # noqa: E731
     assert shapes(new) == shapes(state)
@@ -147,7 +148,7 @@ def test_everything_at_once_trains(mixed):
 
 def test_an_action_without_a_choice_has_no_randomness_to_report():
     agent = Agent(VECTOR, {"action": Space("discrete", (), (1,))}, small_config())
-    _, _, metrics = jax.eval_shape(agent._train_step, jax.eval_shape(agent._init, 0), random_batch(agent))
+    _, _, metrics = jax.eval_shape(agent.learn, jax.eval_shape(agent.create, 0), random_batch(agent))
     assert "ent/action" in metrics and "rand/action" not in metrics
 
 
@@ -240,8 +241,8 @@ def test_acting_and_training_compute_the_same_states():
 
     @jax.jit
     def filtered(params: Any, batch: Any) -> Any:
-        world_model = agent._merge(params).world_model
-        return world_model.loss(*agent.split_batch(world_model.rssm, batch), jax.random.key(0)).states
+        model = agent.model(params)
+        return model.world_model.loss(*model.split_batch(batch), {}, jax.random.key(0)).seen.states
 
     replayed = filtered(params, batch)
     np.testing.assert_allclose(replayed["deter"], states[:, 1:], rtol=1e-4, atol=1e-5)
@@ -259,7 +260,7 @@ def test_the_old_state_is_donated(mixed):
     """No second copy of weights and optimizer is alive after an update, nor of the policy's carry after a step."""
     state, carry = mixed.init(0), mixed.init_policy(3)
     new, _, _ = mixed.train_step(state, random_batch(mixed))
-    for part in ("params", "slow_value", "opt"):
+    for part in ("params", "slow", "opt"):
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state[part])), part
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
     mixed.policy(new["params"], carry, observation(mixed, 3), jax.random.key(0))
@@ -312,7 +313,7 @@ def test_rematerialisation_and_accumulation_change_no_number():
         "accumulate": Agent(VECTOR, DISCRETE, small_config(optimizer=dict(accumulate=2))),
     }
     state = agents["plain"].init(0)
-    state |= {"params": perturb(state["params"]), "slow_value": perturb(state["slow_value"], 1)}
+    state |= {"params": perturb(state["params"]), "slow": perturb(state["slow"], 1)}
     state |= {"return_scale": {"low": jnp.float32(-1), "high": jnp.float32(2)}}
     batch = random_batch(agents["plain"])
 
@@ -348,7 +349,7 @@ def test_spread_between_sequences_is_in_the_return_scale_however_a_batch_is_slic
             "actor_critic": {"policy": jnp.float32(0.5), "value": jnp.float32(2)},
             "world_model": jnp.float32(1),
         },
-        "slow_value": jnp.float32(0),
+        "slow": {},
         "return_scale": {"low": jnp.float32(0), "high": jnp.float32(0)},
     }
 
@@ -358,9 +359,9 @@ def test_spread_between_sequences_is_in_the_return_scale_however_a_batch_is_slic
         actor = -(policy * batch["score"] * advantages * factor + 0.1 * policy).mean()
         total = actor + (params["actor_critic"]["value"] * params["world_model"] * batch["value"]).mean()
         metrics = {"loss/policy": actor, "opt/loss": total, "tar": batch["returns"].mean()}
-        return total, (scale, {"latent": batch["value"]}, metrics, batch["returns"], advantages)
+        return total, Outcome(scale, {"latent": batch["value"]}, metrics, batch["returns"], advantages)
 
-    agent = types.SimpleNamespace(config=config, devices=OneDevice(), _loss=loss)
+    agent = types.SimpleNamespace(config=config, devices=OneDevice(), loss=loss)
     parts = {"returns": returns, "value": value, "score": score}
     parts = {k: v.reshape(-1, slices, 30).swapaxes(0, 1) for k, v in parts.items()}
     grads, (scale, latents, metrics) = jax.jit(functools.partial(Agent._accumulate, agent))(
@@ -387,8 +388,8 @@ def test_spread_between_sequences_is_in_the_return_scale_however_a_batch_is_slic
 
 def test_an_accumulated_update_can_be_built():
     agent = Agent(VECTOR, DISCRETE, small_config(optimizer=dict(accumulate=2)))
-    state = jax.eval_shape(agent._init, 0)
-    _, latents, metrics = jax.eval_shape(agent._train_step, state, random_batch(agent))
+    state = jax.eval_shape(agent.create, 0)
+    _, latents, metrics = jax.eval_shape(agent.learn, state, random_batch(agent))
     assert latents["deter"].shape == (B, T, 16) and set(metrics) == expected_metrics(agent)
 
 
@@ -407,7 +408,7 @@ def test_imagining_from_the_last_steps_only():
 
     def metrics(agent: Agent, batch: Any) -> dict[str, float]:
         loss = jax.jit(agent.loss, compiler_options=CHEAP)
-        return loss(params, state["slow_value"], state["return_scale"], batch, key)[1][2]
+        return loss(params, state["slow"], state["return_scale"], batch, key)[1][2]
 
     from_last, from_short = metrics(last, long), metrics(every, short)
     for name in behaviour:
@@ -424,13 +425,15 @@ def test_imagining_from_the_last_steps_only():
 def test_dtypes_under_strict_promotion(dtype):
     """No implicit promotion anywhere in the loss; whatever is kept or summed up is float32 in either precision."""
     agent = Agent(OBSERVATIONS, ACTIONS, small_config(), dtype)
-    state, batch, key = jax.eval_shape(agent._init, 0), random_batch(agent), jax.random.key(0)
-    args = (state["params"], state["slow_value"], state["return_scale"], batch, key)
+    state, batch, key = jax.eval_shape(agent.create, 0), random_batch(agent), jax.random.key(0)
+    args = (state["params"], state["slow"], state["return_scale"], batch, key)
     with jax.numpy_dtype_promotion("strict"):
-        (loss, (scale, latents, metrics)), grads = jax.eval_shape(jax.value_and_grad(agent.loss, has_aux=True), *args)
+        (loss, (scale, latents, metrics, *_)), grads = jax.eval_shape(
+            jax.value_and_grad(agent.loss, has_aux=True), *args
+        )
         carry = agent.init_policy(3)
-        carry, _, extras = jax.eval_shape(agent._policy, state["params"], carry, observation(agent, 3), key)
-    kept = {"state": [state[k] for k in ("params", "slow_value", "return_scale")], "grads": grads, "scale": scale}
+        carry, _, extras = jax.eval_shape(agent.act, state["params"], carry, observation(agent, 3), key)
+    kept = {"state": [state[k] for k in ("params", "slow", "return_scale")], "grads": grads, "scale": scale}
     kept |= {"losses": {k: v for k, v in metrics.items() if k.startswith(("loss/", "adv", "ret"))}, "loss": loss}
     for name, tree in kept.items():
         assert {leaf.dtype for leaf in jax.tree.leaves(tree)} == {jnp.dtype(jnp.float32)}, name
@@ -446,7 +449,7 @@ def test_dtypes_under_strict_promotion(dtype):
 def test_bfloat16_activations_give_nearly_the_same_losses():
     agents = [Agent(VECTOR, DISCRETE, small_config(), dtype) for dtype in (jnp.float32, jnp.bfloat16)]
     state, batch = agents[0].init(0), random_batch(agents[0])
-    args = (state["params"], state["slow_value"], state["return_scale"], batch, jax.random.key(0))
+    args = (state["params"], state["slow"], state["return_scale"], batch, jax.random.key(0))
     one, two = (jax.jit(agent.loss, compiler_options=CHEAP)(*args)[1][2] for agent in agents)
     for name in ("position", "rew", "con", "dyn", "rep", "value"):
         np.testing.assert_allclose(two[f"loss/{name}"], one[f"loss/{name}"], rtol=0.03)

@@ -328,12 +328,12 @@ def written(tmp_path_factory):
     run.agent.devices.one_copy.side_effect = lambda state: state
     run.evaluator.return_value = [episode]
     run.checkpointer.best_score.return_value, run.stop, run.failed = None, StopRequest(), None
-    for name in ("loop.py", "parts.py", "learner.py"):
+    for name in ("loop.py", "parts.py", "learner.py", "feed.py"):
         for section in re.findall(r'\.section\("(\w+)"\)', (ROOT / "dreamer" / "run" / name).read_text()):
             with run.watch.section(section):
                 pass
     run.updated.side_effect = lambda count, metrics: Run.updated(run, count, metrics)
-    Run._update(run)
+    Run.update(run)
     Run._log_episodes(run, [episode])
     Run._evaluation_fault(run, Fault(0, "raised", "an error", ""))
     Run._log_metrics(run)

@@ -132,17 +132,16 @@ def test_heads_read_the_same_inside_the_scan_and_after_it(name, last, monkeypatc
     with jax.enable_x64(True):
         agent = Agent(*SPACES[name], small_config())
         double = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float64) + 0.1 * draw(*x.shape), tree)  # noqa: E731
-        params, slow = double(agent.init(0)["params"]), double(agent.init(1)["slow_value"])
-        shapes = agent._merge(params).world_model.rssm.init(3, jnp.float64)
+        params, slow = double(agent.init(0)["params"]), double(agent.init(1)["slow"])
+        shapes = agent.model(params).world_model.rssm.init(3, jnp.float64)
         starts = jax.tree.map(lambda x: draw(*x.shape), shapes)
 
         def dream(params: Any, slow: Any, starts: Any, inside: bool) -> tuple[jax.Array, Any]:
-            model, critic = agent._merge(params), agent.slow_critic(slow)
+            model, copies = agent.model(params), agent.slow_modules(slow)
             # A GPU reads after the scan, a CPU within it.
             with kernels.traced_for(kernels.Target("cpu" if inside else "gpu")), features.scans_turn(last):
-                parts = model.world_model, model.actor_critic, critic
+                parts = model.world_model, model.actor_critic, copies
                 seen = vars(imagine(*parts, starts, 3, jax.random.key(0), masked=False))
-            seen |= {"critic": seen["critic"].logits}
             total = sum((jnp.sin(x) * jnp.arange(x.size).reshape(x.shape)).sum() for x in jax.tree.leaves(seen))
             return total, seen
 
@@ -180,9 +179,9 @@ def test_the_whole_update_is_the_same_function(name):
             agent = Agent(*SPACES[name], small_config())
             state = agent.init(0)
             slopes = jax.jit(jax.grad(agent.loss, has_aux=True), compiler_options=CHEAP)
-            args = (perturb(state["params"]), state["slow_value"], state["return_scale"], random_batch(agent))
+            args = (perturb(state["params"]), state["slow"], state["return_scale"], random_batch(agent))
             results.append(slopes(*args, jax.random.key(0)))
-    (ours, (scale, latents, metrics)), (oracle, (plain_scale, plain_latents, plain_metrics)) = results
+    (ours, (scale, latents, metrics, *_)), (oracle, (plain_scale, plain_latents, plain_metrics, *_)) = results
     np.testing.assert_array_equal(latents["stoch"], plain_latents["stoch"])
     for one, two in ((ours, oracle), (scale, plain_scale), (metrics, plain_metrics)):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), one, two)
@@ -207,7 +206,7 @@ def test_every_rewrite_is_used_and_plain_takes_all_of_them_away(monkeypatch):
         with how:
             agent = Agent(*SPACES["image"], small_config())
         batch = {key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in random_batch(agent).items()}
-        jax.make_jaxpr(agent._train_step)(jax.eval_shape(agent._init, 0), batch)
+        jax.make_jaxpr(agent.learn)(jax.eval_shape(agent.create, 0), batch)
         # The plain product needs no turned kernel; the plain convolutions call no other one of the table.
         missing = set() if form == "fast" else {"transposed_product", "conv", "items_last_in_scans"}
         assert called.keys() == {form}, called

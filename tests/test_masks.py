@@ -151,10 +151,10 @@ def dream_of(agent: Agent, params: Any) -> tuple[Any, np.ndarray]:
     """Allowed actions where one was taken, or None, and the actions taken (H, 200) of a dream."""
 
     def dream(params: Any) -> tuple:
-        model = agent._merge(params)
+        model = agent.model(params)
         stored = {k: v[:, 0] for k, v in random_batch(agent).items() if k in agent.extras}
         starts = jax.tree.map(lambda x: jnp.repeat(x, 100, 0), model.world_model.rssm.unpack(stored, jnp.float32))
-        dream = agent.dream(model, model.actor_critic.value, starts, jax.random.key(3))
+        dream = model.dream({"value": model.actor_critic.value}, starts, jax.random.key(3))
         return dream.allowed, dream.actions.argmax(-1)
 
     allowed, actions = jax.jit(dream, compiler_options=CHEAP)(params)
@@ -181,8 +181,8 @@ def test_the_losses_are_those_of_the_masked_policy(agent, params):
     params = params | {"actor_critic": params["actor_critic"] | {"policy": policy}}
     state = agent.init(0)
     gradients = jax.jit(jax.grad(agent.loss, has_aux=True), compiler_options=CHEAP)
-    grads, (_, _, metrics) = gradients(
-        params, state["slow_value"], state["return_scale"], random_batch(agent), jax.random.key(0)
+    grads, (_, _, metrics, *_) = gradients(
+        params, state["slow"], state["return_scale"], random_batch(agent), jax.random.key(0)
     )
     assert math.isclose(metrics["ent/action"], math.log(2), rel_tol=1e-5)
     assert math.isclose(metrics["rand/action"], math.log(2) / math.log(5), rel_tol=1e-5)

@@ -17,7 +17,6 @@ import reference_names as rn
 from dreamer import distributions
 from dreamer.agent import Agent
 from dreamer.config import Config
-from dreamer.rssm import feature
 from dreamer.types import Space
 
 DATA = Path(__file__).parent / "fixtures" / "reference"
@@ -87,7 +86,7 @@ class Reference:
         assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
         return state | {
             "params": jax.tree.map(jnp.array, rn.nest(theirs)),
-            "slow_value": jax.tree.map(jnp.array, rn.nest(self.slow("init/"))),
+            "slow": {"value": jax.tree.map(jnp.array, rn.nest(self.slow("init/")))},
             "return_scale": {"low": jnp.float32(-1.2), "high": jnp.float32(2.3)},
         }
 
@@ -117,7 +116,7 @@ def test_forward(reference):
     agent = Agent(*CASES[reference.name], config(return_rate=1e-30))
     state, batch = reference.state(agent), reference.batch(0)
     expected = reference.group("forward/")
-    args = (state["params"], state["slow_value"], state["return_scale"], batch, jax.random.key(0))
+    args = (state["params"], state["slow"], state["return_scale"], batch, jax.random.key(0))
     metrics = jax.jit(agent.loss)(*args)[1][2]
     theirs = {k.removeprefix("metrics/"): v for k, v in expected.items() if k.startswith("metrics/")}
     ours = {k: v for k, v in metrics.items() if k != "opt/loss"}
@@ -129,29 +128,29 @@ def test_forward_tensors(reference):
     agent = Agent(*CASES[reference.name], config(return_rate=1e-30))
     state, batch = reference.state(agent), reference.batch(0)
     expected = reference.group("forward/")
-    model = agent._merge(state["params"])
-    context, actions, trained = agent.split_batch(model.world_model.rssm, batch)
+    model = agent.model(state["params"])
+    context, actions, trained = model.split_batch(batch)
     key = jax.random.key(0)
-    observed = model.world_model.loss(context, actions, trained, key)
-    x = feature(observed.states)
-    slow = agent.slow_critic(state["slow_value"])
+    slow = agent.slow_modules(state["slow"])
+    observed = model.world_model.loss(context, actions, trained, slow, key)
+    seen, x = observed.seen, observed.seen.feature
     # The reference keeps vector predictions in symlog space.
-    recon = {k: v.prediction for k, v in model.world_model.objective.predict(observed.states).items()}
+    recon = {k: v.prediction for k, v in model.world_model.objective.predict(x).items()}
     ours = {
-        "tokens": model.world_model.encoder(trained, actions.shape[:2], agent.dtype),
-        "deter": observed.states["deter"],
-        "stoch": observed.states["stoch"],
-        "post": observed.posterior,
-        "prior": observed.prior,
+        "tokens": seen.tokens,
+        "deter": seen.states["deter"],
+        "stoch": seen.states["stoch"],
+        "post": seen.posterior,
+        "prior": seen.prior,
         "reward": model.world_model.reward(x).mode(),
         "cont": model.world_model.cont(x).mode(),
         "value": model.actor_critic.value(x).mode(),
-        "slowvalue": slow(x).mode(),
+        "slowvalue": slow["value"](x).mode(),
     }
     ours |= {f"recon/{k}": v for k, v in recon.items()}
     ours |= {f"losses/{k}": v for k, v in observed.losses.items()}
-    starts = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), observed.states)
-    dream = agent.dream(model, slow, starts, key)
+    starts = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), seen.states)
+    dream = model.dream(slow, starts, key)
     losses, returns, _, _ = model.actor_critic.imagination_loss(dream, state["return_scale"])
     bootstrap = returns[0].reshape(actions.shape[:2])
     # The reference keeps the imagined losses averaged over the horizon.
@@ -164,7 +163,7 @@ def test_forward_tensors(reference):
 def test_gradients(reference):
     agent = Agent(*CASES[reference.name], config())
     state, batch = reference.state(agent), reference.batch(0)
-    args = (state["params"], state["slow_value"], state["return_scale"], batch, jax.random.key(0))
+    args = (state["params"], state["slow"], state["return_scale"], batch, jax.random.key(0))
     (loss, _), grads = jax.jit(jax.value_and_grad(agent.loss, has_aux=True))(*args)
     assert error(loss, reference.arrays["grad/loss"]) < TOLERANCE
     check(rn.flatten(grads), reference.params("grad/"))
@@ -190,7 +189,7 @@ def test_three_updates(reference):
     ours = rn.flatten(state["params"])
     check(ours, final)
     check({k: ours[k] - initial[k] for k in ours}, {k: final[k] - initial[k] for k in final})
-    check(rn.flatten(state["slow_value"]), reference.slow("final/"))
+    check(rn.flatten(state["slow"]["value"]), reference.slow("final/"))
     laprop = state["opt"]["laprop"]
     check(rn.flatten(laprop["rms"]), reference.params("final/opt/state/1/1/"))
     check(rn.flatten(laprop["momentum"]), reference.params("final/opt/state/2/1/"))
@@ -203,7 +202,7 @@ def test_a_shifted_action_is_noticed(reference):
     agent = Agent(*CASES[reference.name], config(return_rate=1e-30))
     state, batch = reference.state(agent), reference.batch(0)
     shifted = batch | {"action": np.roll(batch["action"], -1, axis=1)}
-    args = (state["params"], state["slow_value"], state["return_scale"])
+    args = (state["params"], state["slow"], state["return_scale"])
     loss = jax.jit(agent.loss)(*args, shifted, jax.random.key(0))[0]
     assert error(loss, reference.arrays["forward/loss"]) > 10 * TOLERANCE
 
@@ -214,6 +213,6 @@ def test_a_missing_reset_mask_is_noticed(reference):
     state, batch = reference.state(agent), reference.batch(0)
     assert batch["is_first"][:, 1:].any()
     unmasked = batch | {"is_first": np.zeros_like(batch["is_first"])}
-    args = (state["params"], state["slow_value"], state["return_scale"])
+    args = (state["params"], state["slow"], state["return_scale"])
     loss = jax.jit(agent.loss)(*args, unmasked, jax.random.key(0))[0]
     assert error(loss, reference.arrays["forward/loss"]) > 10 * TOLERANCE

@@ -13,7 +13,6 @@ from learner_data import B, T, perturb, random_batch, small_config
 from dreamer.agent import Agent
 from dreamer.insight import norms
 from dreamer.replay import Replay
-from dreamer.rssm import feature
 from dreamer.run.reports import make_report
 from dreamer.types import Field, Space
 
@@ -78,13 +77,13 @@ def test_the_open_loop_sees_the_first_half_only(agent, state, batch):
 
 def test_heads_kl_and_value_are_those_of_the_filtered_states(agent, state, batch, views):
     """The same keys, the modules called one by one, the KL summed by hand."""
-    model = agent._merge(state["params"])
+    model = agent.model(state["params"])
     world = model.world_model
-    context, actions, trained = agent.split_batch(world.rssm, batch)
+    context, actions, trained = model.split_batch(batch)
     tokens = world.encoder(trained, (B, T), agent.dtype)
     observe_key = jax.random.split(jax.random.split(jax.random.key(5))[0])[0]
     states, logits = world.rssm.observe(context, actions, tokens, trained["is_first"], observe_key)
-    x = feature(states)
+    x = world.rssm.feature(states)
     expected = {"reward": world.reward(x).mode(), "cont": world.cont(x).mode()}
     expected["value"] = model.actor_critic.value(x).mode()
     for name, values in expected.items():
@@ -145,7 +144,7 @@ def test_a_discount_beside_the_continue_head_changes_no_figure(agent, views, bat
 def test_the_newest_sequences_of_replay():
     """Two environments, sequences of 1 + 3 steps: side by side, then one behind the other, the newest first."""
     replay = Replay({"step": Field((), np.dtype(np.int64)), "is_first": Field((), np.dtype(bool)),
-                     "is_last": Field((), np.dtype(bool))}, 2, 100, 4, 0, latent_keys=())  # fmt: skip
+                     "is_last": Field((), np.dtype(bool))}, 2, 100, 4, 0)  # fmt: skip
     flags = dict.fromkeys(("is_first", "is_last"), np.zeros(2, bool))
     for step in range(8):
         assert (replay.newest(3) is None) == (step < 7)

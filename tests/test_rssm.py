@@ -16,7 +16,7 @@ from learner_data import CHEAP, weights
 
 from dreamer import features
 from dreamer.config import ModelConfig
-from dreamer.rssm import RSSM, State, feature
+from dreamer.rssm import RSSM, State
 
 B, T, ACTION, TOKENS = 3, 6, 3, 5
 RNG = np.random.default_rng(0)
@@ -57,7 +57,9 @@ def sequence() -> tuple[State, jax.Array, jax.Array, jax.Array]:
 
 def differs(a: State, b: State) -> np.ndarray:
     """(B, T) bool: whether any unit of the two sequences of states differs."""
-    return (np.asarray(feature(a)) != np.asarray(feature(b))).any(-1)
+    return np.logical_or(
+        np.asarray(a["deter"] != b["deter"]).any(-1), np.asarray(a["stoch"] != b["stoch"]).any((-1, -2))
+    )
 
 
 # One step
@@ -123,7 +125,7 @@ def test_states_before_an_episode_are_zero(rssm):
 def test_prior_and_posterior_mix_in_one_percent_uniform(rssm):
     logits = rssm.prior(normal(B, 8) * 100)
     assert logits.shape == (B, 3, 4)
-    probs = np.asarray(rssm.dist(logits * 1000).probs)
+    probs = np.asarray(rssm.latent.dist(logits * 1000).probs)
     np.testing.assert_allclose(probs.min(-1), 0.01 / 4, rtol=1e-3)
     assert rssm.posterior(normal(B, T, 8), normal(B, T, TOKENS)).shape == (B, T, 3, 4)
 
@@ -157,7 +159,7 @@ def test_samples_are_one_hot_and_follow_the_posterior(rssm):
     states, logits = many(jax.random.split(jax.random.key(0), 4000))
     stoch = np.asarray(states["stoch"])[:, 0, 0]
     assert set(np.unique(stoch)) == {0, 1} and (stoch.sum(-1) == 1).all()
-    np.testing.assert_allclose(stoch.mean(0), rssm.dist(logits).probs[0, 0, 0], atol=0.04)
+    np.testing.assert_allclose(stoch.mean(0), rssm.latent.dist(logits).probs[0, 0, 0], atol=0.04)
 
 
 def test_a_reset_makes_the_rest_independent_of_the_past(observe):
@@ -174,7 +176,7 @@ def test_a_reset_makes_the_rest_independent_of_the_past(observe):
     again, _ = observe(
         fresh, jnp.roll(actions, -3, 1).at[:, 0].set(0), jnp.roll(tokens, -3, 1), jnp.zeros((B, T), bool)
     )
-    np.testing.assert_array_equal(feature(one)[:, 3:], feature(again)[:, :3])
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[:, 3:], b[:, :3]), one, again)
     assert differs(one, observe(state, actions, tokens, jnp.zeros((B, T), bool))[0])[:, 3:].all()
 
 
@@ -225,14 +227,14 @@ def test_timeline_of_imagination(rssm):
         np.testing.assert_array_equal(states["stoch"][h], after["stoch"])
         before = {k: v[h] for k, v in states.items()}
     replayed = jax.jit(lambda s, a: rssm.imagine_actions(s, a, None))(start, actions.swapaxes(0, 1))
-    np.testing.assert_allclose(feature(replayed).swapaxes(0, 1), feature(states), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(rssm.feature(replayed).swapaxes(0, 1), rssm.feature(states), rtol=1e-5, atol=1e-6)
 
 
 def test_imagination_samples_from_the_prior(rssm):
     start, action = random_state(1), normal(1, ACTION)
     many = jax.jit(jax.vmap(lambda key: rssm.imagine(start, lambda *_: (action, None), 1, key)[0]))
     states = many(jax.random.split(jax.random.key(0), 4000))
-    prior = rssm.dist(rssm.prior(rssm.step(start, action))).probs[0]
+    prior = rssm.latent.dist(rssm.prior(rssm.step(start, action))).probs[0]
     np.testing.assert_allclose(states["stoch"][:, 0, 0].mean(0), prior, atol=0.04)
 
 
@@ -321,7 +323,7 @@ def test_items_last_compute_what_items_first_do(batch, blocks, unit, shape):
                 rssm, (state, action, tokens) = nnx.merge(graph, params), features.enter(inputs)
                 after, posterior = rssm.observe_step(state, action, tokens, is_first, None)
                 dreamed = rssm.imagine_step(after, action, None)
-                read = features.leave((after, posterior, dreamed, rssm.prior(after["deter"]), feature(dreamed)))
+                read = features.leave((after, posterior, dreamed, rssm.prior(after["deter"]), rssm.feature(dreamed)))
             return sum((jnp.sin(x) * jnp.arange(x.size).reshape(x.shape)).sum() for x in jax.tree.leaves(read)), read
 
         slopes = jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True), static_argnums=2, compiler_options=CHEAP)

@@ -204,6 +204,6 @@ def test_every_program_is_compiled_once(tmp_path, together):
     finally:
         jax.monitoring.unregister_event_duration_listener(note)
         run.close()
-    programs = {name: traced[name] for name in ("_policy", "_train_step", "_train_steps")}
-    assert programs == {"_policy": 1, "_train_step": 1, "_train_steps": int(together > 1)}, traced
+    programs = {name: traced[name] for name in ("act", "learn", "learn_in_turn")}
+    assert programs == {"act": 1, "learn": 1, "learn_in_turn": int(together > 1)}, traced
     assert late == []

@@ -111,7 +111,7 @@ def test_return_scale_over_four_updates(arrays):
 
 def test_six_optimizer_steps(arrays):
     """Gradients from 1e-3 to 1e1 by turns: clipping, LaProp, bias corrections and warm-up all matter."""
-    optimizer = make_optimizer(OptimizerConfig(learning_rate=4e-3, warmup=3))
+    optimizer = make_optimizer({"": OptimizerConfig(learning_rate=4e-3, warmup=3)})
     names = ("w", "b", "s")
     params = {k: jnp.asarray(arrays[f"opt/init/{k}"]) for k in names}
     state = optimizer.init(params)

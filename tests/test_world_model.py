@@ -41,9 +41,10 @@ def observe(agent: Agent, params: Any, batch: dict[str, np.ndarray]) -> dict[str
     """Losses, states and logits of the world model on a batch."""
 
     def forward(params: Any, batch: dict[str, jax.Array]) -> dict[str, Any]:
-        world_model = agent._merge(params).world_model
-        seen: Observed = world_model.loss(*agent.split_batch(world_model.rssm, batch), jax.random.key(0))
-        return {"losses": seen.losses, "posterior": seen.posterior, "prior": seen.prior, "metrics": seen.metrics}
+        model = agent.model(params)
+        found: Observed = model.world_model.loss(*model.split_batch(batch), {}, jax.random.key(0))
+        logits = {"posterior": found.seen.posterior, "prior": found.seen.prior}
+        return {"losses": found.losses, "metrics": found.metrics, **logits}
 
     return jax.device_get(jax.jit(forward, compiler_options=CHEAP)(params, batch))
 
@@ -99,7 +100,7 @@ def test_continue_target_and_first_predictions(agent, inside):
     np.testing.assert_allclose(losses["con"], expected, rtol=1e-5)
     # Uniform logits: ln 31 wherever the target lies.
     np.testing.assert_allclose(losses["rew"], math.log(31), rtol=1e-5)
-    assert agent._merge(params).actor_critic.discount == (1 if inside else 1 - 1 / 333)
+    assert agent.model(params).actor_critic.discount == (1 if inside else 1 - 1 / 333)
 
 
 PARTS = {
@@ -129,24 +130,20 @@ TRAINS = {
 def test_each_loss_trains_exactly_its_parts(agent, params):
     """The truth table above. `dyn` reaches the encoder through the deterministic state; `rep` never the prior."""
     state, batch = agent.init(0), random_batch(agent)
-    slow = perturb(state["slow_value"], seed=1)
-    assert set(agent.loss_scales) == set(TRAINS)
-    scales = agent.loss_scales
+    slow = perturb(state["slow"], seed=1)
+    assert set(agent.model(params).scales) == set(TRAINS)
 
     def total(params: Any, scales: dict[str, jax.Array]) -> jax.Array:
-        agent.loss_scales = scales
-        return agent.loss(params, slow, state["return_scale"], batch, jax.random.key(0))[0]
+        metrics = agent.loss(params, slow, state["return_scale"], batch, jax.random.key(0))[1].metrics
+        return sum(scale * metrics[f"loss/{term}"] for term, scale in scales.items())
 
     slope = jax.jit(jax.grad(total), compiler_options=CHEAP)
-    try:
-        for term, trained in TRAINS.items():
-            grads = slope(params, {k: jnp.float32(k == term) for k in TRAINS})
-            moved = set()
-            for part, path in PARTS.items():
-                tree = grads
-                for name in path:
-                    tree = tree[name]
-                moved |= {part} if any(np.asarray(leaf).any() for leaf in jax.tree.leaves(tree)) else set()
-            assert moved == trained, term
-    finally:
-        agent.loss_scales = scales
+    for term, trained in TRAINS.items():
+        grads = slope(params, {k: jnp.float32(k == term) for k in TRAINS})
+        moved = set()
+        for part, path in PARTS.items():
+            tree = grads
+            for name in path:
+                tree = tree[name]
+            moved |= {part} if any(np.asarray(leaf).any() for leaf in jax.tree.leaves(tree)) else set()
+        assert moved == trained, term

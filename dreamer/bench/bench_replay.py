@@ -40,7 +40,7 @@ def bench_replay(config: Config, rounds: int, capacity: int, folder: Path | None
     rows: Rows = {}
     for storage in STORAGES:
         with tempfile.TemporaryDirectory(dir=folder) as place:
-            bench = _Bench(config, fields, tuple(agent.extras), storage, Path(place), capacity)
+            bench = _Bench(config, fields, storage, Path(place), capacity)
             rows |= {f"{storage}: {what}": row for what, row in bench.measure(rounds).items()}
     run = config.run
     request = {
@@ -61,9 +61,7 @@ def bench_replay(config: Config, rounds: int, capacity: int, folder: Path | None
 class _Bench:
     """A full buffer, and plain arrays beside it."""
 
-    def __init__(
-        self, config: Config, fields: Fields, latents: tuple[str, ...], storage: Any, folder: Path, capacity: int
-    ) -> None:
+    def __init__(self, config: Config, fields: Fields, storage: Any, folder: Path, capacity: int) -> None:
         envs, self._batch, self._length = config.env.num_envs, config.run.batch_size, config.run.batch_length + 1
         self._envs, self._rows, self._turn = envs, max(capacity // envs, 2 * self._length), 0
         self._rng = np.random.default_rng(0)
@@ -72,7 +70,7 @@ class _Bench:
             for _ in range(_SAMPLES)
         ]
         capacity = envs * self._rows
-        self._replay = Replay(fields, envs, capacity, self._length, 0, False, latents, storage=storage, folder=folder)
+        self._replay = Replay(fields, envs, capacity, self._length, 0, False, storage=storage, folder=folder)
         for row in range(self._rows):
             self._replay.add(self._samples[row % _SAMPLES])
         self._plain = {name: np.zeros((capacity, *field.shape), field.dtype) for name, field in fields.items()}
@@ -80,7 +78,7 @@ class _Bench:
             array.reshape(-1).view(np.uint8)[:] = 1
         self._selection = self._replay.select(self._batch)
         batch = self._replay.gather(self._selection)
-        self._latents = {name: batch[name][:, 1:] for name in latents}
+        self._latents = {name: batch[name][:, 1:] for name, field in fields.items() if field.latent}
 
     def measure(self, rounds: int) -> Rows:
         """By operation: of replay, of plain copying."""

@@ -52,13 +52,13 @@ class Figure:
 
 def replay_figures(config: Config, agent: Agent, preloaded: int, device: jax.Device) -> list[Figure]:
     """Bytes of the replay for each step and when it is full, where they lie, and whether there is room."""
-    fields, extras = replay_fields(agent.observations, agent.actions, agent.extras), tuple(agent.extras)
+    fields = replay_fields(agent.observations, agent.actions, agent.extras)
     step, agents = bytes_per_step(fields), config.run.seeds or 1
     capacity = replay_capacity(config, preloaded, step)
     folder, free = Path(resolve_logdir(config).logdir) / "replay", free_device_bytes(device)
     kind = config.replay.storage
-    chosen = choose_storage(fields, extras, capacity * agents, folder, free) if kind == "auto" else kind
-    found = budget(chosen, fields, extras, folder, free)
+    chosen = choose_storage(fields, capacity * agents, folder, free) if kind == "auto" else kind
+    found = budget(chosen, fields, folder, free)
     sizes = {medium: capacity * agents * need for medium, need in found.needs.items() if need}
     text = ", ".join(f"{format_bytes(size)} of {format_bytes(found.has[m])} {m}" for m, size in sizes.items())
     lacking = capacity * agents > found.largest

@@ -63,7 +63,7 @@ class Health:
     """Mean error of always predicting the mean."""
     kl: np.ndarray
     free_nats: float
-    latents: Latents
+    latents: Latents | None
     calibrations: dict[str, Calibration]
     """reward, cont, value."""
     imagined: np.ndarray | None
@@ -78,8 +78,9 @@ class Health:
         values = {f"seen_error/{name}": error for name, error in self.seen.items()}
         values |= {f"imagined_error/{name}": float(np.nanmean(curve)) for name, curve in self.curves.items()}
         values |= {"kl": float(self.kl.mean()), "kl_free": float((self.kl < self.free_nats).mean())}
-        values |= {"latent_entropy": float(self.latents.entropy.mean()), "latent_dead": float(self.latents.dead.mean())}
-        values["latent_spread"] = float(self.latents.spread.mean())
+        if (latents := self.latents) is not None:
+            values |= {"latent_entropy": float(latents.entropy.mean()), "latent_dead": float(latents.dead.mean())}
+            values["latent_spread"] = float(latents.spread.mean())
         for name, calibration in self.calibrations.items():
             values |= {f"calibration_error/{name}": calibration.error, f"bias/{name}": calibration.bias}
         if self.imagined is not None and self.real is not None:
@@ -129,7 +130,7 @@ def measure(
         guess=guess,
         kl=np.asarray(views["kl"], np.float64),
         free_nats=free_nats,
-        latents=latent_usage(views["probs"]),
+        latents=latent_usage(views["probs"]) if "probs" in views else None,
         calibrations=calibrations,
         imagined=imagined,
         real=real,

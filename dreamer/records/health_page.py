@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from dreamer.records.drawing import COLORS, FAINT, GRAY, INK, Axes, Page
-from dreamer.records.health import Calibration, Health
+from dreamer.records.health import Calibration, Health, Latents
 
 _PANEL = (400, 290)
 _HEAD = 46
@@ -30,7 +30,8 @@ def draw(health: Health, gradients: Mapping[str, float], caption: str) -> np.nda
     places = [(float(column * width), float(_HEAD + row * height)) for row in range(2) for column in range(4)]
     _errors(page, places[0], health)
     _kl(page, places[1], health)
-    _latents(page, places[2], health)
+    if health.latents is not None:
+        _latents(page, places[2], health.latents)
     _norms(page, places[3], health, gradients)
     words = {
         "reward": ("Reward: predicted and real", "reward"),
@@ -76,9 +77,8 @@ def _kl(page: Page, at: Place, health: Health) -> None:
     axes.rule((health.free_nats,) * 2, (0, 1.05 * share.max()), COLORS[1])
 
 
-def _latents(page: Page, at: Place, health: Health) -> None:
+def _latents(page: Page, at: Place, found: Latents) -> None:
     """Mean probability of each class of each variable, classes sorted."""
-    found = health.latents
     variables, classes = found.mean.shape
     most = math.log(classes)
     words = f"{found.dead.mean():.0%} of classes dead, entropy {found.entropy.mean() / most:.0%} of the most"

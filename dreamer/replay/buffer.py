@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from dreamer.config import SelectionConfig
-from dreamer.replay.memory import Fields, Kind, budget, bytes_per_step
+from dreamer.replay.memory import Fields, Kind, budget, bytes_per_step, latents_of
 from dreamer.replay.persistence import check_manifest, describe
 from dreamer.replay.ring import ReplayError, Ring
 from dreamer.replay.selection import Selection, Selector, landing
@@ -33,13 +33,12 @@ _COUNTERS = ("inserts", "sequences", "online", "written", "write_dropped")
 class Replay:
     """N rings of steps.
 
-    fields        What a step consists of.
+    fields        What a step consists of; `write` may change those that are latents.
     num_envs      N.
     capacity      Steps kept over all environments; each keeps capacity // N.
     length        1 + T, the context step and the trained ones.
     seed          The run's seed; selection derives its own random stream from it.
     online        Serve each new stretch of data once, ahead of other sequences.
-    latent_keys   Fields that `write` may change.
     selection     The mixture that is drawn from behind the online queue; None: uniform.
     storage       Where the steps lie.
     folder        Disk storage: where its files are, and where alone it can be saved.
@@ -59,7 +58,6 @@ class Replay:
         length: int,
         seed: int,
         online: bool = True,
-        latent_keys: Sequence[str] = ("deter", "stoch"),
         selection: SelectionConfig | None = None,
         storage: Kind = "host",
         folder: Path | None = None,
@@ -73,17 +71,14 @@ class Replay:
                 f"expected a capacity of at least {num_envs * length} steps ({num_envs} environments times a sequence"
                 f" of {length}), got {capacity}; raise --replay.capacity or lower --run.batch_length"
             )
-        if missing := [key for key in latent_keys if key not in fields]:
-            raise ReplayError(f"expected latent keys among the fields {sorted(fields)}, got {missing}")
         if objects := [name for name, field in fields.items() if field.dtype.hasobject]:
             raise ReplayError(f"expected fields of plain numbers, got Python objects in {objects}")
         self.fields = dict(fields)
         self.length = length
-        self.latent_keys = tuple(latent_keys)
         self._ring = Ring(num_envs, rows)
-        self.budget = budget(storage, self.fields, self.latent_keys, folder, device_bytes)
+        self.budget = budget(storage, self.fields, folder, device_bytes)
         self.budget.check(num_envs * rows)
-        self.storage = make_storage(storage, self.fields, self.latent_keys, self._ring, folder)
+        self.storage = make_storage(storage, self.fields, self._ring, folder)
         limit = max(LONGEST_QUEUE, 4 * num_envs) if online else None
         self._selector = Selector(self._ring, length, seed, limit, selection or SelectionConfig())
         self._marks: set[tuple[int, int]] = set()  # (env, row) of stored steps that were made last ones
@@ -179,8 +174,9 @@ class Replay:
         if "priority" in values:
             self.prioritize(selection, values["priority"])
             values = {name: value for name, value in values.items() if name != "priority"}
-        if unknown := sorted(values.keys() - set(self.latent_keys)):
-            raise ReplayError(f"expected latents among {list(self.latent_keys)}, got {unknown}")
+        latents = latents_of(self.fields)
+        if unknown := sorted(values.keys() - set(latents)):
+            raise ReplayError(f"expected latents among {list(latents)}, got {unknown}")
         arrays = {name: np.asarray(value) for name, value in values.items()}
         for name, value in arrays.items():
             self._check_value(name, value, (len(selection), selection.length - 1))

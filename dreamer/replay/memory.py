@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -82,16 +82,18 @@ class Budget:
         )
 
 
-def budget(
-    kind: Kind, fields: Fields, mutable: Sequence[str], folder: Path | None = None, device: int | None = None
-) -> Budget:
-    """What `kind` of storage needs and finds. `mutable`: fields that change in place; `device`: free bytes of
-    its own, if any.
+def latents_of(fields: Fields) -> tuple[str, ...]:
+    """The fields that updates write anew."""
+    return tuple(name for name, field in fields.items() if field.latent)
+
+
+def budget(kind: Kind, fields: Fields, folder: Path | None = None, device: int | None = None) -> Budget:
+    """What `kind` of storage needs and finds. `device`: free bytes of its own, if any.
 
     Images and all else that never changes lie on disk once, however many checkpoints are kept; what changes in
     place lies there once more for each of them.
     """
-    step, changing = bytes_per_step(fields), bytes_per_step({name: fields[name] for name in mutable})
+    step, changing = bytes_per_step(fields), bytes_per_step({name: fields[name] for name in latents_of(fields)})
     disk = step + _KEPT * changing
     needs: dict[Kind, dict[Medium, int]] = {
         "host": {"memory": step, "disk": disk, "device": 0},
@@ -105,12 +107,10 @@ def budget(
     return Budget(kind, needs[kind], has, holds[kind])
 
 
-def choose_storage(
-    fields: Fields, mutable: Sequence[str], capacity: int, folder: Path | None, device: int | None
-) -> Kind:
+def choose_storage(fields: Fields, capacity: int, folder: Path | None, device: int | None) -> Kind:
     """The fastest storage that fits: the device's memory if an accelerator has `device` free bytes, else the
     machine's, else the disk."""
     order: list[Kind] = ["device", "host", "disk"]
-    budgets = [budget(kind, fields, mutable, folder, device) for kind in (order if device else order[1:])]
+    budgets = [budget(kind, fields, folder, device) for kind in (order if device else order[1:])]
     fitting = [found for found in budgets if capacity <= found.largest]
     return (fitting or [max(budgets, key=lambda found: found.largest)])[0].kind

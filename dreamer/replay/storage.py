@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dreamer.replay.disk import DiskStorage, read_blocks
-from dreamer.replay.memory import Fields, Kind
+from dreamer.replay.memory import Fields, Kind, latents_of
 from dreamer.replay.persistence import ChunkLog
 from dreamer.replay.ring import ReplayError, Ring
 
@@ -127,8 +127,9 @@ class HostStorage(SlotStorage):
         return self._arrays[name].take(slots, axis=0)
 
 
-def make_storage(kind: Kind, fields: Fields, mutable: Sequence[str], ring: Ring, folder: Path | None) -> Storage:
+def make_storage(kind: Kind, fields: Fields, ring: Ring, folder: Path | None) -> Storage:
     """Empty storage. folder: of disk storage."""
+    mutable = latents_of(fields)
     if kind == "host":
         return HostStorage(fields, mutable, ring)
     if kind == "disk":

@@ -99,12 +99,13 @@ def _episode_fields(meta: Mapping[str, Any]) -> dict[str, Field]:
 def _load(folder: Path, meta: Mapping[str, Any]) -> Replay:
     """The replay of a checkpoint, no larger than what it holds."""
     manifest = meta["replay"]
+    whole = _episode_fields(meta)
     fields = {
-        name: Field(tuple(entry["shape"]), np.dtype(entry["dtype"])) for name, entry in manifest["fields"].items()
+        name: Field(tuple(entry["shape"]), np.dtype(entry["dtype"]), latent=name not in whole)
+        for name, entry in manifest["fields"].items()
     }
-    latents = [name for name in fields if name not in _episode_fields(meta)]
     rows = int(np.subtract(manifest["head"], manifest["tail"]).max())
     envs, length = manifest["num_envs"], manifest["length"]
-    replay = Replay(fields, envs, max(rows, length) * envs, length, seed=0, online=False, latent_keys=latents)
+    replay = Replay(fields, envs, max(rows, length) * envs, length, seed=0, online=False)
     replay.load(folder, manifest)
     return replay

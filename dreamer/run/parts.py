@@ -186,7 +186,7 @@ class RunParts:
             }
             state = self.agent.devices.one_copy(self.learner.state) if jax.process_index() == 0 else {}
             replay = self.replay
-            self._try_saving(lambda: self.checkpointer.save(self.agent_steps, state, meta, replay, files))
+            self.try_saving(lambda: self.checkpointer.save(self.agent_steps, state, meta, replay, files))
 
     def _tell_unsaved(self, error: EnvError) -> None:
         """Once in a run."""
@@ -195,7 +195,7 @@ class RunParts:
             self.console.print(Text(self.config.task, "bold red"), text)
         self._unsaved = True
 
-    def _try_saving(self, save: Callable[[], object]) -> None:
+    def try_saving(self, save: Callable[[], object]) -> None:
         """A disk that refuses is reported, training goes on, and the checkpoint is tried again soon."""
         try:
             save()
@@ -209,7 +209,7 @@ class RunParts:
         self.logger.truncate(dict.fromkeys(self.logger.offsets(), 0), self.steps)
         if preload is not None:
             self.console.print(f"data to begin with: {preload.fill(self.replay)}")
-        state = warm_start(self.config, self.agent.init(seed_key(self.config.seed)))
+        state = warm_start(self.config, self.agent, self.agent.init(seed_key(self.config.seed)))
         return self.agent.devices.place_state(state), {}, None
 
     def _restore(self) -> tuple[Any, dict[str, Any], Progress]:
@@ -264,7 +264,7 @@ class RunParts:
 
     def close(self) -> None:
         """Give everything back."""
-        self._try_saving(self.checkpointer.wait)
+        self.try_saving(self.checkpointer.wait)
         self.logger.close()
         self.envs.close()
         self.evaluator.close()

@@ -25,7 +25,7 @@ from dreamer.envs.vector import MakeEnv
 from dreamer.paths import brief
 from dreamer.presets import CONFIG_FILE, save_config
 from dreamer.records.meters import Packed, Startup
-from dreamer.run.loop import Run
+from dreamer.run.loop import Loop, Run
 from dreamer.run.signals import StopRequest
 from dreamer.saves.checkpoint import Checkpointer, CheckpointError
 from dreamer.saves.lock import LogdirLock
@@ -76,7 +76,7 @@ class MappedAgent:
     ) -> tuple[list[Any], Any, Any]:
         """One step of every seed, observations (S, N, ...): the carry of each, actions and extras (S, N, ...)."""
         keys = jax.vmap(lambda key: jax.random.key_data(stream_key(key, "policy", counter)))(run_keys)
-        act = lambda params, carry, seen, key: self._agent._policy(params, carry, seen, jax.random.wrap_key_data(key))  # noqa: E731
+        act = lambda params, carry, seen, key: self._agent.act(params, carry, seen, jax.random.wrap_key_data(key))  # noqa: E731
         carry, action, extras = jax.vmap(act)(params, self._stacked(carries), seen, keys)
         return self._apart(carry, len(carries)), action, extras
 
@@ -84,9 +84,9 @@ class MappedAgent:
         """One dispatch, batches[seed][k]: states, latents of each seed, metrics (S,) or (S, K), finite (S,)."""
         parts = [self._stacked(list(part)) for part in zip(*batches, strict=True)]
         if len(parts) == 1:
-            states, latents, metrics = jax.vmap(self._agent._train_step)(states, parts[0])
+            states, latents, metrics = jax.vmap(self._agent.learn)(states, parts[0])
         else:
-            states, latents, metrics = jax.vmap(self._agent._train_steps)(states, parts)
+            states, latents, metrics = jax.vmap(self._agent.learn_in_turn)(states, parts)
         return states, self._apart(latents, len(batches)), metrics, jax.vmap(self._agent.finite)(metrics)
 
     @staticmethod
@@ -109,7 +109,7 @@ class _Part:
         return np.array(np.asarray(self.whole)[self.index], dtype)
 
 
-class SeedRuns:
+class SeedRuns(Loop):
     """The loop over several runs that differ in their seed only."""
 
     def __init__(
@@ -131,6 +131,7 @@ class SeedRuns:
                 self.runs.append(Run(one, make_env, console, **shared))
                 startup = self.runs[0].startup
             self._undo = undo.pop_all()
+        self.display = self.runs[0].display
         self._mapped = MappedAgent(self.runs[0].agent)
         self._states = self._mapped.stack([run.learner.state for run in self.runs])
         self._run_keys = np.stack([run.run_key for run in self.runs])
@@ -149,31 +150,38 @@ class SeedRuns:
         found = [f"{run.logdir.name}: {run.failed}" for run in self.runs if run.failed]
         return "; ".join(found) or None
 
-    def loop(self, stop: StopRequest) -> None:
-        """Until the runs have had their agent steps, a request to stop, or too many failures of environments."""
-        runs = self.runs
-        names = ", ".join(run.logdir.name for run in runs)
-        self._console.print(runs[0].summary)
-        self._console.print(f"{len(runs)} agents in one process, every one as above: {names}")
-        for run in runs:
-            run.begin(stop)
-        with runs[0].display:
-            while all(run.going for run in runs):
-                self._act()
-                self._update()
-                for run in runs:
-                    run.wait()
-                save = any([run.due_save(run.agent_steps) for run in runs])
-                for run in runs:
-                    run.record(save)
-            for run in runs:
-                run.settle()
-        for run in runs:
+    def begin(self, stop: StopRequest) -> None:
+        names = ", ".join(run.logdir.name for run in self.runs)
+        self._console.print(self.runs[0].summary)
+        self._console.print(f"{len(self.runs)} agents in one process, every one as above: {names}")
+        for run in self.runs:
+            run.heed(stop)
+
+    def agree(self) -> bool:
+        return all(run.going for run in self.runs)
+
+    def wait(self) -> None:
+        for run in self.runs:
+            run.wait()
+
+    def saves(self) -> bool:
+        return any([run.saves() for run in self.runs])  # each is asked: their timers go on together
+
+    def record(self, save: bool) -> None:
+        for run in self.runs:
+            run.record(save)
+
+    def settle(self) -> None:
+        for run in self.runs:
+            run.settle()
+
+    def finish(self) -> None:
+        for run in self.runs:
             self._console.print(run.logdir.name, style="bold")
             run.finish()
 
-    def _act(self) -> None:
-        """Choose the actions of all seeds in one program, send them off, store the steps."""
+    def act(self) -> None:
+        """The actions of all seeds come from one program."""
         for run in self.runs:
             run.agent_steps += run.envs.num_envs
         collectors = [run.collector for run in self.runs if run.collector is not None]
@@ -196,8 +204,8 @@ class SeedRuns:
             run.store(step)
         first.startup.mark("first action", once=True)
 
-    def _update(self) -> None:
-        """Dispatch the updates that are due, those of all seeds in one program. All begin together."""
+    def update(self) -> None:
+        """The updates of all seeds are one program. All begin together."""
         runs = self.runs
         if not runs[0].schedule.started and all(run.filled for run in runs):
             for run in runs:

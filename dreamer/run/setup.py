@@ -114,7 +114,7 @@ _WEIGHT_BYTES = 12
 
 def check_networks_fit(config: Config, agent: Agent) -> None:
     """ConfigError if the training state of one agent is more than all memory of the devices that hold it."""
-    weights = sum(leaf.size for leaf in jax.tree.leaves(agent.numbered))
+    weights = sum(leaf.size for leaf in jax.tree.leaves(agent.shapes))
     stats = _memory_stats(choose_device(config.run.platform))
     room = machine_memory() if stats is None else stats["bytes_limit"] * agent.devices.shape[1]
     if weights * _WEIGHT_BYTES > room:
@@ -158,7 +158,7 @@ def make_replay(config: Config, agent: Agent, preloaded: int = 0) -> Replay:
                 "--run.mesh_data 1 --run.mesh_model 1"
             )
     if kind == "auto":
-        kind = choose_storage(fields, tuple(agent.extras), capacity, folder, free)
+        kind = choose_storage(fields, capacity, folder, free)
     try:
         return Replay(
             fields,
@@ -167,7 +167,6 @@ def make_replay(config: Config, agent: Agent, preloaded: int = 0) -> Replay:
             config.run.batch_length + 1,
             own_seed(config.seed),
             online=config.replay.online,
-            latent_keys=tuple(agent.extras),
             selection=config.replay.selection,
             storage=kind,
             folder=folder,

@@ -37,6 +37,8 @@ PARTIAL = ".partial-"
 #: Prefix of folders that are being deleted.
 TRASH = ".trash-"
 
+#: Where programs of the same format have put what is now elsewhere: the beginning of its path, then and now.
+_MOVED = {("slow_value",): ("slow", "value")}
 _SHOWN_DIFFERENCES = 8
 #: Paths that orbax takes as they are: it puts its own into patterns, where [ ] * ? match other names, and into JSON.
 _PLAIN = re.compile(r"[A-Za-z0-9/._+=,@:~-]+")
@@ -169,21 +171,27 @@ def read(
     parts     Top-level keys to read; None: all. A template then holds these keys only.
     """
     chosen = None if parts is None else set(parts)
-    saved = {
-        tuple(path): jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))
-        for path, shape, dtype in manifest["arrays"]
-        if chosen is None or path[0] in chosen
+    stored = {
+        tuple(path): jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype)) for path, shape, dtype in manifest["arrays"]
     }
+    places = {_place(path): path for path in stored if chosen is None or _place(path)[0] in chosen}
+    saved = {place: stored[path] for place, path in places.items()}
     if chosen is not None and (absent := chosen - {p[0] for p in saved}):
         raise CheckpointMismatchError(folder, [f"{name}: not in the checkpoint" for name in sorted(absent)])
     expected = None if template is None else flatten(template)
     if expected is not None and (differences := _compare(expected, saved)):
         raise CheckpointMismatchError(folder, differences)
-    arrays = _load(folder, saved)
+    loaded = _load(folder, {path: stored[path] for path in places.values()})
+    arrays = {place: loaded[path] for place, path in places.items()}
     meta = read_meta(folder)
     if expected is None:
         return _nest(arrays), meta
     return jax.tree.unflatten(jax.tree.structure(template), [arrays[p] for p in expected]), meta
+
+
+def _place(path: tuple) -> tuple:
+    """Where an array of this path belongs today."""
+    return next((now + path[len(then) :] for then, now in _MOVED.items() if path[: len(then)] == then), path)
 
 
 def verify(folder: Path) -> dict[str, Any]:

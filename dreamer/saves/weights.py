@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from dreamer.agent import TrainState
+from dreamer.agent import Agent, TrainState
 from dreamer.config import Config
 from dreamer.presets import diff, stored_config
 from dreamer.saves.checkpoint import Checkpointer, CheckpointError
@@ -40,7 +40,7 @@ def check_source(config: Config) -> None:
             )
 
 
-def warm_start(config: Config, state: TrainState) -> TrainState:
+def warm_start(config: Config, agent: Agent, state: TrainState) -> TrainState:
     """`state` with the parts of another run's weights that the configuration names; the rest stays fresh.
 
     CheckpointError, naming parameters and options, if one of these parts has other shapes there.
@@ -59,8 +59,7 @@ def warm_start(config: Config, state: TrainState) -> TrainState:
         ours[leaf] = jax.device_put(theirs[leaf])
     if differences:
         raise CheckpointError(_explain(config, differences))
-    slow_value = jax.tree.map(jax.numpy.array, params["actor_critic"]["value"])
-    return state | {"params": params, "slow_value": slow_value}
+    return state | {"params": params, "slow": agent.slow_copies(params)}
 
 
 def _differences(name: str, ours: Any, theirs: Any) -> list[str]:

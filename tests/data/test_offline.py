@@ -249,7 +249,7 @@ def preload_config(folder: Path, **overrides: Any) -> Config:
 
 
 def rings(capacity: int, num_envs: int = 2) -> Replay:
-    return Replay(replay_fields(OBSERVATIONS, ACTIONS, {}), num_envs, capacity, 9, seed=0, latent_keys=())
+    return Replay(replay_fields(OBSERVATIONS, ACTIONS, {}), num_envs, capacity, 9, seed=0)
 
 
 def numbers(replay: Replay) -> set[int]:
@@ -309,7 +309,7 @@ def test_data_that_cannot_be_trained_on_is_refused(tmp_path):
     found = find_preload(preload_config(tmp_path), {"vector": Space("vector", (4,))}, ACTIONS)
     assert found is not None
     with pytest.raises(ConfigError, match=r"--replay\.preload .*000000000_9_0\.npz: expected 'vector' of shape"):
-        found.fill(Replay(replay_fields({"vector": Space("vector", (4,))}, ACTIONS, {}), 1, 99, 9, 0, latent_keys=()))
+        found.fill(Replay(replay_fields({"vector": Space("vector", (4,))}, ACTIONS, {}), 1, 99, 9, 0))
 
 
 def test_too_little_data_to_train_on_alone_is_told(tmp_path):

@@ -15,7 +15,10 @@ from dreamer.types import Field, Space, replay_fields
 
 OBSERVATIONS = {"image": Space("image", (4, 4, 3)), "file/pose": Space("vector", (2,)), "log/x": Space("vector", ())}
 ACTIONS = {"action": Space("discrete", (2,), (3, 2)), "push": Space("vector", ())}
-LATENTS = {"deter": Field((3,), np.dtype(np.float16)), "stoch": Field((2,), np.dtype(np.uint8))}
+LATENTS = {
+    "deter": Field((3,), np.dtype(np.float16), latent=True),
+    "stoch": Field((2,), np.dtype(np.uint8), latent=True),
+}
 FIELDS = replay_fields(OBSERVATIONS, ACTIONS, LATENTS)
 
 

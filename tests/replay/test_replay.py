@@ -12,8 +12,8 @@ from dreamer.types import Field
 FIELDS = {
     "count": Field((), np.dtype(np.int32)),
     "image": Field((2, 2, 3), np.dtype(np.uint8)),
-    "deter": Field((3,), np.dtype(ml_dtypes.bfloat16)),
-    "stoch": Field((2,), np.dtype(np.uint8)),
+    "deter": Field((3,), np.dtype(ml_dtypes.bfloat16), latent=True),
+    "stoch": Field((2,), np.dtype(np.uint8), latent=True),
 }
 
 
@@ -49,15 +49,15 @@ def test_bytes_are_known_before_anything_is_allocated():
 def test_size200m_step_with_a_64x64_image_stays_below_29_kilobytes():
     fields = {
         "image": Field((64, 64, 3), np.dtype(np.uint8)),
-        "deter": Field((8192,), np.dtype(ml_dtypes.bfloat16)),
-        "stoch": Field((32,), np.dtype(np.uint8)),
+        "deter": Field((8192,), np.dtype(ml_dtypes.bfloat16), latent=True),
+        "stoch": Field((32,), np.dtype(np.uint8), latent=True),
     }
     assert bytes_per_step(fields) < 29_000
 
 
 def test_capacity_beyond_the_memory_is_refused_with_the_largest_that_fits(monkeypatch):
     monkeypatch.setattr(memory, "machine_memory", lambda: 24_000)
-    assert budget("host", FIELDS, ["deter", "stoch"]).largest == 900
+    assert budget("host", FIELDS).largest == 900
     with pytest.raises(ReplayError, match=r"1000 steps of 24 bytes.*largest that fits is 900 steps"):
         Replay(FIELDS, 2, 1000, 5, seed=0)
     assert Replay(FIELDS, 2, 900, 5, seed=0).capacity == 900
@@ -68,8 +68,7 @@ def test_capacity_beyond_the_memory_is_refused_with_the_largest_that_fits(monkey
     [
         ({"length": 1}, "length of at least 2"),
         ({"capacity": 9}, "capacity of at least 10"),
-        ({"latent_keys": ("deter", "logits")}, r"got \['logits'\]"),
-        ({"fields": {"x": Field((), np.dtype(object))}, "latent_keys": ()}, "Python objects"),
+        ({"fields": {"x": Field((), np.dtype(object))}}, "Python objects"),
     ],
 )
 def test_impossible_buffers_are_refused(change, message):

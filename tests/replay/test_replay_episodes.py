@@ -45,8 +45,10 @@ class Script:
 def replay():
     """Collected as the training loop does: observe, choose, store both together, execute."""
     spaces = {"obs": Space("vector", (1,)), "log/episode": Space("vector", (1,))}
-    fields = replay_fields(spaces, {"action": Space("discrete", (), (10,))}, {"stoch": Field((1,), np.dtype(np.uint8))})
-    replay = Replay(fields, 1, 100, 9, seed=0, latent_keys=("stoch",))
+    fields = replay_fields(
+        spaces, {"action": Space("discrete", (), (10,))}, {"stoch": Field((1,), np.dtype(np.uint8), latent=True)}
+    )
+    replay = Replay(fields, 1, 100, 9, seed=0)
     script, action = Script(), None
     for _, chosen, *_ in TABLE:
         transition = script.next(action)
@@ -92,7 +94,7 @@ def test_latents_of_a_sequence_over_episode_ends_land_on_their_own_steps(replay)
 
 def small_replay(num_envs: int = 2, rows: int = 6) -> Replay:
     fields = replay_fields({"obs": Space("vector", ())}, {"action": Space("discrete", (), (2,))}, {})
-    return Replay(fields, num_envs, num_envs * rows, 3, seed=0, latent_keys=())
+    return Replay(fields, num_envs, num_envs * rows, 3, seed=0)
 
 
 def add_flags(replay: Replay, *rows: list[str]) -> None:

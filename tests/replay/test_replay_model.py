@@ -28,8 +28,8 @@ from dreamer.types import Field
 FIELDS = {
     "serial": Field((), np.dtype(np.int32)),
     "is_last": Field((), np.dtype(bool)),
-    "deter": Field((2,), np.dtype(ml_dtypes.bfloat16)),
-    "stoch": Field((1,), np.dtype(np.uint8)),
+    "deter": Field((2,), np.dtype(ml_dtypes.bfloat16), latent=True),
+    "stoch": Field((1,), np.dtype(np.uint8), latent=True),
 }
 MIXTURES = [
     SelectionConfig(),

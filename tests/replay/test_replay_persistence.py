@@ -222,7 +222,9 @@ def test_what_does_not_fit_is_refused_by_name(tmp_path):
     manifest = save(original, tmp_path)
     with pytest.raises(ReplayError, match="replay of 3 environments, got one of 2"):
         build(num_envs=3).load(tmp_path, manifest)
-    fields = {k: v for k, v in FIELDS.items() if k != "reward"} | {"deter": Field((5,), np.dtype(ml_dtypes.bfloat16))}
+    fields = {k: v for k, v in FIELDS.items() if k != "reward"} | {
+        "deter": Field((5,), np.dtype(ml_dtypes.bfloat16), latent=True)
+    }
     with pytest.raises(
         ReplayError, match=r"deter: expected .*\[5\].*, got .*\[3\].*reward: expected no such field"
     ) as info:

@@ -19,7 +19,7 @@ FIELDS = {"serial": Field((), np.dtype(np.int32))}
 def build(steps: list[int], rows: int, length: int = 3, seed: int = 0, online: bool = False, **mixture) -> Replay:
     """Environment i has made steps[i] steps."""
     config = SelectionConfig(**({"uniform": 0.0} | mixture))
-    replay = Replay(FIELDS, len(steps), len(steps) * rows, length, seed, online, (), selection=config)
+    replay = Replay(FIELDS, len(steps), len(steps) * rows, length, seed, online, selection=config)
     for time in range(max(steps)):
         envs = [env for env, count in enumerate(steps) if time < count]
         replay.add({"serial": np.zeros(len(envs), np.int32)}, envs)

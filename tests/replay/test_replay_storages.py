@@ -15,7 +15,6 @@ import pytest
 from replay_data import (
     FIELDS,
     LATENT_BYTES,
-    LATENTS,
     STEP_BYTES,
     build,
     collect,
@@ -76,7 +75,7 @@ def test_inside_one_jit_the_device_gives_the_numbers_of_the_host(tmp_path):
 def test_the_device_refuses_what_jax_would_narrow(tmp_path):
     fields = {"x": Field((), np.dtype(np.float64))}
     with pytest.raises(ReplayError, match=r"at most 32 bits on the device, got wider ones in \['x'\]"):
-        Replay(fields, 1, 10, 3, 0, latent_keys=(), storage="device")
+        Replay(fields, 1, 10, 3, 0, storage="device")
 
 
 @pytest.mark.parametrize("target", ["host", "disk", "device"])
@@ -239,7 +238,7 @@ def test_what_each_storage_needs_and_finds(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "machine_memory", lambda: 100_000)
     monkeypatch.setattr(memory, "disk_space", lambda folder: 1_000_000)
     step, latents = STEP_BYTES, LATENT_BYTES
-    tables = {kind: memory.budget(kind, FIELDS, LATENTS, tmp_path, 50_000) for kind in ("host", "disk", "device")}
+    tables = {kind: memory.budget(kind, FIELDS, tmp_path, 50_000) for kind in ("host", "disk", "device")}
     assert dict(tables["host"].needs) == {"memory": step, "disk": step + 2 * latents, "device": 0}
     assert dict(tables["disk"].needs) == {"memory": 48, "disk": step + 2 * latents, "device": 0}
     assert dict(tables["device"].needs) == {"memory": 0, "disk": step + 2 * latents, "device": step}
@@ -261,7 +260,7 @@ def test_what_each_storage_needs_and_finds(tmp_path, monkeypatch):
 def test_auto_is_the_fastest_that_fits(tmp_path, monkeypatch, capacity, free, kind):
     monkeypatch.setattr(memory, "machine_memory", lambda: 100_000)
     monkeypatch.setattr(memory, "disk_space", lambda folder: 1_000_000)
-    assert choose_storage(FIELDS, LATENTS, capacity, tmp_path, free) == kind
+    assert choose_storage(FIELDS, capacity, tmp_path, free) == kind
 
 
 @pytest.mark.parametrize(("storage", "room"), [("disk", "memory"), ("disk", "disk"), ("device", "device")])

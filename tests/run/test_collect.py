@@ -138,7 +138,7 @@ def test_what_the_world_model_is_given():
         collection.steps(30)
         batch = collection.replay.gather(collection.replay.select(8))
         agent, params = collection.agent, collection.state["params"]
-    context, actions, trained = agent.split_batch(agent._merge(params).world_model.rssm, batch)
+    context, actions, trained = agent.model(params).split_batch(batch)
     assert actions.shape == (8, 9, 5)
     first, executed = trained["is_first"], trained["vector"][..., 2]
     assert first.any() and not first.all()
@@ -157,8 +157,8 @@ def test_stored_latents_are_those_the_policy_had():
     envs.close()
     batch = collection.replay.gather(collection.replay.select(1))
     agent = collection.agent
-    model = agent._merge(collection.state["params"]).world_model
-    context, actions, trained = agent.split_batch(model.rssm, batch)
+    whole = agent.model(collection.state["params"])
+    model, (context, actions, trained) = whole.world_model, whole.split_batch(batch)
     tokens = model.encoder(trained, actions.shape[:2], agent.dtype)
     states, _ = model.rssm.observe(context, actions, tokens, trained["is_first"], None)
     again = model.rssm.pack(states)

@@ -279,7 +279,10 @@ class Recorder:
     def __init__(self):
         fields = {"number": Field((), np.dtype(np.int64)), "bulk": Field((1000,), np.dtype(np.int64))}
         fields |= {k: Field((), np.dtype(d)) for k, d in TRANSITION_FIELDS.items()}
-        fields |= {"deter": Field((1,), np.dtype(np.float32)), "stoch": Field((1,), np.dtype(np.uint8))}
+        fields |= {
+            "deter": Field((1,), np.dtype(np.float32), latent=True),
+            "stoch": Field((1,), np.dtype(np.uint8), latent=True),
+        }
         self.replay = Replay(fields, num_envs=1, capacity=40, length=3, seed=0, online=False)
         self.count = 0
 

@@ -1,0 +1,116 @@
+"""The stochastic part of a model state: how it is distributed, drawn, compared, stored, and read by heads.
+
+The RSSM asks a latent for everything that depends on its kind, and replay stores what it `pack`s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dreamer import features
+from dreamer.config import ModelConfig
+from dreamer.distributions import OneHot
+from dreamer.types import Field
+
+
+class Latent(Protocol):
+    """What the world model knows of its latent. Frozen and hashable: it has no weights of its own.
+
+    numbers: that a network has to give for one distribution; width: of the latent as heads read it.
+    """
+
+    @property
+    def numbers(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+
+    def init(self, batch: int, dtype: jnp.dtype) -> jax.Array:
+        """The latent before an episode's first observation."""
+
+    def shaped(self, x: jax.Array) -> jax.Array:
+        """A network's numbers (..., numbers) as `dist` takes them: logits, say."""
+
+    def dist(self, logits: jax.Array) -> Any:
+        """The distribution: something with ``sample(key)``, the mode where the key is None."""
+
+    def kl(self, p: Any, q: Any) -> jax.Array:
+        """KL(p || q) of two such distributions (...), summed over the variables."""
+
+    def entropy(self, p: Any) -> jax.Array:
+        """(...), summed over the variables."""
+
+    def shown(self, p: Any) -> dict[str, jax.Array]:
+        """What reports show of a distribution, by name."""
+
+    def flat(self, stoch: jax.Array) -> jax.Array:
+        """A latent as heads read it, (..., width)."""
+
+    def stored(self) -> Field:
+        """How replay stores one."""
+
+    def pack(self, stoch: jax.Array) -> jax.Array:
+        """To the stored form."""
+
+    def unpack(self, stored: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """From the stored form."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Categorical:
+    """S independent variables of K classes, one-hot (..., S, K) with straight-through gradients (paper v2, eq. 1).
+
+    unimix: share of the uniform distribution in every one, on both sides of the KL too.
+    """
+
+    variables: int
+    classes: int
+    unimix: float
+
+    @property
+    def numbers(self) -> int:
+        return self.variables * self.classes
+
+    width = numbers
+
+    def init(self, batch: int, dtype: jnp.dtype) -> jax.Array:
+        return jnp.zeros((batch, self.variables, self.classes), dtype)
+
+    def shaped(self, x: jax.Array) -> jax.Array:
+        return features.group(x, self.variables)
+
+    def dist(self, logits: jax.Array) -> OneHot:
+        return OneHot(logits, self.unimix)
+
+    def kl(self, p: OneHot, q: OneHot) -> jax.Array:
+        return p.kl(q).sum(-1)
+
+    def entropy(self, p: OneHot) -> jax.Array:
+        return p.entropy().sum(-1)
+
+    def shown(self, p: OneHot) -> dict[str, jax.Array]:
+        """``probs`` (..., S, K)."""
+        return {"probs": p.probs}
+
+    def flat(self, stoch: jax.Array) -> jax.Array:
+        return features.ungroup(stoch)
+
+    def stored(self) -> Field:
+        """Class indices (S,)."""
+        return Field((self.variables,), np.dtype(np.uint8 if self.classes <= 256 else np.uint16), latent=True)
+
+    def pack(self, stoch: jax.Array) -> jax.Array:
+        return stoch.argmax(-1).astype(self.stored().dtype)
+
+    def unpack(self, stored: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """The stored zeros of before an episode become class 0; `is_first` resets what follows, so nobody reads it."""
+        return jax.nn.one_hot(stored, self.classes, dtype=dtype)
+
+
+def make_latent(config: ModelConfig) -> Latent:
+    """The latent that the options describe."""
+    return Categorical(config.stoch, config.classes, config.unimix)

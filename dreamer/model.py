@@ -1,0 +1,189 @@
+"""All networks, the one loss of all of them, and what they make of an observation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dreamer.actor_critic import ActorCritic, Dream, ReturnScale, sample_actions
+from dreamer.coders import join_actions
+from dreamer.config import Config
+from dreamer.distributions import sum_of
+from dreamer.imagination import imagine
+from dreamer.insight import look
+from dreamer.optimizer import Slow
+from dreamer.rssm import State
+from dreamer.types import ACTION_MASK, Spaces, masks_actions
+from dreamer.world_model import WorldModel
+
+sg = jax.lax.stop_gradient
+
+Batch = Mapping[str, jax.Array]
+#: The slow copies of parts of the model, by name.
+SlowModules = Mapping[str, nnx.Module]
+
+
+class Act(Protocol):
+    """What chooses actions: ``act(model, state, key, allowed) -> (action, extras)``, a pure function.
+
+    state (N, ...): the model's, after the newest observation; key: None asks for the most likely action; allowed:
+    bool (N, A), or None where every action is. action (N, A): one-hot where discrete, at least float32; extras: what
+    replay is to remember of the choice with the step, (N, ...) by name, visit counts of a search say. It comes back
+    with the batches that are trained on.
+    """
+
+    def __call__(
+        self, model: DreamerModel, state: State, key: jax.Array | None, allowed: jax.Array | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]: ...
+
+
+def act_by_policy(
+    model: DreamerModel, state: State, key: jax.Array | None, allowed: jax.Array | None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """DreamerV3's choice: a sample of the policy, with nothing to remember."""
+    x = model.world_model.rssm.feature(state)
+    return sg(sample_actions(model.actor_critic.policy(x, allowed), key)), {}
+
+
+class Outcome(NamedTuple):
+    """What comes with a loss: the new return scale, what to write back into replay (B, T, ...), metrics (), and the
+    dream's returns R and R - v (H, M)."""
+
+    return_scale: ReturnScale
+    written: dict[str, jax.Array]
+    metrics: dict[str, jax.Array]
+    returns: jax.Array
+    advantages: jax.Array
+
+
+class DreamerModel(nnx.Module):
+    """All trained networks.
+
+    slow: the weights that have a slow copy, by its name; scales: of every loss term, by name. dtype: of activations.
+    ValueError if the options do not fit the spaces.
+    """
+
+    def __init__(
+        self, observations: Spaces, actions: Spaces, config: Config, dtype: jnp.dtype, *, rngs: nnx.Rngs
+    ) -> None:
+        self.config, self.actions, self.dtype = nnx.static(config), nnx.static(dict(sorted(actions.items()))), dtype
+        action = sum(space.flat_width for space in actions.values())
+        discount = 1 - 1 / config.actor_critic.discount_horizon
+        # In what the continue head learns, or beside what it predicts.
+        learned, beside = (discount, 1.0) if config.loss.discount_in_cont else (1.0, discount)
+        self.world_model = WorldModel(observations, action, config.model, config.loss, learned, rngs=rngs)
+        width = self.world_model.rssm.width
+        self.actor_critic = ActorCritic(width, actions, config.model, config.actor_critic, beside, rngs=rngs)
+        self.masked = masks_actions(observations, actions)
+        self.dreams_masks = self._dreams_masks()
+        self.scales = nnx.static(self._scales())
+        self.slow: Mapping[str, Slow] = nnx.static({**self.world_model.objective.slow, **self.actor_critic.slow})
+
+    def _dreams_masks(self) -> bool:
+        """Whether masks hold in imagination too. ValueError if they should, and nothing predicts them."""
+        if not self.masked or self.config.actor_critic.imagine_mask == "ignore":
+            return False
+        if not self.world_model.objective.predicts_masks:
+            raise ValueError(
+                f"expected model.decoder_keys to match {ACTION_MASK!r}, which imagination needs, got "
+                f"{self.config.model.decoder_keys!r}; extend it or pass --actor_critic.imagine_mask ignore"
+            )
+        return True
+
+    def _scales(self) -> dict[str, float]:
+        config, ours = self.config.loss, self.world_model.objective.scales
+        scales = {"rew": config.reward, "con": config.cont, "dyn": config.dyn, "rep": config.rep}
+        scales |= {"policy": config.policy, "value": config.value, "repval": config.replay_value}
+        if taken := sorted(set(ours) & set(scales)):
+            raise ValueError(
+                f"expected observations named unlike the loss terms {sorted(scales)}, got {taken}; rename these keys "
+                "of the environment or leave them out with model.decoder_keys"
+            )
+        return scales | dict(ours)
+
+    def loss(
+        self,
+        slow: SlowModules,
+        return_scale: ReturnScale,
+        batch: Batch,
+        key: jax.Array | None,
+        factor: jax.Array | None = None,
+    ) -> tuple[jax.Array, Outcome]:
+        """The one weighted sum () of all loss terms, and what comes with it.
+
+        batch (B, T+1, ...): one context step and T trained steps of everything `replay_fields` names.
+        factor: see `ActorCritic.imagination_loss`.
+        """
+        config, behaviour = self.config.actor_critic, self.actor_critic
+        world_key, dream_key = (None, None) if key is None else jax.random.split(key)
+        context, actions, trained = self.split_batch(batch)
+        observed = self.world_model.loss(context, actions, trained, slow, world_key)
+
+        length = actions.shape[1]
+        last = config.imagine_last or length
+        recent = (observed.seen.states, observed.seen.feature, trained)
+        states, x, trained = jax.tree.map(lambda x: x[:, length - last :], recent)
+        starts = jax.tree.map(lambda x: sg(x).reshape(-1, *x.shape[2:]), states)
+        dream = self.dream(slow, starts, dream_key)
+        losses, returns, return_scale, metrics = behaviour.imagination_loss(dream, return_scale, factor)
+        losses["repval"] = behaviour.replay_loss(x, slow, trained, returns[0].reshape(-1, last))
+        losses.update(observed.losses)
+
+        scales = self.scales
+        if set(scales) != set(losses):
+            raise ValueError(f"loss terms {sorted(losses)} and their scales {sorted(scales)} differ")
+        means = {name: term.mean() for name, term in losses.items()}
+        total = sum_of([scales[name] * mean for name, mean in means.items()])
+        metrics.update(observed.metrics)
+        for name, space in self.actions.items():
+            # An action without a choice (all entries of one class) has no randomness to measure.
+            if space.classes is not None and max(space.classes) > 1:
+                metrics[f"rand/{name}"] = metrics[f"ent/{name}"] / sum(math.log(n) for n in space.classes)
+        metrics.update({f"loss/{name}": mean for name, mean in means.items()})
+        metrics["opt/loss"] = total
+        written = self.world_model.rssm.pack(sg(observed.seen.states))
+        if self.config.replay.selection.prioritised:
+            written["priority"] = sg(sum_of([scales[name] * term for name, term in observed.losses.items()]))
+        return total, Outcome(return_scale, written, metrics, returns, returns - dream.value[:-1])
+
+    def dream(self, slow: SlowModules, starts: State, key: jax.Array | None) -> Dream:
+        """Imagine from `starts` (M, ...); see `imagination`."""
+        horizon = self.config.actor_critic.horizon
+        return imagine(self.world_model, self.actor_critic, slow, starts, horizon, key, masked=self.dreams_masks)
+
+    def split_batch(self, batch: Batch) -> tuple[State, jax.Array, dict[str, jax.Array]]:
+        """(context state (B, ...), actions (B, T, A) that led to each trained step, trained steps (B, T, ...))::
+
+        stored step      0 (context)   1        2      ...  T
+        trained as       -             t=0      t=1         t=T-1
+        action used      a0 ---------> t=0
+                                       a1 ----> t=1
+        """
+        chex.assert_tree_shape_prefix(dict(batch), batch["is_first"].shape)
+        rssm = self.world_model.rssm
+        latents = rssm.stored()
+        context = rssm.unpack({k: batch[k][:, 0] for k in latents}, self.dtype)
+        taken = join_actions({k: batch[k][:, :-1] for k in self.actions}, self.actions, self.dtype)
+        return context, taken, {k: v[:, 1:] for k, v in batch.items() if k not in {*latents, *self.actions}}
+
+    def look(self, batch: Batch, key: jax.Array) -> dict[str, Any]:
+        """What the model makes of a batch (B, T+1, ...): see `insight.look`, and from the filtered states
+
+        - ``value`` (B, T), the critic's
+        - ``dream_reward``, ``dream_cont`` (B, T, H+1): imagined from each, the state itself first
+        """
+        look_key, dream_key = jax.random.split(key)
+        context, actions, trained = self.split_batch(batch)
+        states, views = look(self.world_model, context, actions, trained, look_key)
+        views["value"] = self.actor_critic.value(self.world_model.rssm.feature(states)).mode()
+        starts = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), states)
+        dream = self.dream({"value": self.actor_critic.value}, starts, dream_key)
+        for name in ("reward", "cont"):
+            views[f"dream_{name}"] = jnp.moveaxis(getattr(dream, name), 0, -1).reshape(*actions.shape[:2], -1)
+        return views
