@@ -153,38 +153,48 @@ class SharedRun(Run):
         step = common_step(config.logdir)
         super().__init__(config, make_env, console, display=quiet, startup=startup, step=step)
 
-    def loop(self, stop: StopRequest) -> None:
-        """As that of `Run`, in step with the other processes."""
-        agreed = Agreement(stop)
-        trouble: NonFiniteActionError | None = None
+    def begin(self, stop: StopRequest) -> None:
+        self._agreed = Agreement(stop)
+        self._trouble: NonFiniteActionError | None = None
         if jax.process_index() == 0:
             self.console.print(self.summary)
-        self.begin(agreed)
-        with self.display:
-            while self.agent_steps < self.config.run.agent_steps:
-                agreed.reach(self.failed is not None, trouble is not None, self.due_save(self.agent_steps))
-                if agreed.broken is not None:
-                    raise trouble or NonFiniteElsewhereError(agreed.broken)
-                if agreed.failed and self.failed is None:
-                    self.failed = "an environment of another process failed too often; its output says which"
-                if not self.going:
-                    break
-                try:
-                    self._act()
-                except NonFiniteActionError as error:  # The others go on to an update, which takes all processes.
-                    trouble = error
-                    self.agent_steps += self.stride
-                self._update()
-                if trouble is None:
-                    self.wait()
-                if agreed.save:
-                    self._written()
-                self.record(agreed.save)
+        self.heed(self._agreed)
+
+    def agree(self) -> bool:
+        if self.agent_steps >= self.config.run.agent_steps:
+            return False
+        agreed, trouble = self._agreed, self._trouble
+        agreed.reach(self.failed is not None, trouble is not None, self.due_save(self.agent_steps))
+        if agreed.broken is not None:
+            raise trouble or NonFiniteElsewhereError(agreed.broken)
+        if agreed.failed and self.failed is None:
+            self.failed = "an environment of another process failed too often; its output says which"
+        return self.going
+
+    def act(self) -> None:
+        try:
+            super().act()
+        except NonFiniteActionError as error:  # The others go on to an update, which takes all processes.
+            self._trouble = error
+            self.agent_steps += self.stride
+
+    def wait(self) -> None:
+        if self._trouble is None:
+            super().wait()
+
+    def saves(self) -> bool:
+        return self._agreed.save
+
+    def record(self, save: bool) -> None:
+        if save:
             self._written()
-            self.settle()
-        self.finish()
+        super().record(save)
+
+    def settle(self) -> None:
+        self._written()
+        super().settle()
 
     def _written(self) -> None:
         """The newest checkpoint is on every disk: only then may the next one replace older ones."""
-        self._try_saving(self.checkpointer.wait)
+        self.try_saving(self.checkpointer.wait)
         everyone(np.zeros(1))

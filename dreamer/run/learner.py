@@ -13,20 +13,9 @@ import numpy as np
 from dreamer import transfer
 from dreamer.agent import Agent, TrainState
 from dreamer.records.meters import Stopwatch
-from dreamer.replay import DeviceStorage, Replay, Selection, device
+from dreamer.replay import Replay, Selection
+from dreamer.run.feed import Drawn, make_feed
 from dreamer.run.nonfinite import NonFiniteUpdateError
-
-#: Beside the latents, for the host wherever they go.
-_PRIORITY = "priority"
-
-
-@dataclasses.dataclass
-class _Drawn:
-    """A batch for one update: host arrays (with device storage device arrays), and the same on the device."""
-
-    selection: Selection
-    batch: Mapping[str, Any]
-    device: Any
 
 
 @dataclasses.dataclass
@@ -36,7 +25,7 @@ class _Dispatched:
     arrived: whether the host has of them what it needs, and they were found sound.
     """
 
-    drawn: list[_Drawn]
+    drawn: list[Drawn]
     latents: Mapping[str, Any] | None
     metrics: Mapping[str, Any]
     finite: Any
@@ -48,8 +37,7 @@ class Learner:
 
     While dispatch u of K updates runs, the batches of u+1 are gathered and on their way to the device. Latents of u are
     in the buffer before the batches of u+2 are gathered, always: numbers do not depend on how fast the device is, nor
-    on where the buffer lies. With device storage, one compiled exchange writes the latents of u-1 and gathers the
-    batches of u+1; nothing but indices crosses over.
+    on where the buffer lies, which its feed alone knows.
     """
 
     def __init__(
@@ -62,10 +50,9 @@ class Learner:
         self._batch_size = batch_size
         self._watch = watch or Stopwatch()
         self._finite = jax.jit(agent.finite)
-        self._exchange = jax.jit(_exchange, donate_argnums=0)
-        self._landing: tuple[list[np.ndarray], Mapping[str, Any]] | None = None
-        self._waiting: list[_Drawn] = []
-        self._taken: list[_Drawn] = []
+        self._feed = make_feed(replay, agent.devices.place, self._watch)
+        self._waiting: list[Drawn] = []
+        self._taken: list[Drawn] = []
         self._newest: _Dispatched | None = None
         self._pending: collections.deque[_Dispatched] = collections.deque()
 
@@ -139,8 +126,7 @@ class Learner:
         """Wait for every dispatched update and write its latents back: before an evaluation and at the end."""
         while self._pending:
             self._land(self._pending.popleft())
-        if self._landing is not None:
-            self._exchanged([])
+        self._feed.settle()
 
     def progress(self) -> dict[str, Any]:
         """What is on its way, as host arrays in plain containers: the newest updates, their latents if they have not
@@ -157,7 +143,7 @@ class Learner:
         """Go on from `progress`: the numbers that follow are those of a run that was never stopped."""
         newest = progress["newest"]
         if newest is not None:
-            drawn = [_Drawn(Selection(**one["selection"]), one["batch"], None) for one in newest["drawn"]]
+            drawn = [Drawn(Selection(**one["selection"]), one["batch"], None) for one in newest["drawn"]]
             self._newest = _Dispatched(drawn, newest["latents"], {}, np.bool_(True))
             if newest["latents"] is not None:
                 self._pending.append(self._newest)
@@ -167,57 +153,23 @@ class Learner:
         """Have `count` batches waiting."""
         with self._watch.section("replay"):
             selections = [self.replay.select(self._batch_size) for _ in range(count - len(self._waiting))]
-            if isinstance(self.replay.storage, DeviceStorage):
-                self._waiting += self._exchanged(selections) if selections else []
-                return
-            gathered = [self.replay.gather(selection) for selection in selections]
-        self._waiting += [self._send(*pair) for pair in zip(selections, gathered, strict=True)]
+        self._waiting += self._feed.draw(selections)
 
-    @property
-    def _device_storage(self) -> DeviceStorage:
-        assert isinstance(self.replay.storage, DeviceStorage)
-        return self.replay.storage
-
-    def _exchanged(self, selections: list[Selection]) -> list[_Drawn]:
-        """The steps of the selections, after the latents that have landed were written."""
-        storage, landing, self._landing = self._device_storage, self._landing, None
-        slots = [self.replay.slots(selection) for selection in selections]
-        storage.arrays, batches = self._exchange(storage.arrays, landing, slots)
-        return [_Drawn(selection, batch, batch) for selection, batch in zip(selections, batches, strict=True)]
-
-    def _send(self, selection: Selection, batch: dict[str, np.ndarray]) -> _Drawn:
+    def _send(self, selection: Selection, batch: dict[str, np.ndarray]) -> Drawn:
         with self._watch.section("transfer"):
-            return _Drawn(selection, batch, self.agent.devices.place(batch))
+            return Drawn(selection, batch, self.agent.devices.place(batch))
 
     def _land(self, done: _Dispatched) -> None:
-        """Write latents back, those of each update over those of the one before."""
+        """Write latents back."""
         self._fetch(done)
-        selections = [one.selection for one in done.drawn]
         assert done.latents is not None
         with self._watch.section("replay"):
-            if isinstance(self.replay.storage, DeviceStorage):
-                self._stage(selections, dict(done.latents))
-            else:
-                for i, selection in enumerate(selections):
-                    self.replay.write(selection, _of_update(done.latents, i, len(selections)))
+            self._feed.land([one.selection for one in done.drawn], dict(done.latents))
         done.latents = None
-
-    def _stage(self, selections: list[Selection], latents: dict[str, Any]) -> None:
-        """Device storage: have the next exchange write latents; priorities go to the host's tree at once."""
-        if self._landing is not None:  # more batches were waiting than the last dispatch took
-            self._exchanged([])
-        if (priority := latents.pop(_PRIORITY, None)) is not None:
-            priority = priority.reshape(len(selections), *priority.shape[-2:])
-            for selection, values in zip(selections, priority, strict=True):
-                self.replay.prioritize(selection, values)
-        self._landing = [self.replay.write_slots(selection) for selection in selections], latents
 
     def _needed(self, done: _Dispatched) -> tuple[Any, dict[str, Any]]:
         """What the host needs of a dispatch: whether it was sound, and what goes into replay from there."""
-        latents = done.latents or {}
-        if isinstance(self.replay.storage, DeviceStorage):
-            latents = {name: values for name, values in latents.items() if name == _PRIORITY}
-        return done.finite, dict(latents)
+        return done.finite, self._feed.needed(done.latents or {})
 
     def _arrive(self, done: _Dispatched, finite: np.ndarray, latents: Mapping[str, np.ndarray]) -> None:
         self._check(done, finite)
@@ -242,21 +194,5 @@ class Learner:
         raise NonFiniteUpdateError(int(metrics["opt/updates"]), terms, batch)
 
 
-def _of_update(latents: Mapping[str, Any], index: int, count: int) -> Mapping[str, Any]:
-    """Of latents (K, B, T, ...), of a single update (B, T, ...), those of update `index`."""
-    return latents if count == 1 else {name: values[index] for name, values in latents.items()}
-
-
-def _on_host(drawn: list[_Drawn]) -> list[dict[str, Any]]:
+def _on_host(drawn: list[Drawn]) -> list[dict[str, Any]]:
     return [{"selection": dataclasses.asdict(one.selection), "batch": transfer.read(dict(one.batch))} for one in drawn]
-
-
-def _exchange(
-    arrays: device.Arrays, landing: tuple[list[jax.Array], device.Arrays] | None, slots: list[jax.Array]
-) -> tuple[device.Arrays, list[device.Arrays]]:
-    """Device storage with latents written at (B, T) slots, update by update; the steps at other slots (B, 1 + T)."""
-    if landing is not None:
-        write_slots, latents = landing
-        for i, where in enumerate(write_slots):
-            arrays = device.write(arrays, where, _of_update(latents, i, len(write_slots)))
-    return arrays, [device.gather(arrays, where) for where in slots]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import shlex
 import sys
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ from dreamer import transfer
 from dreamer.envs import EnvError, TaskError
 from dreamer.envs.interface import Batch
 from dreamer.paths import brief
-from dreamer.records.display import evaluation_table
+from dreamer.records.display import Display, evaluation_table
 from dreamer.records.meters import Packed
 from dreamer.run.collector import Episode
 from dreamer.run.evaluate import as_evaluation
@@ -25,24 +26,70 @@ from dreamer.run.shares import share
 from dreamer.run.signals import StopRequest
 
 
-class Run(RunParts):
-    """One run: the loop over its parts."""
+class Loop(abc.ABC):
+    """The training loop. What each of its steps is says who loops: one run, the runs of many seeds at once, or one of
+    the processes that share a run."""
+
+    display: Display
 
     def loop(self, stop: StopRequest) -> None:
         """Until `run.agent_steps`, a request to stop, or too many failures of environments."""
-        self.console.print(self.summary)
         self.begin(stop)
         with self.display:
-            while self.going:
-                self._act()
-                self._update()
+            while self.agree():
+                self.act()
+                self.update()
                 self.wait()
-                self.record(self.due_save(self.agent_steps))
+                self.record(self.saves())
             self.settle()
         self.finish()
 
+    @abc.abstractmethod
     def begin(self, stop: StopRequest) -> None:
-        """Before the first step."""
+        """Before the first step: say what will run."""
+
+    @abc.abstractmethod
+    def agree(self) -> bool:
+        """Whether there is another step, for all who take part in it."""
+
+    @abc.abstractmethod
+    def act(self) -> None:
+        """Choose actions, send them off, store the steps."""
+
+    @abc.abstractmethod
+    def update(self) -> None:
+        """Dispatch the updates that are due."""
+
+    @abc.abstractmethod
+    def wait(self) -> None:
+        """Take the next observations and the episodes that have ended."""
+
+    @abc.abstractmethod
+    def saves(self) -> bool:
+        """Whether it is time for a checkpoint."""
+
+    @abc.abstractmethod
+    def record(self, save: bool) -> None:
+        """Log, report and evaluate where it is time for it; save if asked to."""
+
+    @abc.abstractmethod
+    def settle(self) -> None:
+        """After the last step: everything is written down."""
+
+    @abc.abstractmethod
+    def finish(self) -> None:
+        """What a person wants to see at the end, unless the run ended before."""
+
+
+class Run(RunParts, Loop):
+    """One run: the loop over its parts."""
+
+    def begin(self, stop: StopRequest) -> None:
+        self.console.print(self.summary)
+        self.heed(stop)
+
+    def heed(self, stop: StopRequest) -> None:
+        """Count intervals from here, and end at this request."""
         run, start = self.config.run, self.agent_steps
         self.stop = stop
         self._due_log, self._due_report = Every(run.log_every, start), Every(run.report_every, start)
@@ -52,8 +99,10 @@ class Run(RunParts):
     def going(self) -> bool:
         return self.agent_steps < self.config.run.agent_steps and not self.stop and not self.failed
 
-    def _act(self) -> None:
-        """Choose actions, send them off, store the steps."""
+    def agree(self) -> bool:
+        return self.going
+
+    def act(self) -> None:
         if self.collector is not None:
             with self.watch.section("act"):
                 # The actions wait for the newest weights; the rest of what those updates gave comes along.
@@ -72,7 +121,6 @@ class Run(RunParts):
         self.watch.count(policy=self.stride)
 
     def wait(self) -> None:
-        """Take the next observations and the episodes that have ended."""
         collector = self.collector
         if collector is None:
             return
@@ -87,8 +135,10 @@ class Run(RunParts):
             if self._due_video(self.agent_steps) and self.config.log.videos:
                 collector.record()
 
+    def saves(self) -> bool:
+        return self.due_save(self.agent_steps)
+
     def record(self, save: bool) -> None:
-        """Log, report and evaluate where it is time for it; save if asked to."""
         with self.watch.section("log"):
             if self._due_log(self.agent_steps):
                 self._log_metrics()
@@ -97,12 +147,11 @@ class Run(RunParts):
             self.report()
         if self._due_eval(self.agent_steps):
             self.evaluate()
-        self._try_saving(self.checkpointer.poll)
+        self.try_saving(self.checkpointer.poll)
         if save:
             self.save()
 
     def settle(self) -> None:
-        """After the last step: everything is written down."""
         if not self.stop and not self.failed:
             try:
                 self.faults.check_end(self.display.episodes)
@@ -113,8 +162,7 @@ class Run(RunParts):
             self._log_metrics()
         self.save()
 
-    def _update(self) -> None:
-        """Dispatch the updates that are due."""
+    def update(self) -> None:
         if not self.schedule.started and self.filled:
             self.schedule.start(self.agent_steps)
             self.startup.mark("filling replay")
@@ -188,7 +236,7 @@ class Run(RunParts):
         if np.isfinite(mean) and (best is None or mean >= best):
             params = self.agent.devices.one_copy(self.learner.params)
             weights, meta = {"params": params}, {"agent_steps": self.agent_steps}
-            self._try_saving(lambda: self.checkpointer.save_best(mean, weights, meta))
+            self.try_saving(lambda: self.checkpointer.save_best(mean, weights, meta))
         return scores
 
     def _evaluating(self) -> bool:
@@ -197,7 +245,6 @@ class Run(RunParts):
         return bool(self.stop)
 
     def finish(self) -> None:
-        """What a person wants to see at the end, unless the run ended before."""
         if self.stop or self.failed:
             return
         if self.config.run.report_every is not None:

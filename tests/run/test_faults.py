@@ -140,7 +140,7 @@ def full_disk():
 def test_a_full_disk_stops_no_training_and_costs_no_checkpoint(runs, tmp_path, full_disk, monkeypatch, capsys):
     monkeypatch.setattr(SaveTimer, "RETRY_SECONDS", 0.0)
     at_full: list[tuple[int, int]] = []
-    update = Run._update
+    update = Run.update
 
     def watch(run: Run) -> None:
         if run.agent_steps == 100:
@@ -154,7 +154,7 @@ def test_a_full_disk_stops_no_training_and_costs_no_checkpoint(runs, tmp_path, f
             full_disk(False)
         update(run)
 
-    monkeypatch.setattr(Run, "_update", watch)
+    monkeypatch.setattr(Run, "update", watch)
     assert train_until(240, tmp_path, run__log_every=20) == 0
     assert "checkpoint failed" in capsys.readouterr().out
     assert at_full[0][0] == 80 and at_full[0][1] > 0
@@ -163,7 +163,7 @@ def test_a_full_disk_stops_no_training_and_costs_no_checkpoint(runs, tmp_path, f
     steps = [r["agent_steps"] for r in lines(tmp_path / "metrics.jsonl")]
     assert sorted(set(steps)) == list(range(20, 241, 20))
     assert len(runs[0].replay) == 240
-    monkeypatch.setattr(Run, "_update", update)
+    monkeypatch.setattr(Run, "update", update)
     assert train_until(260, tmp_path, run__log_every=20) == 0
     assert len(runs[1].replay) == 260
 

@@ -267,13 +267,13 @@ def test_every_checkpoint_damaged_is_an_error(stopped, copy, capsys):
 
 def test_ctrl_c_is_a_clean_stop_as_well(stopped, copy, resume, monkeypatch):
     step = checkpoint(stopped.logdir)[0]
-    wait, left = Run._update, iter(range(100))
+    wait, left = Run.update, iter(range(100))
 
     def interrupt(run: Run) -> None:
         wait(run)
         if next(left) == 5:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Run, "_update", interrupt)
+    monkeypatch.setattr(Run, "update", interrupt)
     resume(copy)
     assert checkpoint(copy)[0] == step + 12
