@@ -53,7 +53,7 @@ def tree_of(*arrays: str) -> Callable[[type], type]:
             return [getattr(dist, name) for name in arrays], tuple(sorted(constants.items()))
 
         def unflatten(constants: tuple, values: Sequence[Any]) -> Any:
-            dist = object.__new__(kind)
+            dist: Any = object.__new__(kind)
             vars(dist).update(zip(arrays, values, strict=True), **dict(constants))
             return dist
 

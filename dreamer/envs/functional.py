@@ -77,8 +77,8 @@ class FunctionalCatch:
     def _transition(
         self, state: CatchState, reward: jax.Array | float = 0.0, over: jax.Array | bool = False, is_first: bool = False
     ) -> Transition:
-        flags = {"is_first": is_first, "is_last": over, "is_terminal": over}
-        flags = {name: jnp.asarray(flag, bool) for name, flag in flags.items()}
+        told = {"is_first": is_first, "is_last": over, "is_terminal": over}
+        flags = {name: jnp.asarray(flag, bool) for name, flag in told.items()}
         return {"image": self._image(state), "reward": jnp.asarray(reward, jnp.float32), **flags}
 
     def _image(self, state: CatchState) -> jax.Array:
