@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -41,9 +42,14 @@ def batch_of(spaces: dict[str, Space], *batch: int) -> dict[str, np.ndarray]:
     return {k: draw(s).reshape(*batch, *s.shape) for k, s in spaces.items()}
 
 
-def model_state(c: ModelConfig, *batch: int) -> tuple[jax.Array, jax.Array]:
-    stoch = jax.nn.one_hot(RNG.integers(0, c.classes, (*batch, c.stoch)), c.classes)
-    return jnp.asarray(RNG.normal(0, 1, (*batch, c.deter)), jnp.float32), stoch
+#: Width of a feature.
+FEATURE = 12
+
+
+def model_state(c: ModelConfig, *batch: int) -> jax.Array:
+    """A feature (..., F)."""
+    stoch = jax.nn.one_hot(RNG.integers(0, c.classes, (*batch, c.stoch)), c.classes).reshape(*batch, -1)
+    return jnp.concatenate([jnp.asarray(RNG.normal(0, 1, (*batch, c.deter)), jnp.float32), stoch], -1)
 
 
 # Geometry
@@ -96,16 +102,15 @@ def test_images_of_any_size_come_back_in_their_size(size, channels):
     """Shapes only: nothing is computed."""
     spaces, c = {"image": Space("image", (*size, channels))}, config()
 
-    def forward(image: jax.Array, deter: jax.Array, stoch: jax.Array) -> tuple[jax.Array, jax.Array]:
-        encoder, decoder = Encoder(spaces, c, rngs=weights()), Decoder(spaces, c, rngs=weights())
+    def forward(image: jax.Array, feature: jax.Array) -> tuple[jax.Array, jax.Array]:
+        encoder, decoder = Encoder(spaces, c, rngs=weights()), Decoder(FEATURE, spaces, c, rngs=weights())
         tokens = encoder({"image": image}, (2, 3), jnp.float32)
         assert tokens.shape[-1] == encoder.width
-        return tokens, decoder(deter, stoch)["image"].mode()
+        return tokens, decoder(feature)["image"].mode()
 
     image = jax.ShapeDtypeStruct((2, 3, *size, channels), jnp.uint8)
-    deter = jax.ShapeDtypeStruct((2, 3, 8), jnp.float32)
-    stoch = jax.ShapeDtypeStruct((2, 3, 2, 2), jnp.float32)
-    tokens, decoded = jax.eval_shape(forward, image, deter, stoch)
+    feature = jax.ShapeDtypeStruct((2, 3, FEATURE), jnp.float32)
+    tokens, decoded = jax.eval_shape(forward, image, feature)
     stages, (height, width) = SIZES[size]
     assert tokens.shape == (2, 3, height * width * 8)
     assert decoded.shape == image.shape and decoded.dtype == jnp.float32
@@ -148,7 +153,7 @@ def test_tokens_are_vector_features_then_image_features():
 def test_log_keys_are_invisible():
     encoder = Encoder(MIXED, config(encoder_keys="secret|mass"), rngs=weights())
     assert list(encoder.vectors) == ["mass"]
-    assert "log/secret" not in Decoder(MIXED, config(), rngs=weights()).spaces
+    assert "log/secret" not in Decoder(FEATURE, MIXED, config(), rngs=weights()).spaces
     observations = batch_of(MIXED, 2)
     before = encoder(observations, (2,), jnp.float32)
     broken = observations | {"log/secret": np.full_like(observations["log/secret"], np.nan)}
@@ -162,11 +167,11 @@ def test_key_filters_choose_what_is_read_and_predicted():
     assert list(encoder.vectors) == ["mass"] and encoder.cnn.keys == ("image",)
     encoder = Encoder(MIXED, config(encoder_keys="tools"), rngs=weights())
     assert encoder.cnn is None and encoder.width == 6
-    decoder = Decoder(MIXED, config(decoder_keys="^(depth|item)$"), rngs=weights())
-    outputs = decoder(*model_state(config(), 2))
+    decoder = Decoder(FEATURE, MIXED, config(decoder_keys="^(depth|item)$"), rngs=weights())
+    outputs = decoder(model_state(config(), 2))
     assert set(outputs) == set(decoder.targets(batch_of(MIXED, 2))) == {"depth", "item"}
-    decoder = Decoder(MIXED, config(decoder_keys="mass"), rngs=weights())
-    assert decoder.cnn is None and set(decoder(*model_state(config(), 2))) == {"mass"}
+    decoder = Decoder(FEATURE, MIXED, config(decoder_keys="mass"), rngs=weights())
+    assert decoder.cnn is None and set(decoder(model_state(config(), 2))) == {"mass"}
 
 
 def test_constant_padding_is_gray_and_only_at_the_bottom_and_right():
@@ -189,8 +194,8 @@ def test_constant_padding_is_gray_and_only_at_the_bottom_and_right():
 
 def test_decoder_predicts_every_observation_as_its_kind():
     c = config()
-    decoder, observations = Decoder(MIXED, c, rngs=weights()), batch_of(MIXED, 2, 3)
-    outputs, targets = decoder(*model_state(c, 2, 3)), decoder.targets(observations)
+    decoder, observations = Decoder(FEATURE, MIXED, c, rngs=weights()), batch_of(MIXED, 2, 3)
+    outputs, targets = decoder(model_state(c, 2, 3)), decoder.targets(observations)
     assert set(outputs) == set(targets) == {k for k in MIXED if not k.startswith("log/")}
     for key, output in outputs.items():
         loss = output.loss(targets[key])
@@ -212,9 +217,9 @@ def test_decoder_predicts_every_observation_as_its_kind():
 def test_observations_may_have_any_name(key):
     spaces, c = {key: Space("vector", (2,)), "z": Space("image", (8, 8, 1))}, config()
     state = model_state(c, 3)
-    tree = nnx.to_pure_dict(nnx.state(Decoder(spaces, c, rngs=weights()), nnx.Param))
+    tree = nnx.to_pure_dict(nnx.state(Decoder(FEATURE, spaces, c, rngs=weights()), nnx.Param))
     assert key in tree["heads"]
-    assert set(Decoder(spaces, c, rngs=weights())(*state)) == {key, "z"}
+    assert set(Decoder(FEATURE, spaces, c, rngs=weights())(state)) == {key, "z"}
 
 
 def test_rematerialisation_changes_no_number():
@@ -224,12 +229,12 @@ def test_rematerialisation_changes_no_number():
     def gradient(remat: bool) -> tuple[int, Any]:
         """How many parts are recomputed, and the gradient."""
         c = config(remat=remat)
-        graph, state = nnx.split((Encoder(spaces, c, rngs=weights()), Decoder(spaces, c, rngs=weights())))
+        graph, state = nnx.split((Encoder(spaces, c, rngs=weights()), Decoder(FEATURE, spaces, c, rngs=weights())))
 
         def loss(state: Any) -> jax.Array:
             encoder, decoder = nnx.merge(graph, state)
             tokens = encoder(observations, (2,), jnp.float32)
-            outputs, targets = decoder(tokens[:, :8], tokens[:, 8:12]), decoder.targets(observations)
+            outputs, targets = decoder(tokens[:, :FEATURE]), decoder.targets(observations)
             return outputs["image"].loss(targets["image"]).mean()
 
         return str(jax.make_jaxpr(loss)(state)).count("remat"), jax.jit(jax.grad(loss))(state)
@@ -245,7 +250,7 @@ def test_rematerialisation_changes_no_number():
 
 def test_images_of_different_sizes_are_refused():
     spaces = {"left": Space("image", (16, 16, 3)), "right": Space("image", (16, 24, 3))}
-    for coder in (Encoder, Decoder):
+    for coder in (Encoder, functools.partial(Decoder, FEATURE)):
         with pytest.raises(ValueError, match=r"images of one size.*left.*16, 16.*right.*16, 24.*encoder_keys"):
             coder(spaces, config(), rngs=weights())
     Encoder(spaces, config(encoder_keys="left"), rngs=weights())
@@ -255,7 +260,7 @@ def test_a_filter_that_matches_nothing_is_refused():
     with pytest.raises(ValueError, match=r"model.encoder_keys to match at least one of \['depth', .*'pixels'"):
         Encoder(MIXED, config(encoder_keys="pixels"), rngs=weights())
     with pytest.raises(ValueError, match="model.decoder_keys to match"):
-        Decoder(MIXED, config(decoder_keys="$^"), rngs=weights())
+        Decoder(FEATURE, MIXED, config(decoder_keys="$^"), rngs=weights())
 
 
 def test_a_broken_filter_is_refused():
@@ -266,4 +271,4 @@ def test_a_broken_filter_is_refused():
 def test_image_channels_that_the_blocks_do_not_divide_are_refused():
     spaces = {"image": Space("image", (32, 32, 3))}
     with pytest.raises(ValueError, match=r"model.depth x 4 = 12, to be a multiple of model.blocks = 8"):
-        Decoder(spaces, config(depth=3, blocks=8), rngs=weights())
+        Decoder(FEATURE, spaces, config(depth=3, blocks=8), rngs=weights())

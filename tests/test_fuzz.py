@@ -429,7 +429,7 @@ class Random(dreamer.agent.Agent):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        shapes, rng = jax.eval_shape(self._init, 0), np.random.default_rng(0)
+        shapes, rng = jax.eval_shape(self.create, 0), np.random.default_rng(0)
         zeros = jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), shapes)
 
         def act(space: Any, count: int) -> np.ndarray:

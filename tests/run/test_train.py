@@ -350,7 +350,7 @@ def teacher(run_here, tmp_path):
 def test_warm_start_with_everything(teacher, begun, tmp_path):
     state = begun(from_checkpoint=str(tmp_path / "teacher"))
     assert same(state["params"], teacher["params"])
-    assert same(state["slow"], teacher["params"]["actor_critic"]["value"])
+    assert same(state["slow"]["value"], teacher["params"]["actor_critic"]["value"])
     # Only weights: the optimizer, the counters and the random streams are this run's own.
     assert int(state["updates"]) == 0 and not same(state["key"], teacher["key"])
 
@@ -364,7 +364,7 @@ def test_warm_start_in_parts(part, teacher, begun, tmp_path):
     assert same(state["params"]["world_model"], source["world_model"]["params"]["world_model"])
     for name, module in (("actor", "policy"), ("critic", "value")):
         assert same(state["params"]["actor_critic"][module], source[name]["params"]["actor_critic"][module])
-    assert same(state["slow"], state["params"]["actor_critic"]["value"])
+    assert same(state["slow"]["value"], state["params"]["actor_critic"]["value"])
 
 
 def test_a_warm_start_that_does_not_fit_names_parameters_and_options(finished, tmp_path, capsys, monkeypatch):
