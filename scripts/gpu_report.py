@@ -170,7 +170,7 @@ def precision() -> dict[str, Any]:
 
     from dreamer.agent import Agent
     from dreamer.bench.bench_update import TASKS, random_batch
-    from dreamer.bench.update_cost import product_rate
+    from dreamer.bench.update_estimate import product_rate
     from dreamer.presets import load_config
 
     config = load_config(["size1m"], {})

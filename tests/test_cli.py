@@ -40,11 +40,11 @@ def trained(monkeypatch):
 def evaluated(monkeypatch):
     seen = []
 
-    def evaluate_command(logdir, **options):
+    def evaluate_run(logdir, **options):
         seen.append((logdir, options))
         return 0
 
-    fake = types.SimpleNamespace(evaluate_command=evaluate_command)
+    fake = types.SimpleNamespace(evaluate_run=evaluate_run)
     monkeypatch.setitem(sys.modules, "dreamer.run.evaluate", fake)
     return seen
 
@@ -135,7 +135,7 @@ def test_commands_that_only_play_name_a_preset_whose_environment_is_another(caps
     # Played without a word more than that: both commands say it.
     said = []
     monkeypatch.setattr("dreamer.envs.registry.check_task", lambda task: None)
-    fake = types.SimpleNamespace(collect_command=lambda *inputs: said.append("played") or 0)
+    fake = types.SimpleNamespace(collect_episodes=lambda *inputs: said.append("played") or 0)
     monkeypatch.setitem(sys.modules, "dreamer.run.collect_episodes", fake)
     assert run(capsys, "collect", "atari_pong", "out")[:2] == (0, pong + "\n") and said == ["played"]
     assert run(capsys, "collect", "atari_pong", "out", "--configs", "atari")[:2] == (0, "")

@@ -25,7 +25,7 @@ from dreamer.contradictions import filling_steps, least_capacity, unmet
 from dreamer.env_config import EnvConfig, GymConfig
 from dreamer.presets import ConfigError, load_config, save_config
 from dreamer.schema import describe, options
-from dreamer.sweeps.file import load_sweep
+from dreamer.sweeps.spec_file import load_sweep
 
 #: What people type, and what a division, a cast or a typing error makes of it.
 EXTREMES = ["0", "-1", "inf", "-inf", "nan", "1e300", str(2**63), str(2**200), "", "[]", "0,0", "64,-1", "9" * 5000]
@@ -90,7 +90,7 @@ def test_numbers_of_other_commands_have_bounds_too(capsys, line):
 
 
 def test_networks_that_memory_has_no_room_for_are_refused_before_they_are_made(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("dreamer.run.setup.machine_memory", lambda: 200 * 10**9)  # whatever this machine has
+    monkeypatch.setattr("dreamer.run.factories.machine_memory", lambda: 200 * 10**9)  # whatever this machine has
     line = ["train", "--configs", "debug", "--model.deter", "131072", "--logdir", str(tmp_path / "large")]
     assert cli.main(line) == 2
     told = capsys.readouterr().err

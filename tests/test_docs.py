@@ -38,7 +38,7 @@ from dreamer.run.collector import Episode
 from dreamer.run.loop import Run
 from dreamer.run.signals import StopRequest
 from dreamer.schema import options, sections
-from dreamer.sweeps.file import find_sweep
+from dreamer.sweeps.spec_file import find_sweep
 from dreamer.types import Space, replay_fields
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -328,7 +328,7 @@ def written(tmp_path_factory):
     run.agent.devices.one_copy.side_effect = lambda state: state
     run.evaluator.return_value = [episode]
     run.checkpointer.best_score.return_value, run.stop, run.failed = None, StopRequest(), None
-    for name in ("loop.py", "parts.py", "learner.py", "feed.py"):
+    for name in ("loop.py", "components.py", "learner.py", "feed.py"):
         for section in re.findall(r'\.section\("(\w+)"\)', (ROOT / "dreamer" / "run" / name).read_text()):
             with run.watch.section(section):
                 pass

@@ -36,7 +36,7 @@ from dreamer.envs.audit import audit
 from dreamer.envs.audit_table import rows
 from dreamer.envs.vector import adopt
 from dreamer.presets import load_config, preset_names, save_config
-from dreamer.run import setup
+from dreamer.run import factories
 from dreamer.run import training as training
 from dreamer.schema import options, sections
 
@@ -115,9 +115,9 @@ def start(*args: Any, **kwargs: Any) -> int:
 #: Where commands begin what takes long.
 BEGINNINGS = {
     "dreamer.run.training": {"train": start},
-    "dreamer.run.collect_episodes": {"collect_command": start},
-    "dreamer.bench.plan": {"plan_command": start},
-    "dreamer.doctor.checkup": {"doctor_command": start},
+    "dreamer.run.collect_episodes": {"collect_episodes": start},
+    "dreamer.bench.plan": {"print_plan": start},
+    "dreamer.doctor.checkup": {"run_doctor": start},
 }
 
 
@@ -263,7 +263,7 @@ def test_files(examples):
             codes.update([check_outcome(["sweep", "f.yaml", "--dry-run"])])
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("dreamer.sweeps.estimate.dry_run", start)
+            patch.setattr("dreamer.sweeps.dry_run.print_dry_run", start)
             drawn(documents, examples, check)
     assert codes[2] > examples / 4 and codes[0] > 0, codes
 
@@ -467,7 +467,7 @@ def train_in(plan: dict[str, Any], folder: Path, workers: str) -> int:
 @many(6, 300)
 def test_environments(examples, monkeypatch):
     """A run in any environment ends: done, refused in one line, or stopped for its failures with a checkpoint saved."""
-    monkeypatch.setattr("dreamer.run.setup.Agent", Random)
+    monkeypatch.setattr("dreamer.run.factories.Agent", Random)
     codes: collections.Counter[int] = collections.Counter()
 
     def check(plan: dict[str, Any]) -> None:
@@ -486,7 +486,7 @@ def test_environments(examples, monkeypatch):
 def checked(plan: dict[str, Any]) -> bool:
     """Whether `dreamer envs check` finds nothing wrong."""
     config = load_config(["debug"], QUICK)
-    fits = functools.partial(setup.make_agent, config)
+    fits = functools.partial(factories.make_agent, config)
     try:
         report = audit(lambda seed: adopt(lambda index, seed: Drawn(plan), config.env, 0, seed), 30, fits)
     except cli.user_errors() as error:
@@ -498,7 +498,7 @@ def checked(plan: dict[str, Any]) -> bool:
 
 @many(10, 300)
 def test_what_training_refuses_the_check_finds(examples, monkeypatch):
-    monkeypatch.setattr("dreamer.run.setup.Agent", Random)
+    monkeypatch.setattr("dreamer.run.factories.Agent", Random)
     found: collections.Counter[tuple[int, bool]] = collections.Counter()
 
     def check(plan: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from dreamer.paths import PROGRAM, PathError, absolute, brief, check_file, check
 from dreamer.plot import request
 from dreamer.plot.curves import find
 from dreamer.presets import ConfigError, check_resume, load_config, save_config
-from dreamer.run.setup import prepare_logdir, resolve_logdir
+from dreamer.run.factories import prepare_logdir, resolve_logdir
 from dreamer.run.training import train
 from dreamer.saves.checkpoint import Checkpointer, CheckpointError, DamagedCheckpointError
 from dreamer.saves.lock import LogdirInUseError, LogdirLock

@@ -64,7 +64,7 @@ def share_agents(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_device(config.run.platform)
         return tiny_agent(observations, actions, config)
 
-    for module in ("parts", "loaded_agent"):
+    for module in ("components", "loaded_agent"):
         monkeypatch.setattr(f"dreamer.run.{module}.make_agent", make_agent)
 
 

@@ -12,7 +12,7 @@ from dreamer import transfer
 from dreamer.agent import Agent, TrainState, stream_key
 from dreamer.config import Config
 from dreamer.envs import VectorEnv
-from dreamer.run.setup import evaluation_envs
+from dreamer.run.factories import evaluation_envs
 from dreamer.types import ACTION_MASK, Spaces, visible
 
 

@@ -28,9 +28,9 @@ from dreamer.bench.measuring import Report, Rows, clocks, figure, spent
 from dreamer.config import Config
 from dreamer.envs import EnvError
 from dreamer.run.devices import keep_compiled_programs, reuse_freed_memory
+from dreamer.run.factories import training_envs
 from dreamer.run.learner import Learner
 from dreamer.run.loop import Run
-from dreamer.run.setup import training_envs
 from dreamer.run.signals import StopRequest
 from dreamer.terminal import Console
 

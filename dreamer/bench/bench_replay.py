@@ -21,7 +21,7 @@ from dreamer.bench.alone import spaces_of
 from dreamer.bench.measuring import Report, Rows, figure, take_turns
 from dreamer.config import Config
 from dreamer.replay import Replay
-from dreamer.run.setup import make_agent
+from dreamer.run.factories import make_agent
 from dreamer.types import Field, replay_fields
 
 STORAGES = ("host", "disk")

@@ -19,13 +19,13 @@ import numpy as np
 from dreamer import kernels
 from dreamer.agent import Agent, seed_key
 from dreamer.bench.alone import PolicyAlone, spaces_of
-from dreamer.bench.cost import flops
+from dreamer.bench.jaxpr_cost import flops
 from dreamer.bench.measuring import Report, Rows, figure, milliseconds, take_turns
 from dreamer.config import Config
 from dreamer.presets import load_config
 from dreamer.run.devices import choose_device, compute_dtype, reuse_freed_memory
+from dreamer.run.factories import make_agent
 from dreamer.run.seeds import MappedAgent
-from dreamer.run.setup import make_agent
 from dreamer.types import Space, Spaces, replay_fields
 
 #: Observation and action spaces of the benchmark.

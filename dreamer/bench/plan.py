@@ -12,8 +12,8 @@ from rich import box
 from rich.text import Text
 
 from dreamer.agent import Agent
-from dreamer.bench.cost import tree_bytes
-from dreamer.bench.update_cost import Outlook, Pace, Say, Update, format_flops, free_bytes, look
+from dreamer.bench.jaxpr_cost import tree_bytes
+from dreamer.bench.update_estimate import Estimate, Pace, Say, TracedUpdate, estimate_update, format_flops, free_bytes
 from dreamer.config import Config
 from dreamer.contradictions import filling_steps
 from dreamer.data.preload import find_preload, task_spaces
@@ -21,8 +21,8 @@ from dreamer.envs import frames_per_step
 from dreamer.records.display import format_bytes, format_count, format_duration
 from dreamer.replay import budget, bytes_per_step, choose_storage
 from dreamer.run.devices import choose_device, keep_compiled_programs, reuse_freed_memory
+from dreamer.run.factories import free_device_bytes, make_agent, module_sizes, replay_capacity, resolve_logdir
 from dreamer.run.schedule import UpdateSchedule
-from dreamer.run.setup import free_device_bytes, make_agent, module_sizes, replay_capacity, resolve_logdir
 from dreamer.terminal import Console, Table
 from dreamer.types import replay_fields
 
@@ -76,7 +76,7 @@ def replay_figures(config: Config, agent: Agent, preloaded: int, device: jax.Dev
     ]
 
 
-def state_figures(config: Config, update: Update) -> list[Figure]:
+def state_figures(config: Config, update: TracedUpdate) -> list[Figure]:
     """Parameters, and what checkpoints of the training state take on disk."""
     modules = module_sizes(update.state["params"])
     parameters = sum(modules.values())
@@ -124,21 +124,21 @@ def hours(whole: Schedule, pace: Pace, shared: bool) -> float:
 
 
 def update_figures(
-    config: Config, update: Update, whole: Schedule, outlook: Outlook, device: jax.Device
+    config: Config, update: TracedUpdate, whole: Schedule, estimate: Estimate, device: jax.Device
 ) -> list[Figure]:
     """Memory, operations, number and time of the updates."""
-    memory, pace, work, envs = outlook.memory, outlook.pace, update.flops, config.env.num_envs
+    memory, pace, work, envs = estimate.memory, estimate.pace, update.flops, config.env.num_envs
     shared, free = device.platform == "cpu", free_bytes(device)
     joined = "added up, since they share the cores" if shared else "environments beside updates"
-    end, least = hours(whole, pace, shared), "at least " if outlook.lowest else ""
+    end, least = hours(whole, pace, shared), "at least " if estimate.lowest else ""
     sizes = dataclasses.asdict(memory)
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in sizes.items())
-    policy = "" if outlook.lowest else f"policy {_seconds(pace.policy)}, "
+    policy = "" if estimate.lowest else f"policy {_seconds(pace.policy)}, "
     return [
         Figure(
             f"memory of {update.count} updates" if update.count > 1 else "memory of an update",
             f"{format_bytes(memory.total)} of {format_bytes(free)} free ({parts}), {update.agent.dtype.name}",
-            outlook.memory_how,
+            estimate.memory_how,
             {"device_bytes": memory.total, **{f"{name}_bytes": size for name, size in sizes.items()}},
             memory.total > free,
         ),
@@ -158,7 +158,7 @@ def update_figures(
             "speed",
             f"{_counted(envs, 'environment')} {_seconds(pace.envs)} a step, {policy}"
             f"an update {least}{_seconds(pace.update)}",
-            outlook.pace_how,
+            estimate.pace_how,
             {"envs_seconds": pace.envs, "policy_seconds": pace.policy, "update_seconds": pace.update},
         ),
         Figure(
@@ -185,8 +185,8 @@ def make_plan(config: Config, seconds: float | None = TRIAL_SECONDS, say: Say = 
     agent = make_agent(config, observations, actions)
     found = find_preload(config, observations, actions)
     preloaded = found.room(config.env.num_envs) if found else 0
-    update, whole = Update(config, agent), schedule(config, preloaded)
-    outlook = look(config, update, device, seconds, say)
+    update, whole = TracedUpdate(config, agent), schedule(config, preloaded)
+    estimate = estimate_update(config, update, device, seconds, say)
     steps = config.run.agent_steps
     frames = steps * frames_per_step(config.task, config.env)
     envs = _counted(config.env.num_envs, "environment")
@@ -197,7 +197,7 @@ def make_plan(config: Config, seconds: float | None = TRIAL_SECONDS, say: Say = 
         Figure("task", task, "the configuration", {"agent_steps": steps, "env_frames": frames}),
         *state_figures(config, update),
         *replay_figures(config, agent, preloaded, device),
-        *update_figures(config, update, whole, outlook, device),
+        *update_figures(config, update, whole, estimate, device),
     ]
 
 
@@ -212,7 +212,7 @@ def table(lines: list[Figure]) -> Table:
     return shown
 
 
-def plan_command(config: Config) -> int:
+def print_plan(config: Config) -> int:
     """Prints the plan of a run. Exit code 0, also where the run cannot work: then its lines say so."""
     reuse_freed_memory()
     keep_compiled_programs()

@@ -52,6 +52,6 @@ def run(arguments: Sequence[str]) -> int:
     if config.run.platform == "cpu":
         hide_accelerators()
 
-    from dreamer.run.collect_episodes import collect_command
+    from dreamer.run.collect_episodes import collect_episodes
 
-    return collect_command(config, given.out, given.steps, policy)
+    return collect_episodes(config, given.out, given.steps, policy)

@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: Sequence[str]) -> int:
     given = parser().parse_args(arguments)
 
-    from dreamer.doctor.checkup import doctor_command
+    from dreamer.doctor.checkup import run_doctor
     from dreamer.doctor.findings import Request
 
-    return doctor_command(Request(given.logdir, given.platform), given.json)
+    return run_doctor(Request(given.logdir, given.platform), given.json)

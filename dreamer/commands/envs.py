@@ -43,7 +43,7 @@ def check(arguments: Sequence[str]) -> int:
     from dreamer.envs.audit import audit
     from dreamer.envs.audit_table import show
     from dreamer.envs.registry import make_env
-    from dreamer.run.setup import make_agent
+    from dreamer.run.factories import make_agent
 
     anywhere = dataclasses.replace(config, run=dataclasses.replace(config.run, platform="auto"))
     fits = functools.partial(make_agent, anywhere)

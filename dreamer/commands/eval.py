@@ -31,8 +31,6 @@ def run(arguments: Sequence[str]) -> int:
     if given.platform == "cpu":
         hide_accelerators()
 
-    from dreamer.run.evaluate import evaluate_command
+    from dreamer.run.evaluate import evaluate_run
 
-    return evaluate_command(
-        given.logdir, episodes=given.episodes, video=given.video, policy=given.policy, seed=given.seed
-    )
+    return evaluate_run(given.logdir, episodes=given.episodes, video=given.video, policy=given.policy, seed=given.seed)

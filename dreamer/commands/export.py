@@ -24,6 +24,6 @@ def run(arguments: Sequence[str]) -> int:
     given = parser().parse_args(arguments)
     hide_accelerators()
 
-    from dreamer.run.export_episodes import export_command
+    from dreamer.run.export_episodes import export_episodes
 
-    return export_command(given.logdir, given.out, given.unfinished)
+    return export_episodes(given.logdir, given.out, given.unfinished)

@@ -58,6 +58,6 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: Sequence[str]) -> int:
     given = parser().parse_args(arguments)
 
-    from dreamer.plot.request import Request, plot_command
+    from dreamer.plot.request import Request, plot_runs
 
-    return plot_command(Request(**vars(given)))
+    return plot_runs(Request(**vars(given)))

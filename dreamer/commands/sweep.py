@@ -35,6 +35,6 @@ def parser() -> argparse.ArgumentParser:
 def run(arguments: Sequence[str]) -> int:
     given = parser().parse_args(arguments)
 
-    from dreamer.sweeps.launch import Request, sweep_command
+    from dreamer.sweeps.launch import Request, run_sweep
 
-    return sweep_command(Request(**vars(given)))
+    return run_sweep(Request(**vars(given)))

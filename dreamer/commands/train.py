@@ -69,11 +69,11 @@ def run(arguments: Sequence[str]) -> int:
     if config.run.platform == "cpu":
         hide_accelerators()
     if PLAN in arguments:
-        from dreamer.bench.plan import plan_command
+        from dreamer.bench.plan import print_plan
 
         if config.logdir:
             check_folder(Path(config.logdir))
-        return plan_command(config)
+        return print_plan(config)
 
     from dreamer.records.meters import process_start
     from dreamer.run.training import train

@@ -69,7 +69,7 @@ def table(findings: Iterable[Finding]) -> Table:
     return shown
 
 
-def doctor_command(request: Request, as_json: bool) -> int:
+def run_doctor(request: Request, as_json: bool) -> int:
     """Examines this machine and prints what was found. Exit code 0: ok, perhaps with warnings; 1: something fails."""
     console = Console()
     with console.status("examining this machine ..."):

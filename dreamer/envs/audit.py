@@ -15,7 +15,7 @@ import numpy as np
 from dreamer.envs.audit_rules import Findings, Rules, Watch, told
 from dreamer.envs.faults import original
 from dreamer.envs.interface import Env, Restorable, TaskError, Transition, restorable
-from dreamer.envs.proof import choose, copied, difference, disproof, move
+from dreamer.envs.restore_check import choose, copied, difference, move, restore_failure
 from dreamer.envs.suites.gym import GymEnv
 from dreamer.envs.workers.fence import fenced
 from dreamer.types import ACTION_MASK, Spaces
@@ -244,7 +244,7 @@ def _why_no_state(make: Callable[[int], Env]) -> str:
             return "it says itself that it cannot"
     finally:
         _guarded(Findings(), env.close)
-    return disproof(make, bounded=False) or ""
+    return restore_failure(make, bounded=False) or ""
 
 
 def _innermost(env: Any) -> Any:

@@ -15,7 +15,15 @@ import gymnasium.spaces as gs
 import numpy as np
 
 from dreamer.envs.interface import TaskError, TransitionError, shown
-from dreamer.envs.returned import MisfitError, as_classes, as_mask, as_pixels, as_vector, check_no_picture, misshapen
+from dreamer.envs.return_values import (
+    MisfitError,
+    as_classes,
+    as_mask,
+    as_pixels,
+    as_vector,
+    check_no_picture,
+    misshapen,
+)
 from dreamer.types import ACTION_MASK, Space
 
 #: Bounds this large mean "unbounded": rescaling [-1, 1] to them would be senseless.

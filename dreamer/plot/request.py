@@ -131,7 +131,7 @@ def write(found: Comparison, request: Request) -> list[Path]:
     return [*pictures, table]
 
 
-def plot_command(request: Request) -> int:
+def plot_runs(request: Request) -> int:
     """Plots, prints the table and the paths; on stderr, what could not be read. PathError if the files cannot be
     written."""
     for path in outputs(request):

@@ -148,7 +148,7 @@ def process_start() -> float:
     return psutil.Process().create_time()
 
 
-class Startup:
+class StartupTimer:
     """Parts one after another: `mark` books the time since the mark before."""
 
     def __init__(self, begun: float | None = None, clock: Callable[[], float] = time.time) -> None:

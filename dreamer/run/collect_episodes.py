@@ -18,8 +18,8 @@ from dreamer.presets import ConfigError
 from dreamer.replay.episodes import EpisodeCutter
 from dreamer.run.collector import Collector
 from dreamer.run.export_episodes import new_writer, written
+from dreamer.run.factories import check_spaces_as_trained
 from dreamer.run.loaded_agent import load_agent
-from dreamer.run.setup import check_spaces_as_trained
 from dreamer.run.signals import StopRequest
 from dreamer.terminal import Console
 from dreamer.types import ACTION_MASK, TRANSITION_FIELDS, masks_actions, visible
@@ -30,7 +30,7 @@ RANDOM_STREAM = 0x7A9D0
 _FEWEST = 2
 
 
-def collect_command(config: Config, out: Path | str, steps: int, policy: str, console: Console | None = None) -> int:
+def collect_episodes(config: Config, out: Path | str, steps: int, policy: str, console: Console | None = None) -> int:
     """Play `config.env.num_envs` environments for `steps` agent steps in all, and write the episodes into `out`.
 
     steps   Counted as in training, over all environments, rounded up to a multiple of their number.

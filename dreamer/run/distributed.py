@@ -19,7 +19,7 @@ from dreamer.config import Config, LogConfig, RunConfig
 from dreamer.envs.vector import MakeEnv
 from dreamer.presets import ConfigError
 from dreamer.records.display import Display
-from dreamer.records.meters import Startup
+from dreamer.records.meters import StartupTimer
 from dreamer.run.devices import DeviceError
 from dreamer.run.loop import Run
 from dreamer.run.nonfinite import NonFiniteActionError, NonFiniteError
@@ -147,7 +147,7 @@ class SharedRun(Run):
     """This process's part of a run; config: see `own_part`."""
 
     def __init__(
-        self, config: Config, make_env: MakeEnv | None, console: Console, startup: Startup | None = None
+        self, config: Config, make_env: MakeEnv | None, console: Console, startup: StartupTimer | None = None
     ) -> None:
         quiet = None if jax.process_index() == 0 else Display(config.task, 0, False, Console(quiet=True))
         step = common_step(config.logdir)

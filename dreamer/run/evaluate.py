@@ -20,8 +20,8 @@ from dreamer.process import unfailing_output
 from dreamer.records.display import Evaluation, evaluation_table
 from dreamer.records.video import save_gif
 from dreamer.run.collector import Collector, Episode, run_episodes
+from dreamer.run.factories import check_spaces_as_trained, evaluation_envs, is_listed
 from dreamer.run.loaded_agent import load_agent
-from dreamer.run.setup import check_spaces_as_trained, evaluation_envs, is_listed
 from dreamer.terminal import Console
 
 
@@ -90,7 +90,7 @@ def as_evaluation(config: Config, scores: list[float], logs: Sequence[Mapping[st
 
 
 @unfailing_output()
-def evaluate_command(
+def evaluate_run(
     logdir: Path | str,
     episodes: int,
     video: Path | str | None = None,
@@ -108,7 +108,7 @@ def evaluate_command(
     if make_env is None and not is_listed(config.task):
         raise TaskError(
             f"the run in {logdir} was trained with an environment function of its own (task {config.task!r}); play it "
-            f"from Python: dreamer.run.evaluate.evaluate_command({str(logdir)!r}, {episodes}, make_env=FUNCTION)"
+            f"from Python: dreamer.run.evaluate.evaluate_run({str(logdir)!r}, {episodes}, make_env=FUNCTION)"
         )
     agent, params, key = load_agent(config)
     if seed is not None:

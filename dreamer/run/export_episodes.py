@@ -12,7 +12,7 @@ from dreamer.paths import absolute, make_folder
 from dreamer.presets import ConfigError
 from dreamer.replay import Replay, ReplayError, Selection
 from dreamer.replay.episodes import Episode, EpisodeCutter, EpisodeWriter
-from dreamer.run.setup import spaces_from_json
+from dreamer.run.factories import spaces_from_json
 from dreamer.saves.checkpoint import Checkpointer, CheckpointError
 from dreamer.terminal import Console
 from dreamer.types import Field, replay_fields
@@ -21,7 +21,7 @@ from dreamer.types import Field, replay_fields
 _ROWS = 256
 
 
-def export_command(
+def export_episodes(
     logdir: Path | str, out: Path | str, unfinished: bool = False, console: Console | None = None
 ) -> int:
     """Write the episodes that the replay of `logdir`'s newest intact checkpoint holds into the folder `out`.

@@ -18,9 +18,9 @@ from gymnasium.vector import VectorEnv
 from dreamer import agent as core
 from dreamer.config import Config
 from dreamer.presets import run_config, runs_inside
+from dreamer.run.adapters import Adapter, EnvAdapter, NamedAdapter, read_batch, read_observation, stack
 from dreamer.run.devices import find_devices
-from dreamer.run.door import Door, EnvDoor, NamedDoor, look, look_at_all, stack
-from dreamer.run.setup import make_agent, spaces_from_json
+from dreamer.run.factories import make_agent, spaces_from_json
 from dreamer.saves.checkpoint import Checkpointer, CheckpointError
 from dreamer.saves.weights import load_params
 from dreamer.types import visible
@@ -72,7 +72,7 @@ class Agent:
         """env: see `load`. sample: draw actions and latents instead of taking the most likely ones."""
         self._agent, self._params = agent, params
         spaces = visible(agent.observations)
-        self._door: Door = NamedDoor(spaces) if env is None else EnvDoor(env, spaces, agent.actions)
+        self._adapter: Adapter = NamedAdapter(spaces) if env is None else EnvAdapter(env, spaces, agent.actions)
         self._key = jax.jit(lambda n: core.stream_key(key, "eval", n)) if sample else None
         self._count = 0
         self._process, self._lock = os.getpid(), threading.Lock()
@@ -117,7 +117,7 @@ class Agent:
             raise ValueError(
                 f"expected first to be True or False, got {type(first).__name__}; pass the observation alone"
             )
-        return self._choose([look(self._door, observation)], np.array([first]))[0]
+        return self._choose([read_observation(self._adapter, observation)], np.array([first]))[0]
 
     def act_batch(self, observations: Any, first: Any = None) -> Any:
         """The actions for one observation of each of N environments, chosen at once.
@@ -132,7 +132,7 @@ class Agent:
         concerns a single environment names its index. An `action_mask` may forbid everything, as in a final
         observation, whose action nobody executes; then any may come.
         """
-        seen, stacked = look_at_all(self._door, observations)
+        seen, stacked = read_batch(self._adapter, observations)
         begins = np.zeros(len(seen), bool) if first is None else _mask("first", first, len(seen))
         actions = self._choose(seen, begins)
         return stack(actions) if stacked else actions
@@ -155,7 +155,7 @@ class Agent:
             self._carry, answer, _ = self._agent.policy(self._params, carry, batch, key)
             self._count, self._first = self._count + 1, np.zeros(len(seen), bool)
             actions = jax.device_get(answer)
-        return [self._door.done({k: v[i] for k, v in actions.items()}) for i in range(len(seen))]
+        return [self._adapter.from_agent({k: v[i] for k, v in actions.items()}) for i in range(len(seen))]
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

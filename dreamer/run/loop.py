@@ -18,8 +18,8 @@ from dreamer.paths import brief
 from dreamer.records.display import Display, evaluation_table
 from dreamer.records.meters import Packed
 from dreamer.run.collector import Episode
+from dreamer.run.components import RunComponents
 from dreamer.run.evaluate import as_evaluation
-from dreamer.run.parts import RunParts
 from dreamer.run.reports import make_report
 from dreamer.run.schedule import Every
 from dreamer.run.shares import share
@@ -81,7 +81,7 @@ class Loop(abc.ABC):
         """What a person wants to see at the end, unless the run ended before."""
 
 
-class Run(RunParts, Loop):
+class Run(RunComponents, Loop):
     """One run: the loop over its parts."""
 
     def begin(self, stop: StopRequest) -> None:

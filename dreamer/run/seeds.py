@@ -24,7 +24,7 @@ from dreamer.config import Config
 from dreamer.envs.vector import MakeEnv
 from dreamer.paths import brief
 from dreamer.presets import CONFIG_FILE, save_config
-from dreamer.records.meters import Packed, Startup
+from dreamer.records.meters import Packed, StartupTimer
 from dreamer.run.loop import Loop, Run
 from dreamer.run.signals import StopRequest
 from dreamer.saves.checkpoint import Checkpointer, CheckpointError
@@ -113,7 +113,7 @@ class SeedRuns(Loop):
     """The loop over several runs that differ in their seed only."""
 
     def __init__(
-        self, config: Config, make_env: MakeEnv | None, console: Console, startup: Startup | None = None
+        self, config: Config, make_env: MakeEnv | None, console: Console, startup: StartupTimer | None = None
     ) -> None:
         configs = seed_configs(config)
         folders = [Path(one.logdir) for one in configs]

@@ -13,13 +13,13 @@ from dreamer.envs.vector import MakeEnv
 from dreamer.paths import brief
 from dreamer.presets import check_resume, stored_config
 from dreamer.process import unfailing_output
-from dreamer.records.meters import Startup
+from dreamer.records.meters import StartupTimer
 from dreamer.run.devices import find_devices, keep_compiled_programs, reuse_freed_memory
 from dreamer.run.distributed import SharedRun, join, own_part
+from dreamer.run.factories import name_own_task, prepare_logdir, resolve_logdir
 from dreamer.run.loop import Run
 from dreamer.run.nonfinite import NonFiniteError
 from dreamer.run.seeds import SeedRuns
-from dreamer.run.setup import name_own_task, prepare_logdir, resolve_logdir
 from dreamer.run.signals import StopRequest
 from dreamer.saves.lock import LogdirLock
 from dreamer.terminal import Console
@@ -40,7 +40,7 @@ def train(config: Config, make_env: MakeEnv | None = None, begun: float | None =
     0: reached the end or was asked to stop (a checkpoint is saved); 3: a loss or an action was not finite; 4:
     environments failed too often (a checkpoint is saved). PathError if the logdir cannot be one.
     """
-    startup = Startup(begun)
+    startup = StartupTimer(begun)
     startup.mark("imports")
     if config.logdir:
         prepare_logdir(Path(config.logdir))

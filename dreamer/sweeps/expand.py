@@ -16,14 +16,14 @@ from dreamer.config import Config
 from dreamer.envs.registry import check_task
 from dreamer.presets import Setting, Settings, build, fitted, settings_of
 from dreamer.schema import ConfigError
-from dreamer.sweeps.spec import MOST_RUNS, Drawn, Entry, Sweep
+from dreamer.sweeps.spec import MOST_RUNS, Drawn, Sweep, Variant
 
 #: Bytes of a name in most file systems.
 _LONGEST_NAME = 255
 
 
 @dataclasses.dataclass(frozen=True)
-class Planned:
+class PlannedRun:
     """A run to be. name: of its folder, and its own within the sweep."""
 
     name: str
@@ -40,12 +40,12 @@ def draw(drawn: Drawn, index: int) -> dict[str, Any]:
     return {name: d.distribution.draw(generator, d.values) for name, d in drawn.draws.items()}
 
 
-def drawn_entry(drawn: Drawn, label: str, values: Mapping[str, Any]) -> Entry:
+def drawn_variant(drawn: Drawn, label: str, values: Mapping[str, Any]) -> Variant:
     """These values as something that sets runs apart."""
-    return Entry(label, (), {name: fitted(name, value, drawn.draws[name].where) for name, value in values.items()})
+    return Variant(label, (), {name: fitted(name, value, drawn.draws[name].where) for name, value in values.items()})
 
 
-def combinations(sweep: Sweep) -> Iterator[tuple[Entry, ...]]:
+def combinations(sweep: Sweep) -> Iterator[tuple[Variant, ...]]:
     """Every combination of named runs, grid, list and random draws; ConfigError if they are too many runs."""
     axes = [axis for axis in (sweep.named, *sweep.grid, sweep.items) if axis]
     counts = [*map(len, axes), *([sweep.random.count] if sweep.random else []), len(sweep.seeds)]
@@ -57,7 +57,7 @@ def combinations(sweep: Sweep) -> Iterator[tuple[Entry, ...]]:
     if sweep.random:
         width = max(2, len(str(sweep.random.count - 1)))
         entries = (
-            drawn_entry(sweep.random, f"draw{i:0{width}}", draw(sweep.random, i)) for i in range(sweep.random.count)
+            drawn_variant(sweep.random, f"draw{i:0{width}}", draw(sweep.random, i)) for i in range(sweep.random.count)
         )
         axes.append(tuple(entries))
     return itertools.product(*axes)
@@ -67,9 +67,9 @@ def combinations(sweep: Sweep) -> Iterator[tuple[Entry, ...]]:
 Presets = dict[tuple[Setting, ...], Settings]
 
 
-def planned(
-    sweep: Sweep, entries: tuple[Entry, ...], seed: int, folder: Path, presets: Presets | None = None
-) -> Planned:
+def plan_run(
+    sweep: Sweep, entries: tuple[Variant, ...], seed: int, folder: Path, presets: Presets | None = None
+) -> PlannedRun:
     """One run, its configuration checked; ConfigError with the line of the file, or the run's name.
 
     presets: those that were read before.
@@ -98,14 +98,14 @@ def planned(
         raise ConfigError(
             str(error) if str(error).startswith(str(sweep.path)) else f"{sweep.path}: run {name}: {error}"
         ) from None
-    return Planned(name, config)
+    return PlannedRun(name, config)
 
 
-def expand(sweep: Sweep, folder: Path) -> list[Planned]:
+def expand(sweep: Sweep, folder: Path) -> list[PlannedRun]:
     """All runs of a sweep without search, the first seed of each before the second of any; each is checked."""
     every = list(combinations(sweep))
     presets: Presets = {}
-    runs = [planned(sweep, entries, seed, folder, presets) for seed in sweep.seeds for entries in every]
+    runs = [plan_run(sweep, entries, seed, folder, presets) for seed in sweep.seeds for entries in every]
     names: dict[str, str] = {}
     for run in runs:
         plain = run.name.casefold()  # disks that know no capitals would take them for one folder
@@ -117,7 +117,7 @@ def expand(sweep: Sweep, folder: Path) -> list[Planned]:
     return runs
 
 
-def check_tasks(runs: list[Planned]) -> None:
+def check_tasks(runs: list[PlannedRun]) -> None:
     """TaskError if a run names a task that does not exist."""
     for task in dict.fromkeys(run.config.task for run in runs):
         check_task(task)

@@ -14,12 +14,12 @@ from dreamer.presets import check_resume, stored_config
 from dreamer.run.signals import StopRequest
 from dreamer.saves.lock import LogdirLock
 from dreamer.schema import ConfigError
-from dreamer.sweeps.expand import Planned, expand
-from dreamer.sweeps.file import find_sweep, load_sweep
+from dreamer.sweeps.expand import PlannedRun, expand
 from dreamer.sweeps.local import TRAIN, LocalBackend, found_devices, slots
 from dreamer.sweeps.progress import FAILED
-from dreamer.sweeps.scheduler import Backend, Entry, Scheduler
+from dreamer.sweeps.scheduler import Backend, RunEntry, Scheduler
 from dreamer.sweeps.spec import Sweep
+from dreamer.sweeps.spec_file import find_sweep, load_sweep
 from dreamer.sweeps.views import SweepDisplay, counts, write_report
 from dreamer.terminal import Console
 
@@ -46,7 +46,7 @@ class Request:
     report: bool = False
 
 
-def sweep_command(request: Request, program: Sequence[str] = TRAIN, poll_seconds: float = 1.0) -> int:
+def run_sweep(request: Request, program: Sequence[str] = TRAIN, poll_seconds: float = 1.0) -> int:
     """Runs, or goes on with, a sweep. 0: all its runs are over, or it was asked to stop; 5: some runs failed.
 
     program: what trains, in place of `dreamer train`, with its arguments.
@@ -63,13 +63,13 @@ def sweep_command(request: Request, program: Sequence[str] = TRAIN, poll_seconds
     for run in runs:
         check_stored(run)
     if request.dry_run:
-        from dreamer.sweeps.estimate import dry_run
+        from dreamer.sweeps.dry_run import print_dry_run
 
         check_folder(folder)
-        return dry_run(sweep, runs, at_once(request, runs), console)
+        return print_dry_run(sweep, runs, at_once(request, runs), console)
     make_folder(folder)
     with LogdirLock(folder), StopRequest() as stop:
-        entries = [Entry(run) for run in runs] if source is None else source.begun()
+        entries = [RunEntry(run) for run in runs] if source is None else source.begun()
         if request.report:
             return tell(sweep, folder, entries, console)
         backend = make_backend(sweep, folder, request, runs, program)
@@ -86,26 +86,28 @@ def sweep_command(request: Request, program: Sequence[str] = TRAIN, poll_seconds
         return tell(sweep, folder, scheduler.entries, console)
 
 
-def check_stored(run: Planned) -> None:
+def check_stored(run: PlannedRun) -> None:
     """ConfigError if the folder holds a run of other options."""
     stored = stored_config(run.folder)
     if stored is not None:
         check_resume(stored, run.config)
 
 
-def local_slots(request: Request, runs: list[Planned]) -> list[dict[str, str]]:
+def local_slots(request: Request, runs: list[PlannedRun]) -> list[dict[str, str]]:
     """For each run at once, its settings of the environment."""
     platforms = {run.config.run.platform for run in runs}
     devices = [] if platforms == {"cpu"} else found_devices() if request.devices is None else request.devices
     return slots(request.jobs, devices)
 
 
-def at_once(request: Request, runs: list[Planned]) -> int:
+def at_once(request: Request, runs: list[PlannedRun]) -> int:
     """Runs at once: as many as there are devices on this machine, all of them on a cluster."""
     return len(local_slots(request, runs)) if request.backend == "local" else request.jobs or max(1, len(runs))
 
 
-def make_backend(sweep: Sweep, folder: Path, request: Request, runs: list[Planned], program: Sequence[str]) -> Backend:
+def make_backend(
+    sweep: Sweep, folder: Path, request: Request, runs: list[PlannedRun], program: Sequence[str]
+) -> Backend:
     """Where the runs go."""
     if request.backend == "local":
         return LocalBackend(local_slots(request, runs), program)
@@ -121,7 +123,7 @@ def make_backend(sweep: Sweep, folder: Path, request: Request, runs: list[Planne
     return SlurmBackend(wanted, sweep.slurm, folder / "slurm", program)
 
 
-def tell(sweep: Sweep, folder: Path, entries: list[Entry], console: Console) -> int:
+def tell(sweep: Sweep, folder: Path, entries: list[RunEntry], console: Console) -> int:
     """Writes and prints the report; the exit code."""
     text, paths = write_report(sweep.name, folder, entries)
     console.print(Text(text))

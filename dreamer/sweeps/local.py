@@ -22,7 +22,7 @@ from dreamer.presets import save_config
 from dreamer.process import STOP_SIGNALS
 from dreamer.saves.lock import LogdirInUseError, LogdirLock
 from dreamer.schema import ConfigError
-from dreamer.sweeps.expand import Planned
+from dreamer.sweeps.expand import PlannedRun
 from dreamer.sweeps.progress import CONFIG_FILE, LOG_FILE
 
 #: Share of a device's memory that runs on it take together, where there are several.
@@ -58,7 +58,7 @@ def slots(jobs: int | None, devices: Sequence[str]) -> list[dict[str, str]]:
     return dealt
 
 
-def command(run: Planned, program: Sequence[str] = TRAIN) -> list[str]:
+def command(run: PlannedRun, program: Sequence[str] = TRAIN) -> list[str]:
     """Writes the configuration of a run into its folder; the words that start or resume it."""
     run.folder.mkdir(parents=True, exist_ok=True)
     path = run.folder / CONFIG_FILE
@@ -111,7 +111,7 @@ class LocalBackend:
         self._settings, self._program = settings, program
         self.slots = len(settings)
 
-    def start(self, run: Planned, slot: int) -> LocalJob:
+    def start(self, run: PlannedRun, slot: int) -> LocalJob:
         return LocalJob(command(run, self._program), self._settings[slot], run.folder / LOG_FILE)
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from dreamer.paths import working_folder
 from dreamer.schema import ConfigError
-from dreamer.sweeps.expand import Planned
+from dreamer.sweeps.expand import PlannedRun
 from dreamer.sweeps.local import MEMORY_SHARE, STOP_FILE, command
 from dreamer.sweeps.spec import RayTask
 
@@ -71,7 +71,7 @@ class RayBackend:
         task = on_a_machine(str(working_folder()))
         self._task = ray.remote(num_cpus=asked.num_cpus, num_gpus=gpus, max_retries=0)(task)
 
-    def start(self, run: Planned, slot: int) -> RayJob:
+    def start(self, run: PlannedRun, slot: int) -> RayJob:
         words, folder = command(run, self._program), run.folder.absolute()
         (folder / STOP_FILE).unlink(missing_ok=True)
         return RayJob(self._ray, self._task.remote(words, folder, self._settings), folder)

@@ -10,7 +10,7 @@ from typing import Any
 
 from dreamer.paths import safe_path
 from dreamer.schema import ConfigError
-from dreamer.sweeps.expand import Planned
+from dreamer.sweeps.expand import PlannedRun
 from dreamer.sweeps.local import STOP_FILE, command, run_program
 
 #: What a job that ended without an exit code gives: it was cancelled, or its machine was lost.
@@ -61,7 +61,7 @@ class SlurmBackend:
             raise ConfigError(f"slurm: {error}") from None
         self._program, self.slots = program, jobs
 
-    def start(self, run: Planned, slot: int) -> SlurmJob:
+    def start(self, run: PlannedRun, slot: int) -> SlurmJob:
         words, folder = command(run, self._program), run.folder.absolute()
         (folder / STOP_FILE).unlink(missing_ok=True)
         with safe_path():  # for what submitit starts here

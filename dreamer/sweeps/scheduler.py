@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from dreamer.run.signals import StopRequest
-from dreamer.sweeps.expand import Planned
+from dreamer.sweeps.expand import PlannedRun
 from dreamer.sweeps.local import AdoptedJob, in_use
 from dreamer.sweeps.progress import (
     FAILED,
@@ -53,16 +53,16 @@ class Backend(Protocol):
 
     slots: int
 
-    def start(self, run: Planned, slot: int) -> Job: ...
+    def start(self, run: PlannedRun, slot: int) -> Job: ...
 
     def close(self) -> None: ...
 
 
-class Entry:
+class RunEntry:
     """A run in a sweep. not_before: by the scheduler's clock. asked: what it was asked to stop for, HOPELESS or
     WAITING (the whole sweep stops)."""
 
-    def __init__(self, run: Planned) -> None:
+    def __init__(self, run: PlannedRun) -> None:
         self.run = run
         self.state: RunState = load_state(run.folder)
         self.progress = Progress(run.folder, run.config.run.seeds)
@@ -99,17 +99,17 @@ class Source(Protocol):
     """Where runs come from. `next`: another run, or None while there is none; it is asked whenever a slot is free.
     `told`: a run is over."""
 
-    def next(self) -> Entry | None: ...
+    def next(self) -> RunEntry | None: ...
 
-    def told(self, entry: Entry) -> None: ...
+    def told(self, entry: RunEntry) -> None: ...
 
 
 class Watcher(Protocol):
     """Who shows a sweep to people."""
 
-    def event(self, entry: Entry, text: str) -> None: ...
+    def event(self, entry: RunEntry, text: str) -> None: ...
 
-    def update(self, entries: list[Entry], now: float) -> None: ...
+    def update(self, entries: list[RunEntry], now: float) -> None: ...
 
 
 @dataclasses.dataclass
@@ -126,7 +126,7 @@ class Scheduler:
     def __init__(
         self,
         sweep: Sweep,
-        entries: Iterable[Entry],
+        entries: Iterable[RunEntry],
         backend: Backend,
         watcher: Watcher,
         source: Source | None = None,
@@ -139,7 +139,7 @@ class Scheduler:
         for entry in self.entries:
             self.take_up(entry)
 
-    def take_up(self, entry: Entry) -> None:
+    def take_up(self, entry: RunEntry) -> None:
         """What an earlier command left of a run: over if it reached its end; failed runs get another chance."""
         state = entry.state
         longer = entry.progress.agent_steps < entry.length
@@ -170,10 +170,10 @@ class Scheduler:
                 entry.job.kill()
                 self._ended(entry, WAITING)
 
-    def _running(self) -> list[Entry]:
+    def _running(self) -> list[RunEntry]:
         return [entry for entry in self.entries if entry.job is not None]
 
-    def _waiting(self) -> list[Entry]:
+    def _waiting(self) -> list[RunEntry]:
         return [entry for entry in self.entries if entry.job is None and not entry.over]
 
     # --- Starting -------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ class Scheduler:
                     continue
             self._begin(entry, now)
 
-    def _begin(self, entry: Entry, now: float) -> None:
+    def _begin(self, entry: RunEntry, now: float) -> None:
         entry.slot, entry.began, entry.asked = self._free.pop(0), now, None
         entry.state.status = RUNNING
         entry.state.starts += 1
@@ -213,7 +213,7 @@ class Scheduler:
             if code is not None:
                 self._judge(entry, code)
 
-    def _judge(self, entry: Entry, code: int) -> None:
+    def _judge(self, entry: RunEntry, code: int) -> None:
         """What the end of a run means."""
         reached = entry.progress.agent_steps >= entry.length
         further = entry.progress.agent_steps > entry.state.steps
@@ -237,7 +237,7 @@ class Scheduler:
             self._ended(entry, WAITING if again else FAILED, f"; again in {wait:g} s" if again else "")
             entry.not_before = self._clock.now() + wait
 
-    def _ended(self, entry: Entry, status: str, more: str = "") -> None:
+    def _ended(self, entry: RunEntry, status: str, more: str = "") -> None:
         state = entry.state
         state.seconds = entry.seconds(self._clock.now())
         state.status, state.steps = status, max(state.steps, entry.progress.agent_steps)
@@ -254,13 +254,13 @@ class Scheduler:
         if entry.over:
             self._tell(entry)
 
-    def _tell(self, entry: Entry) -> None:
+    def _tell(self, entry: RunEntry) -> None:
         if self._source is not None:
             self._source.told(entry)
 
     # --- Stopping -------------------------------------------------------------------------------
 
-    def _ask(self, entry: Entry, status: str) -> None:
+    def _ask(self, entry: RunEntry, status: str) -> None:
         assert entry.job is not None
         entry.asked = status
         entry.job.stop()
@@ -283,7 +283,7 @@ class Scheduler:
                 self._ask(entry, HOPELESS)
 
 
-def last_line(entry: Entry) -> str:
+def last_line(entry: RunEntry) -> str:
     """The last thing a run said."""
     try:
         with (entry.run.folder / LOG_FILE).open("rb") as file:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from dreamer.schema import ConfigError
-from dreamer.sweeps.expand import Planned, check_tasks, draw, drawn_entry, planned
+from dreamer.sweeps.expand import PlannedRun, check_tasks, draw, drawn_variant, plan_run
 from dreamer.sweeps.progress import FAILED
-from dreamer.sweeps.scheduler import Entry
+from dreamer.sweeps.scheduler import RunEntry
 from dreamer.sweeps.spec import Sweep
 from dreamer.sweeps.views import LAST
 
@@ -37,8 +37,8 @@ class Search:
         assert sweep.search is not None
         self._optuna = _optuna()
         self._sweep, self._folder, self._drawn = sweep, folder, sweep.search
-        self._queue: collections.deque[Entry] = collections.deque()
-        self._trials: dict[int, list[Entry]] = {}
+        self._queue: collections.deque[RunEntry] = collections.deque()
+        self._trials: dict[int, list[RunEntry]] = {}
         # One that the sampler may choose shows mistakes in the file before anything starts.
         check_tasks([self._plan(0, draw(self._drawn, 0), sweep.seeds[0])])
 
@@ -57,19 +57,19 @@ class Search:
         study.sampler = optuna.samplers.TPESampler(seed=(self._drawn.seed + len(study.trials)) % 2**32)
         return study
 
-    def _plan(self, number: int, values: Mapping[str, Any], seed: int) -> Planned:
-        return planned(self._sweep, (drawn_entry(self._drawn, f"trial{number:03d}", values),), seed, self._folder)
+    def _plan(self, number: int, values: Mapping[str, Any], seed: int) -> PlannedRun:
+        return plan_run(self._sweep, (drawn_variant(self._drawn, f"trial{number:03d}", values),), seed, self._folder)
 
-    def _entries(self, number: int, params: Mapping[str, Any]) -> list[Entry]:
+    def _entries(self, number: int, params: Mapping[str, Any]) -> list[RunEntry]:
         draws = self._drawn.draws
         values = {n: d.values[params[n]] if d.kind == "choice" else params[n] for n, d in draws.items()}
-        entries = [Entry(self._plan(number, values, seed)) for seed in self._sweep.seeds]
+        entries = [RunEntry(self._plan(number, values, seed)) for seed in self._sweep.seeds]
         self._trials[number] = entries
         return entries
 
-    def begun(self) -> list[Entry]:
+    def begun(self) -> list[RunEntry]:
         """The runs of all trials so far."""
-        found: list[Entry] = []
+        found: list[RunEntry] = []
         for trial in self._study.trials:
             found += self._entries(trial.number, self._params(trial))
             self._judge(trial.number)
@@ -84,7 +84,7 @@ class Search:
             f"than the file; give the old ones or another --logdir"
         )
 
-    def next(self) -> Entry | None:
+    def next(self) -> RunEntry | None:
         """The next run: of a trial that has begun, or of a new one."""
         if not self._queue:
             if len(self._study.trials) >= self._drawn.count:
@@ -93,7 +93,7 @@ class Search:
             self._queue += self._entries(trial.number, trial.params)
         return self._queue.popleft()
 
-    def told(self, entry: Entry) -> None:
+    def told(self, entry: RunEntry) -> None:
         """A run is over: once all of its trial are, the search learns their score."""
         for number, entries in self._trials.items():
             if entry in entries:

@@ -59,7 +59,7 @@ class RayTask:
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class Variant:
     """What sets some runs apart: presets and options. label: in their names."""
 
     label: str
@@ -114,9 +114,9 @@ class Sweep:
     name: Annotated[str, AfterValidator(_folder_name)]
     configs: tuple[Setting, ...] = ()
     settings: Settings = Field(default_factory=dict, alias="options")
-    named: tuple[Entry, ...] = Field((), alias="runs")
-    grid: tuple[tuple[Entry, ...], ...] = ()
-    items: tuple[Entry, ...] = Field((), alias="list")
+    named: tuple[Variant, ...] = Field((), alias="runs")
+    grid: tuple[tuple[Variant, ...], ...] = ()
+    items: tuple[Variant, ...] = Field((), alias="list")
     random: Drawn | None = None
     search: Trials | None = None
     seeds: Annotated[tuple[int, ...], BeforeValidator(_seeds)] = (0,)

@@ -17,7 +17,7 @@ from dreamer.plot.figure import as_table, markdown, number
 from dreamer.records.display import format_count, format_duration, format_number
 from dreamer.schema import ConfigError
 from dreamer.sweeps.progress import FAILED, FINISHED, HOPELESS, RUNNING, WAITING
-from dreamer.sweeps.scheduler import Entry
+from dreamer.sweeps.scheduler import RunEntry
 from dreamer.terminal import Console, Table, can_redraw
 
 _LINE_SECONDS = 60.0
@@ -28,7 +28,7 @@ _ORDER = {RUNNING: 0, FAILED: 1, FINISHED: 2, HOPELESS: 3, WAITING: 4}
 _BESIDE = 8
 
 
-def counts(entries: list[Entry]) -> str:
+def counts(entries: list[RunEntry]) -> str:
     """`3 finished, 2 running, 5 waiting`."""
     found = collections.Counter(entry.state.status for entry in entries)
     return ", ".join(
@@ -36,7 +36,7 @@ def counts(entries: list[Entry]) -> str:
     )
 
 
-def time_left(entries: list[Entry], slots: int) -> float | None:
+def time_left(entries: list[RunEntry], slots: int) -> float | None:
     """Seconds until all runs are over, as those that run and ran let one guess: their seconds per agent step, `slots`
     at once. None: nothing to go by."""
     running = [(entry, left) for entry in entries if (left := entry.left()) is not None]
@@ -70,11 +70,11 @@ class SweepDisplay:
         if self._live is not None:
             self._live.stop()
 
-    def event(self, entry: Entry, text: str) -> None:
+    def event(self, entry: RunEntry, text: str) -> None:
         """Something happened to a run; stays above the table."""
         self.console.print(Text(f"{time.strftime('%H:%M:%S')}  {entry.run.name}: {text}"))
 
-    def update(self, entries: list[Entry], now: float) -> None:
+    def update(self, entries: list[RunEntry], now: float) -> None:
         if self._live is not None:
             room = max(4, self.console.height - _BESIDE)
             self._live.update(self._table(entries, now, room), refresh=True)
@@ -82,11 +82,11 @@ class SweepDisplay:
             self._shown = now
             self.console.print(Text(f"{self._name}: {self._summary(entries)}"))
 
-    def _summary(self, entries: list[Entry]) -> str:
+    def _summary(self, entries: list[RunEntry]) -> str:
         left = time_left(entries, self._slots)
         return counts(entries) + (f"; about {format_duration(left)} left" if left else "")
 
-    def _table(self, entries: list[Entry], now: float, room: int) -> Table:
+    def _table(self, entries: list[RunEntry], now: float, room: int) -> Table:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=self._name)
         table.add_column("run", overflow="ellipsis", no_wrap=True, ratio=1)
         table.add_column("state", no_wrap=True)
@@ -101,7 +101,7 @@ class SweepDisplay:
         table.caption_justify = "left"
         return table
 
-    def _cells(self, entry: Entry, now: float) -> list[Text | str]:
+    def _cells(self, entry: RunEntry, now: float) -> list[Text | str]:
         progress, status = entry.progress, entry.state.status
         state = Text(status, _STYLES[status])
         if entry.job is not None:
@@ -129,7 +129,7 @@ REPORT = "report"
 LAST = 0.1
 
 
-def runs_table(entries: Sequence[Entry]) -> str:
+def runs_table(entries: Sequence[RunEntry]) -> str:
     """Markdown: one row per run."""
     rows = []
     for entry in entries:
@@ -160,7 +160,7 @@ def comparison(folder: Path, runs: Sequence[str]) -> tuple[str, list[str], list[
     return text, [f"![Learning curves]({REPORT}.png)"], request.write(found, asked)
 
 
-def write_report(name: str, folder: Path, entries: list[Entry]) -> tuple[str, list[Path]]:
+def write_report(name: str, folder: Path, entries: list[RunEntry]) -> tuple[str, list[Path]]:
     """Writes report.md, and report.png and report.svg where matplotlib is installed; returns the text and the paths.
 
     Runs without an episode are in the first table only.

@@ -14,20 +14,20 @@ from learner_data import CHEAP
 from tiny_runs import tiny_config
 
 from dreamer import cli, compiler
-from dreamer.bench import plan, update_cost
-from dreamer.bench.update_cost import Memory, Outlook, Pace, Update, why_not
+from dreamer.bench import plan, update_estimate
+from dreamer.bench.update_estimate import Estimate, Memory, Pace, TracedUpdate, why_not
 from dreamer.commands.train import train_config
 from dreamer.data.preload import task_spaces
 from dreamer.replay import Replay
 from dreamer.run.devices import choose_device
-from dreamer.run.setup import make_agent, make_replay
+from dreamer.run.factories import make_agent, make_replay
 from dreamer.terminal import Console
 
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch):
-    monkeypatch.setattr(update_cost, "_ENVS_SECONDS", 0.02)
-    monkeypatch.setattr(update_cost, "product_rate", lambda dtype, device: 1e9)
+    monkeypatch.setattr(update_estimate, "_ENVS_SECONDS", 0.02)
+    monkeypatch.setattr(update_estimate, "product_rate", lambda dtype, device: 1e9)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def agent():
 
 @pytest.fixture(scope="module")
 def update(agent):
-    return Update(tiny_config(), agent)
+    return TracedUpdate(tiny_config(), agent)
 
 
 def agent_of(config):
@@ -77,7 +77,7 @@ def test_counts_are_those_of_the_run(tmp_path):
 
 
 def test_memory_and_operations_grow_with_the_agents_trained_together(agent, update):
-    together = Update(tiny_config(run__seeds=3), agent)
+    together = TracedUpdate(tiny_config(run__seeds=3), agent)
     assert (together.agents, update.agents) == (3, 1)
     assert together.flops == pytest.approx(3 * update.flops, rel=0.1)
     given = together.estimated_memory().arguments
@@ -86,7 +86,7 @@ def test_memory_and_operations_grow_with_the_agents_trained_together(agent, upda
 
 def test_a_dispatch_of_several_updates(agent, update):
     config = tiny_config(run__updates_per_dispatch=4, env__num_envs=4, run__train_ratio=16)  # one a step
-    several = Update(config, agent)
+    several = TracedUpdate(config, agent)
     assert (several.count, update.count) == (4, 1)
     assert several.flops == pytest.approx(update.flops, rel=0.05)
 
@@ -114,7 +114,7 @@ def test_updates_are_those_of_the_loop(envs, batch, length, ratio, steps):
 
 
 def test_starts_of_a_real_replay_are_what_the_schedule_takes_them_for(agent):
-    replay = Replay(update_cost.replay_fields(*task_spaces(tiny_config()), agent.extras), 3, 300, 9, 0)
+    replay = Replay(update_estimate.replay_fields(*task_spaces(tiny_config()), agent.extras), 3, 300, 9, 0)
     step = {name: jax.numpy.zeros((3, *field.shape), field.dtype) for name, field in replay.fields.items()}
     filled = 0
     while replay.starts < 2 * 8:
@@ -135,7 +135,7 @@ def test_hours():
 
 def test_an_update_that_fits_is_compiled_and_tried(monkeypatch, update):
     config = tiny_config(run__agent_steps=100)
-    monkeypatch.setattr(update_cost, "product_rate", lambda dtype, device: 1e12)
+    monkeypatch.setattr(update_estimate, "product_rate", lambda dtype, device: 1e12)
     monkeypatch.setattr(compiler, "options", lambda target: CHEAP)
     found = figures(config, seconds=0.2)
     memory, speed = found["memory of an update"], found["speed"]
@@ -160,13 +160,13 @@ def test_when_an_update_is_tried(needed, free, seconds, said):
     assert said in why_not(needed, free, seconds) and bool(said) == bool(why_not(needed, free, seconds))
 
 
-def outlook(update):
-    return update_cost.look(tiny_config(), update, choose_device("cpu"), 30.0, lambda text: None)
+def estimate(update):
+    return update_estimate.estimate_update(tiny_config(), update, choose_device("cpu"), 30.0, lambda text: None)
 
 
 def test_an_update_that_would_take_too_long_is_reckoned(monkeypatch, update):
-    monkeypatch.setattr(update_cost, "product_rate", lambda dtype, device: 1e3)
-    found = outlook(update)
+    monkeypatch.setattr(update_estimate, "product_rate", lambda dtype, device: 1e3)
+    found = estimate(update)
     assert found.lowest and found.pace.update == update.flops / 1e3 and found.pace.envs > 0
     assert "one would take more than" in found.memory_how and "at the 1000 FLOP/s measured here" in found.pace_how
     config, whole = tiny_config(), plan.Schedule(10, 5)
@@ -178,9 +178,9 @@ def test_an_update_that_fails_is_reckoned_and_the_reason_told(monkeypatch, updat
     def fail(self):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nand more")
 
-    monkeypatch.setattr(Update, "compiled_memory", fail)
-    monkeypatch.setattr(update_cost, "product_rate", lambda dtype, device: 1e12)
-    found = outlook(update)
+    monkeypatch.setattr(TracedUpdate, "compiled_memory", fail)
+    monkeypatch.setattr(update_estimate, "product_rate", lambda dtype, device: 1e12)
+    found = estimate(update)
     assert found.lowest and found.memory_how.endswith("it failed here: RESOURCE_EXHAUSTED: Out of memory")
 
 
@@ -194,7 +194,7 @@ def test_what_does_not_fit_is_loud(agent, update, seeds):
     for more, loud in ((0, False), (7, True)):
         config = tiny_config(**long, replay__capacity=largest + more)
         assert plan.replay_figures(config, agent, 0, device)[1].loud == loud
-    huge = Outlook(Memory(10**15, 0, 0), "", Pace(1, 1, 1), "", lowest=True)
+    huge = Estimate(Memory(10**15, 0, 0), "", Pace(1, 1, 1), "", lowest=True)
     line, *_ = plan.update_figures(tiny_config(), update, plan.Schedule(1, 1), huge, device)
     assert line.loud and "1000.0 TB of" in line.text
 
@@ -212,9 +212,9 @@ def test_the_command_plans_and_does_not_train(monkeypatch, capsys):
 
 LARGE = """
 import json
-from dreamer.bench import plan, update_cost
+from dreamer.bench import plan, update_estimate
 from dreamer.presets import load_config
-update_cost._ENVS_SECONDS = 0.1
+update_estimate._ENVS_SECONDS = 0.1
 lines = plan.make_plan(load_config(["atari100k", "size200m"]), None)
 values = {line.name: dict(line.values) for line in lines}
 most = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -233,12 +233,12 @@ def test_a_plan_of_the_largest_preset_allocates_neither_replay_nor_update():
 
 MEASURE = """
 import ctypes, gc, json, sys
-from dreamer.bench.update_cost import Turn, Update, product_rate
+from dreamer.bench.update_estimate import TimedDispatch, TracedUpdate, product_rate
 from dreamer.bench.bench_update import random_batch
 from dreamer.presets import load_config
 from dreamer.run.devices import choose_device
 from dreamer.data.preload import task_spaces
-from dreamer.run.setup import make_agent
+from dreamer.run.factories import make_agent
 
 def resident(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
@@ -256,11 +256,11 @@ ctypes.CDLL(None).mallopt(mmap_threshold, 2**20)
 config = load_config(sys.argv[1:], {"run.platform": "cpu"})
 device = choose_device("cpu")
 agent = make_agent(config, *task_spaces(config))
-update = Update(config, agent)
+update = TracedUpdate(config, agent)
 memory, estimate = update.compiled_memory(), update.estimated_memory()
 agent.init(0), random_batch(agent, config), product_rate("float32", device, 0.1)  # their programs are compiled
 before = settled()
-turn = Turn(update._compiled, agent.init(0), random_batch(agent, config))
+turn = TimedDispatch(update._compiled, agent.init(0), random_batch(agent, config))
 arguments = settled() - before
 for _ in range(3):  # threads have their stacks then
     turn()

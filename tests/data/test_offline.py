@@ -28,7 +28,7 @@ from dreamer.presets import ConfigError
 from dreamer.replay import Replay
 from dreamer.replay.episodes import EpisodeFolder, EpisodeWriter
 from dreamer.run.collect_episodes import random_steps
-from dreamer.run.setup import replay_capacity
+from dreamer.run.factories import replay_capacity
 from dreamer.types import Space, replay_fields
 
 WON: Script = [(0.0, False, False), (0.5, False, False), (2.0, True, False)]

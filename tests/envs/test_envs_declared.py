@@ -17,7 +17,7 @@ from dreamer.env_config import EnvConfig
 from dreamer.envs import TaskError, make_vector_env, transition
 from dreamer.envs.checks import MOST_NUMBERS, check_spaces
 from dreamer.envs.interface import TransitionError
-from dreamer.envs.returned import as_pixels
+from dreamer.envs.return_values import as_pixels
 from dreamer.envs.spaces import flatten, observation_leaves
 from dreamer.types import TAKEN, Space
 

@@ -235,7 +235,7 @@ def test_what_cannot_be_put_back_is_known(make, words):
 
 
 def test_a_slow_one_counts_as_one_that_cannot(monkeypatch):
-    monkeypatch.setattr("dreamer.envs.proof.CPU_SECONDS", 0.1)
+    monkeypatch.setattr("dreamer.envs.restore_check.CPU_SECONDS", 0.1)
     env = gym_env(Slow)
     assert not restorable(env)
     assert "too slow" in env.why_not_restorable
@@ -243,14 +243,14 @@ def test_a_slow_one_counts_as_one_that_cannot(monkeypatch):
 
 def test_a_recipe_for_making_is_no_state():
     """Tried alone, the pickle of an EzPickle environment is found out."""
-    from dreamer.envs.proof import disproof
+    from dreamer.envs.restore_check import restore_failure
 
     def make(seed: int) -> GymEnv:
         env = gym_env(MadeAnew, seed)
         env.way = "pickle"
         return env
 
-    assert "another one" in (disproof(make) or "")
+    assert "another one" in (restore_failure(make) or "")
 
 
 def test_without_a_second_one_nothing_is_proven():
@@ -271,7 +271,7 @@ def test_the_proof_is_made_once_and_leaves_random_streams_alone():
     np.random.seed(0), random.seed(0)
     env.reset(), plain.reset()
     assert restorable(env) and restorable(gym_env(make))
-    # One for each of the two environments, two for the proof.
+    # One for each of the two environments, two for the check.
     assert len(made) == 4
     np.random.seed(0), random.seed(0)
     assert restorable(gym_env(lambda: Walk()))

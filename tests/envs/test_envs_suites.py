@@ -20,7 +20,7 @@ from waiting import alive, until
 from dreamer.env_config import EnvConfig
 from dreamer.envs import Env, TaskError, check_task, list_tasks, make_env, registry
 from dreamer.envs.interface import Restorable, Transition, restorable
-from dreamer.envs.proof import difference, disproof
+from dreamer.envs.restore_check import difference, restore_failure
 from dreamer.envs.suites.bsuite import EXPERIMENTS
 from dreamer.envs.suites.packages import part
 from dreamer.envs.suites.procgen import TIME_LIMITS
@@ -84,7 +84,7 @@ class Walk:
 
 
 def test_seeded_episodes_come_back_to_where_they_were():
-    assert disproof(lambda seed: SeededEpisodes(Walk(), seed)) is None
+    assert restore_failure(lambda seed: SeededEpisodes(Walk(), seed)) is None
 
 
 def test_seeded_episodes_differ_and_are_saved_before_the_first_one_too():
@@ -132,7 +132,7 @@ def test_bsuite_catch_as_its_rules_say():
 
 @pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if not name.startswith("mnist")])
 def test_bsuite_experiments_can_be_put_back(experiment):
-    assert disproof(maker(f"bsuite_{experiment}/{EXPERIMENTS[experiment] - 1}"), bounded=False) is None
+    assert restore_failure(maker(f"bsuite_{experiment}/{EXPERIMENTS[experiment] - 1}"), bounded=False) is None
 
 
 def test_bsuite_mnist_needs_its_data(monkeypatch):
@@ -149,7 +149,7 @@ def test_bsuite_mnist_needs_its_data(monkeypatch):
     data = (rng.integers(256, size=(40, 28, 28), dtype=np.uint8), rng.integers(10, size=40))
     monkeypatch.setattr(datasets, "load_mnist", lambda *_: (data, data))
     for task in ("bsuite_mnist/0", "bsuite_mnist_noise/3", "bsuite_mnist_scale/3"):
-        assert disproof(maker(task)) is None
+        assert restore_failure(maker(task)) is None
         assert the_end(play(make_env(task, EnvConfig(), 0), [1])) == (1, True, True)
 
 
@@ -183,12 +183,12 @@ def test_minigrid_goal_is_terminal_and_the_time_limit_is_not():
 
 @pytest.mark.parametrize("world", ["DoorKey-8x8-v0", "Dynamic-Obstacles-6x6-v0", "ObstructedMaze-1Dlhb-v0"])
 def test_minigrid_can_be_put_back(world):
-    assert disproof(maker(f"minigrid_{world}"), bounded=False) is None
+    assert restore_failure(maker(f"minigrid_{world}"), bounded=False) is None
 
 
 @pytest.mark.slow
 def test_every_minigrid_world_can_be_made_and_put_back():
-    found = {task: disproof(maker(task), bounded=False) for task in list_tasks()["minigrid"]}
+    found = {task: restore_failure(maker(task), bounded=False) for task in list_tasks()["minigrid"]}
     assert {task: why for task, why in found.items() if why is not None} == {}
 
 
@@ -230,7 +230,7 @@ def test_vizdoom_time_limit_is_not_terminal():
 
 
 def test_vizdoom_can_be_put_back():
-    assert disproof(maker("vizdoom_take_cover"), bounded=False) is None
+    assert restore_failure(maker("vizdoom_take_cover"), bounded=False) is None
 
 
 def doom_memory() -> set[str]:
@@ -264,7 +264,7 @@ def test_vizdoom_killed_leaves_no_engine_no_shared_memory_and_no_files(tmp_path)
 
 
 def test_memory_maze_can_be_put_back(tmp_path, monkeypatch, caplog):
-    """The whole proof takes a minute and is among the slow tests; this goes back in one and the same instance.
+    """The whole check takes a minute and is among the slow tests; this goes back in one and the same instance.
 
     Its libraries say nothing at each reset, on the screen or in files.
     """
@@ -285,7 +285,7 @@ def test_memory_maze_can_be_put_back(tmp_path, monkeypatch, caplog):
 
 @pytest.mark.slow
 def test_memory_maze_survives_the_whole_proof():
-    assert disproof(maker("memorymaze_9x9"), bounded=False) is None
+    assert restore_failure(maker("memorymaze_9x9"), bounded=False) is None
 
 
 @pytest.mark.slow
@@ -321,7 +321,7 @@ def test_procgen_has_every_game_and_knows_its_clock():
 @needs_procgen
 @pytest.mark.parametrize("game", TIME_LIMITS)
 def test_procgen_games_can_be_put_back(game):
-    assert disproof(maker(f"procgen_{game}"), bounded=False) is None
+    assert restore_failure(maker(f"procgen_{game}"), bounded=False) is None
 
 
 @needs_procgen

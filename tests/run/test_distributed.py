@@ -22,7 +22,7 @@ from tiny_runs import tiny_config
 from dreamer.config import Config
 from dreamer.presets import ConfigError
 from dreamer.run import distributed
-from dreamer.run.setup import replay_capacity
+from dreamer.run.factories import replay_capacity
 from dreamer.run.shares import check_processes, own_key, own_seed
 from dreamer.run.signals import StopRequest
 from dreamer.saves.checkpoint import Checkpointer, CheckpointError

@@ -20,9 +20,9 @@ from dreamer.cli import main
 from dreamer.envs import TaskError
 from dreamer.presets import load_config
 from dreamer.run.collector import Collector
-from dreamer.run.evaluate import as_evaluation, evaluate_command
+from dreamer.run.evaluate import as_evaluation, evaluate_run
+from dreamer.run.factories import evaluation_envs, training_envs
 from dreamer.run.loaded_agent import load_agent
-from dreamer.run.setup import evaluation_envs, training_envs
 from dreamer.saves.checkpoint import Checkpointer
 
 ROUND: Script = [(0.0, False, False)] * 4 + [(1.0, True, False)]
@@ -124,7 +124,7 @@ def test_no_video_without_images(trained, tmp_path, capsys):
 
 def test_eval_of_an_own_environment(trained, capsys):
     run = trained("own")
-    assert evaluate_command(str(run.logdir), 2, make_env=lambda index, seed: Scripted(ROUND)) == 0
+    assert evaluate_run(str(run.logdir), 2, make_env=lambda index, seed: Scripted(ROUND)) == 0
     assert "│        2 │    1 │" in capsys.readouterr().out
     assert main(["eval", str(run.logdir), "--episodes", "2"]) == 2
     error = capsys.readouterr().err
@@ -134,7 +134,7 @@ def test_eval_of_an_own_environment(trained, capsys):
 def test_eval_in_another_environment_is_refused(trained):
     run = trained("own")
     with pytest.raises(TaskError, match="expected the actions that the agent was trained with"):
-        evaluate_command(str(run.logdir), 2, make_env=lambda index, seed: Reach())
+        evaluate_run(str(run.logdir), 2, make_env=lambda index, seed: Reach())
 
 
 def test_what_is_known_of_a_task():

@@ -20,8 +20,8 @@ from replay_data import stored_steps
 from tiny_runs import lines, newest, same
 
 from dreamer.presets import CONFIG_FILE, load_config
+from dreamer.run.factories import make_agent, make_replay, spaces_from_json
 from dreamer.run.resume import read_progress
-from dreamer.run.setup import make_agent, make_replay, spaces_from_json
 from dreamer.saves import snapshot
 from dreamer.saves.checkpoint import Checkpointer
 

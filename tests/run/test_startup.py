@@ -11,7 +11,7 @@ import time
 
 from tiny_runs import share_agents, tiny_config
 
-from dreamer.records.meters import Startup, process_start
+from dreamer.records.meters import StartupTimer, process_start
 from dreamer.run.loop import Run
 from dreamer.run.signals import StopRequest
 from dreamer.terminal import Console
@@ -26,7 +26,7 @@ class Clock:
 
 def test_parts_are_booked_one_after_another():
     clock = Clock()
-    startup = Startup(97.0, clock)
+    startup = StartupTimer(97.0, clock)
     startup.mark("imports")
     for part, seconds, once in (("a", 1, False), ("b", 2, True), ("b", 4, True), ("a", 0.5, False), ("c", 0.01, False)):
         clock.now += seconds
@@ -48,7 +48,7 @@ def test_a_run_says_so_once(monkeypatch, tmp_path):
     off = {"run__eval_every": None, "run__report_every": None, "run__final_eval": False, "run__agent_steps": 60}
     config = tiny_config(logdir=str(tmp_path), run__checkpoint_every=None, **off)
     begun = time.time()
-    run = Run(config, None, Console(file=output, width=200), startup=Startup(begun - 5))
+    run = Run(config, None, Console(file=output, width=200), startup=StartupTimer(begun - 5))
     try:
         run.loop(StopRequest())
     finally:

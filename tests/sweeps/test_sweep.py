@@ -16,7 +16,7 @@ from waiting import until
 
 from dreamer.cli import main
 from dreamer.schema import ConfigError
-from dreamer.sweeps.launch import RUNS_FAILED, Request, sweep_command
+from dreamer.sweeps.launch import RUNS_FAILED, Request, run_sweep
 from dreamer.sweeps.local import slots
 from dreamer.sweeps.progress import Progress, hopeless, load_state, rung
 from dreamer.sweeps.spec import EarlyStop
@@ -53,7 +53,7 @@ class Place:
 
     def run(self, **request: Any) -> int:
         asked = Request(str(self.file), self.folder, **{"jobs": 2, **request})
-        return sweep_command(asked, FAKE, poll_seconds=0.02)
+        return run_sweep(asked, FAKE, poll_seconds=0.02)
 
     def starts(self, name: str) -> list[dict[str, Any]]:
         path = self.folder / name / "starts.jsonl"
@@ -69,9 +69,9 @@ class Place:
     def begin(self, *arguments: str) -> subprocess.Popen:
         """The sweep as a process of its own."""
         script = (
-            "import sys; from pathlib import Path; from dreamer.sweeps.launch import Request, sweep_command\n"
+            "import sys; from pathlib import Path; from dreamer.sweeps.launch import Request, run_sweep\n"
             "from dreamer.sweeps import views; views.comparison = lambda folder, runs: ('', [], [])\n"
-            "sys.exit(sweep_command(Request(sys.argv[1], Path(sys.argv[2]), 2), sys.argv[3:], 0.02))"
+            "sys.exit(run_sweep(Request(sys.argv[1], Path(sys.argv[2]), 2), sys.argv[3:], 0.02))"
         )
         words = [sys.executable, "-c", script, str(self.file), str(self.folder), *FAKE]
         with self.output.open("w") as file:

@@ -18,7 +18,7 @@ from test_sweep import FAKE, FOUR, NAMES, Place, place  # noqa: F401
 from waiting import until
 
 from dreamer.schema import ConfigError
-from dreamer.sweeps.launch import Request, sweep_command
+from dreamer.sweeps.launch import Request, run_sweep
 from dreamer.sweeps.local import STOP_FILE, run_program
 from dreamer.sweeps.progress import load_state
 
@@ -213,5 +213,5 @@ def test_the_tiny_sweep_survives_ctrl_c_and_a_kill(tmp_path):
     assert (folder / "report.png").stat().st_size > 1000
 
     starts = [state.starts for state in states]
-    assert sweep_command(Request("tiny", folder, 2)) == 0  # nothing is run again
+    assert run_sweep(Request("tiny", folder, 2)) == 0  # nothing is run again
     assert [load_state(run).starts for run in sorted(folder.glob("entropy*"))] == starts

@@ -14,8 +14,8 @@ from dreamer.presets import load_config
 from dreamer.schema import ConfigError, options
 from dreamer.sweeps.draws import DISTRIBUTIONS, read_draw
 from dreamer.sweeps.expand import draw, expand
-from dreamer.sweeps.file import find_sweep, load_sweep, sweep_names
 from dreamer.sweeps.spec import EarlyStop, RayTask
+from dreamer.sweeps.spec_file import find_sweep, load_sweep, sweep_names
 
 
 def sweep_of(tmp_path: Path, text: str):

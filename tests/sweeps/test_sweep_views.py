@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from dreamer.cli import main
-from dreamer.sweeps.estimate import Need, dry_run, kind_of, needs, totals
+from dreamer.sweeps.dry_run import Need, kind_of, needs, print_dry_run, totals
 from dreamer.sweeps.expand import expand
-from dreamer.sweeps.file import load_sweep
 from dreamer.sweeps.progress import FAILED, FINISHED, RUNNING, RunState, save_state
-from dreamer.sweeps.scheduler import Entry
+from dreamer.sweeps.scheduler import RunEntry
+from dreamer.sweeps.spec_file import load_sweep
 from dreamer.sweeps.views import SweepDisplay, counts, time_left, write_report
 from dreamer.terminal import Console
 
@@ -55,12 +55,12 @@ def entries(sweep, tmp_path):
         row = {"step": steps, "agent_steps": steps, "fps/policy": 20.0}
         (run.folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
         (run.folder / "scores.jsonl").write_text(json.dumps({"step": steps, "episode/score": 7.25}) + "\n")
-    found = [Entry(run) for run in runs]
+    found = [RunEntry(run) for run in runs]
     found[1].job, found[1].began = Going(), 100.0
     return found
 
 
-def shown(entries: list[Entry], height: int) -> str:
+def shown(entries: list[RunEntry], height: int) -> str:
     console = Console(file=io.StringIO(), force_terminal=True, width=120, height=height, color_system=None)
     with SweepDisplay("mine", 2, console) as display:
         display.event(entries[0], "finished [at] 3")
@@ -117,12 +117,12 @@ def test_kinds_of_runs_ignore_seeds_and_what_costs_nothing(sweep, tmp_path):
 
 
 def test_dry_run_prints_every_run_and_starts_none(sweep, tmp_path, monkeypatch):
-    import dreamer.sweeps.estimate as estimate
+    from dreamer.sweeps import dry_run
 
     need = Need(None, "not known: no such environment", None, None, "not known: no such environment")
-    monkeypatch.setattr(estimate.needs, "__defaults__", (lambda config: need,))
+    monkeypatch.setattr(dry_run.needs, "__defaults__", (lambda config: need,))
     console = Console(file=io.StringIO(), width=160)
-    assert dry_run(sweep, expand(sweep, tmp_path / "out"), 2, console) == 0
+    assert print_dry_run(sweep, expand(sweep, tmp_path / "out"), 2, console) == 0
     text = console.file.getvalue()
     assert "mine: 4 runs, 2 at once" in text and "units_16-seed1: toy_catch, 1.0K agent steps" in text
     assert "not known: no such environment" in text and not (tmp_path / "out").exists()
@@ -142,7 +142,7 @@ def test_without_matplotlib_the_report_is_the_tables(entries, tmp_path, monkeypa
 
 
 def test_a_report_of_nothing_says_so(sweep, tmp_path):
-    text, _ = write_report("mine", tmp_path, [Entry(run) for run in expand(sweep, tmp_path / "none")])
+    text, _ = write_report("mine", tmp_path, [RunEntry(run) for run in expand(sweep, tmp_path / "none")])
     assert "No episode has ended yet." in text
 
 

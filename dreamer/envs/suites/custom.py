@@ -120,7 +120,7 @@ class _Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class _Again:
-    """Makes one more environment, for the proof that its state can be restored."""
+    """Makes one more environment, to check that its state can be restored."""
 
     recipe: _Recipe
     options: str

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dreamer.envs.interface import TaskError, Transition, TransitionError, as_rgb, transition
-from dreamer.envs.returned import as_classes, as_reward, as_vector, check_no_picture
+from dreamer.envs.return_values import as_classes, as_reward, as_vector, check_no_picture
 from dreamer.envs.spaces import LARGE, Path, as_picture, check_distinct, converted, joined, part_of, rescale
 from dreamer.types import Space
 

@@ -16,8 +16,8 @@ from gymnasium.envs.registration import EnvSpec, load_env_creator
 from dreamer.env_config import EnvConfig, GymConfig
 from dreamer.envs.interface import EnvError, TaskError, Transition, TransitionError, as_rgb, transition
 from dreamer.envs.options import resize
-from dreamer.envs.proof import disproof
-from dreamer.envs.returned import RESET, STEP, as_flag, as_pixels, as_reward, parts_of
+from dreamer.envs.restore_check import restore_failure
+from dreamer.envs.return_values import RESET, STEP, as_flag, as_pixels, as_reward, parts_of
 from dreamer.envs.spaces import Leaf, action_leaves, flatten, observation_leaves, surplus, unflatten
 from dreamer.envs.suites.gym_state import WAYS, layers
 from dreamer.envs.suites.packages import own_module
@@ -153,7 +153,7 @@ class GymEnv:
                 env.way = way
                 return env
 
-            reason = disproof(other)
+            reason = restore_failure(other)
             if reason is None:
                 return way, ""
             reasons.append(f"by its {way}: {reason}")

@@ -28,7 +28,7 @@ from dreamer.types import ACTION_MASK
 Move = Mapping[str, np.ndarray] | None
 
 BEFORE, BEFORE_SECOND, AFTER, AFTER_RESET, LONGER = 10, 3, 20, 5, 200
-#: Processor time that a proof may take, and time by the clock, which other work on the machine stretches.
+#: Processor time that a check may take, and time by the clock, which other work on the machine stretches.
 CPU_SECONDS, WALL_SECONDS = 2.0, 10.0
 
 
@@ -45,11 +45,11 @@ class _Clock:
         return time.process_time() > self.cpu or time.monotonic() > self.wall
 
 
-def disproof(make: Callable[[int], Env], bounded: bool = True) -> str | None:
+def restore_failure(make: Callable[[int], Env], bounded: bool = True) -> str | None:
     """Why an environment cannot be put back exactly, in words; None if it was put back exactly.
 
     make     seed -> a fresh environment; called twice. The random streams of Python and numpy are left as they were.
-    bounded  Give up after `CPU_SECONDS`, which counts as a disproof.
+    bounded  Give up after `CPU_SECONDS`, which counts as a restore_failure.
     """
     kept = random.getstate(), np.random.get_state()
     made: list[Env] = []
@@ -58,7 +58,7 @@ def disproof(make: Callable[[int], Env], bounded: bool = True) -> str | None:
             made.append(fenced(make, seed))
         return fenced(_try, made[0], made[1], bounded)
     except _SlowError:
-        return f"it is too slow to find out: the proof takes longer than {CPU_SECONDS:g} s"
+        return f"it is too slow to find out: the check takes longer than {CPU_SECONDS:g} s"
     except Exception as error:  # whatever an environment raises when it is saved or restored
         return in_words(error)
     finally:

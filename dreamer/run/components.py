@@ -1,4 +1,4 @@
-"""The parts of a run: how they are built, saved, and put back, and what becomes of environments that fail.
+"""The components of a run: how they are built, saved and restored, and what happens when environments fail.
 
 `loop.py` has the loop.
 """
@@ -23,12 +23,21 @@ from dreamer.envs.vector import MakeEnv
 from dreamer.presets import CONFIG_FILE, save_config
 from dreamer.records.display import Display, start_summary
 from dreamer.records.logger import make_logger
-from dreamer.records.meters import Aggregator, Startup, Stopwatch
+from dreamer.records.meters import Aggregator, StartupTimer, Stopwatch
 from dreamer.records.sink import Steps
 from dreamer.records.system import SystemMeter, versions
 from dreamer.run.collector import Collector
 from dreamer.run.devices import find_devices
 from dreamer.run.evaluate import Evaluator
+from dreamer.run.factories import (
+    check_networks_fit,
+    evaluation_envs,
+    make_agent,
+    make_replay,
+    spaces_to_json,
+    summary_rows,
+    training_envs,
+)
 from dreamer.run.learner import Learner
 from dreamer.run.resume import (
     ENVIRONMENTS,
@@ -39,22 +48,13 @@ from dreamer.run.resume import (
     read_progress,
 )
 from dreamer.run.schedule import SaveTimer, UpdateSchedule
-from dreamer.run.setup import (
-    check_networks_fit,
-    evaluation_envs,
-    make_agent,
-    make_replay,
-    spaces_to_json,
-    summary_rows,
-    training_envs,
-)
 from dreamer.run.shares import check_processes, from_first, own_key, share
 from dreamer.saves.checkpoint import Checkpointer, CheckpointError
 from dreamer.saves.weights import check_source, warm_start
 from dreamer.terminal import Console
 
 
-class RunParts:
+class RunComponents:
     """Everything a run has: environments, agent, replay, learner, records, checkpoints, and its counters."""
 
     def __init__(
@@ -65,7 +65,7 @@ class RunParts:
         *,
         agent: Agent | None = None,
         display: Display | None = None,
-        startup: Startup | None = None,
+        startup: StartupTimer | None = None,
         step: int | None = None,
     ) -> None:
         """agent, display, startup: those of runs beside this one, to share. step: of the checkpoint to go on from;
@@ -81,7 +81,7 @@ class RunParts:
             check_place(config)
         # Environments that go on from their states need no new seeds.
         self.restarts = 0 if found is None else found["restarts"] + (not found["exact"])
-        self.startup = startup or Startup()
+        self.startup = startup or StartupTimer()
         self.envs = training_envs(config, self.restarts, make_env)
         self.startup.mark("environments")
         try:

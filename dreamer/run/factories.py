@@ -1,4 +1,4 @@
-"""What a run is made of, put together from its configuration; and what the start-up summary says of it."""
+"""Makes the components of a run from its configuration: logdir, environments, agent, replay; the start-up summary."""
 
 from __future__ import annotations
 

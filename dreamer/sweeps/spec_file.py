@@ -20,7 +20,7 @@ from dreamer.presets import (
 )
 from dreamer.schema import ConfigError, options, show
 from dreamer.sweeps.draws import Draw, read_draw
-from dreamer.sweeps.spec import Drawn, EarlyStop, Entry, RayTask, Sweep, Trials
+from dreamer.sweeps.spec import Drawn, EarlyStop, RayTask, Sweep, Trials, Variant
 from dreamer.values import brief, describe_fault, suggestion
 from dreamer.yaml_files import find_file, key_text, parse_file, plain_node
 
@@ -149,23 +149,23 @@ def _options(node: Node, path: Path, where: str) -> Settings:
     return settings
 
 
-def _named(node: Node, path: Path, where: str) -> tuple[Entry, ...]:
+def _named(node: Node, path: Path, where: str) -> tuple[Variant, ...]:
     entries = []
     for name, _, inner in _pairs(node, path, "runs"):
         empty = inner.tag == "tag:yaml.org,2002:null"
-        entries.append(Entry(name, *(((), {}) if empty else _settings(inner, path))))
+        entries.append(Variant(name, *(((), {}) if empty else _settings(inner, path))))
     return tuple(entries)
 
 
-def _items(node: Node, path: Path, where: str) -> tuple[Entry, ...]:
+def _items(node: Node, path: Path, where: str) -> tuple[Variant, ...]:
     entries = []
     for inner in _sequence(node, path, where, "list"):
         configs, settings = _settings(inner, path)
-        entries.append(Entry(label_of(configs, settings), configs, settings))
+        entries.append(Variant(label_of(configs, settings), configs, settings))
     return tuple(entries)
 
 
-def _grid(node: Node, path: Path, where: str) -> tuple[tuple[Entry, ...], ...]:
+def _grid(node: Node, path: Path, where: str) -> tuple[tuple[Variant, ...], ...]:
     axes = []
     found = _dotted(node, path)
     for name, (inner, line) in found.items():
@@ -176,7 +176,7 @@ def _grid(node: Node, path: Path, where: str) -> tuple[tuple[Entry, ...], ...]:
                 configs, settings = _configs(value, path, at), {}
             else:
                 configs, settings = (), {name: fitted(name, plain_node(value, at), at)}
-            entries.append(Entry(label_of(configs, settings, found), configs, settings))
+            entries.append(Variant(label_of(configs, settings, found), configs, settings))
         axes.append(tuple(entries))
     return tuple(axes)
 

@@ -16,12 +16,12 @@ import psutil
 from dreamer.agent import Agent, seed_key
 from dreamer.bench.alone import EnvsAlone, PolicyAlone
 from dreamer.bench.bench_update import random_batch
-from dreamer.bench.cost import flops, peak_bytes, tree_bytes
+from dreamer.bench.jaxpr_cost import flops, peak_bytes, tree_bytes
 from dreamer.config import Config
 from dreamer.records.display import format_bytes
 from dreamer.replay import machine_memory
+from dreamer.run.factories import free_device_bytes, training_envs
 from dreamer.run.seeds import MappedAgent
-from dreamer.run.setup import free_device_bytes, training_envs
 from dreamer.types import replay_fields
 
 #: An update is tried if it needs less than this share of the free memory, and at the measured rate fewer seconds.
@@ -63,7 +63,7 @@ class Pace:
 
 
 @dataclasses.dataclass(frozen=True)
-class Outlook:
+class Estimate:
     """Memory and speed, each with how it was got. lowest: no run is faster than this."""
 
     memory: Memory
@@ -73,7 +73,7 @@ class Outlook:
     lowest: bool
 
 
-class Update:
+class TracedUpdate:
     """The program that a run dispatches most of the time, traced. Nothing of it is allocated before `try_parts`.
 
     count   Updates in it.
@@ -133,13 +133,15 @@ class Update:
             acting = PolicyAlone(self.agent, lambda: params, config.env.num_envs * self.agents, key)
             policy = seconds_per_call(acting, _POLICY * seconds)
             del params, acting  # The update changes them in place.
-        turn = Turn(self._compiled, self._stack(states), self._batches(random_batch(self.agent, config)))
+        turn = TimedDispatch(self._compiled, self._stack(states), self._batches(random_batch(self.agent, config)))
         del states
         update = seconds_per_call(turn, (1 - _ENVS - _POLICY) * seconds, _DISPATCHES)
         return Pace(envs, policy, update / self.count)
 
 
-def look(config: Config, update: Update, device: jax.Device, seconds: float | None, say: Say) -> Outlook:
+def estimate_update(
+    config: Config, update: TracedUpdate, device: jax.Device, seconds: float | None, say: Say
+) -> Estimate:
     """Tries the update if it fits this machine, else reckons. seconds: of the trial, None for none."""
     say("measuring the device")
     rate = product_rate(update.agent.dtype, device)
@@ -154,7 +156,7 @@ def look(config: Config, update: Update, device: jax.Device, seconds: float | No
             reason = f"it failed here: {str(error).splitlines()[0]}"
     say("trying the environments")
     pace = Pace(environment_seconds(config, _ENVS_SECONDS), 0.0, work / rate)
-    return Outlook(
+    return Estimate(
         memory,
         f"estimated from the traced program, neither compiled nor run: {reason}",
         pace,
@@ -164,13 +166,13 @@ def look(config: Config, update: Update, device: jax.Device, seconds: float | No
     )
 
 
-def _tried(update: Update, seconds: float, say: Say) -> Outlook:
+def _tried(update: TracedUpdate, seconds: float, say: Say) -> Estimate:
     say("compiling the update")
     memory = update.compiled_memory()
     say("trying environments, policy and update")
     pace = update.try_parts(seconds)
     how = f"trial of {seconds:g} seconds: environments, policy and update, each alone"
-    return Outlook(memory, "laid out by the compiler for this device", pace, how, lowest=False)
+    return Estimate(memory, "laid out by the compiler for this device", pace, how, lowest=False)
 
 
 def why_not(needed: int, free: int, seconds: float) -> str:
@@ -188,7 +190,7 @@ def free_bytes(device: jax.Device) -> int:
     return min(machine_memory(), psutil.virtual_memory().available) if free is None else free
 
 
-class Turn:
+class TimedDispatch:
     """One dispatch of a compiled update, on the same batches each time, waited for."""
 
     def __init__(self, program: Any, state: Any, batches: Any) -> None:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dreamer.bench.cost import flops, peak_bytes, tree_bytes
+from dreamer.bench.jaxpr_cost import flops, peak_bytes, tree_bytes
 
 SIDE = 64
 PRODUCT = 2 * SIDE**3

@@ -27,7 +27,7 @@ from dreamer import agent as core
 from dreamer.cli import main
 from dreamer.envs.spaces import action_leaves, observation_leaves
 from dreamer.presets import ConfigError, load_config, save_config
-from dreamer.run.door import EnvDoor, NamedDoor, look, look_at_all, rows, stack
+from dreamer.run.adapters import EnvAdapter, NamedAdapter, read_batch, read_observation, rows, stack
 from dreamer.saves.checkpoint import CheckpointError
 from dreamer.types import Space, Spaces, visible
 
@@ -65,9 +65,9 @@ def same(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], row: An
 
 # --- What is refused ---------------------------------------------------------------------------
 
-NAMED = NamedDoor(VECTOR)
-PICTURE = NamedDoor({"image": Space("image", (8, 8, 3)), "mode": Space("discrete", (2,), (3, 5))})
-MASKED = NamedDoor({"vector": Space("vector", (2,)), "action_mask": Space("discrete", (4,), (2,) * 4)})
+NAMED = NamedAdapter(VECTOR)
+PICTURE = NamedAdapter({"image": Space("image", (8, 8, 3)), "mode": Space("discrete", (2,), (3, 5))})
+MASKED = NamedAdapter({"vector": Space("vector", (2,)), "action_mask": Space("discrete", (4,), (2,) * 4)})
 IMAGE, MODE = np.zeros((8, 8, 3), np.uint8), np.zeros(2, np.int64)
 
 
@@ -79,7 +79,7 @@ class Gradient:
 
 
 @pytest.mark.parametrize(
-    ("door", "observation", "words"),
+    ("adapter", "observation", "words"),
     [
         (NAMED, np.array([0, np.nan, 0]), "finite numbers (float32) in observation 'vector', got nan as vector[1]"),
         (NAMED, [0, 0, -np.inf], "got -inf as vector[2]"),
@@ -113,9 +113,9 @@ class Gradient:
         (MASKED, {"vector": [0, 0], "action_mask": [0, 2, 0, 0]}, "classes from 0 to 1 in observation 'action_mask'"),
     ],
 )  # fmt: skip
-def test_observations_that_are_refused(door, observation, words):
+def test_observations_that_are_refused(adapter, observation, words):
     with pytest.raises(ValueError, match=re.escape(words)) as caught:
-        look(door, observation)
+        read_observation(adapter, observation)
     assert "\n" not in str(caught.value)
 
 
@@ -131,20 +131,20 @@ def test_observations_that_are_refused(door, observation, words):
     ],
 )
 def test_arrays_of_any_kind_are_taken(observation):
-    (value,) = look(NAMED, observation).values()
+    (value,) = read_observation(NAMED, observation).values()
     assert value.dtype == np.float32 and value.tolist() == [1, 0, 2]
 
 
-def nested_door() -> tuple[EnvDoor, Nested]:
+def nested_adapter() -> tuple[EnvAdapter, Nested]:
     env = Nested()
     see, act = observation_leaves(env.observation_space), action_leaves(env.action_space)
-    return EnvDoor(env, *({leaf.key: leaf.space for leaf in leaves} for leaves in (see, act))), env
+    return EnvAdapter(env, *({leaf.key: leaf.space for leaf in leaves} for leaves in (see, act))), env
 
 
 def test_observations_of_an_environment_are_checked_by_key():
-    door, env = nested_door()
+    adapter, env = nested_adapter()
     good = env.observation_space.sample()
-    assert look(door, good).keys() == {leaf.key for leaf in observation_leaves(env.observation_space)}
+    assert read_observation(adapter, good).keys() == {leaf.key for leaf in observation_leaves(env.observation_space)}
     for change, words in [
         ({"camera": good["camera"].transpose(1, 0, 2)}, r"'camera' of shape \(12, 10, 3\), .* got \(10, 12, 3\)"),
         ({"camera": good["camera"][None]}, r"got \(1, 12, 10, 3\)"),
@@ -155,12 +155,12 @@ def test_observations_of_an_environment_are_checked_by_key():
         ({"grid": Gradient()}, "requires grad"),
     ]:
         with pytest.raises(ValueError, match=words):
-            look(door, {**good, **change})
+            read_observation(adapter, {**good, **change})
     with pytest.raises(ValueError, match=r"the pair \(observation, info\) of env.reset"):
-        look(door, (good, {}))
+        read_observation(adapter, (good, {}))
     several = gymnasium.vector.utils.batch_space(env.observation_space, 3).sample()
     with pytest.raises(ValueError, match="it is a batch of 3"):
-        look(door, several)
+        read_observation(adapter, several)
 
 
 @pytest.mark.parametrize(
@@ -178,31 +178,31 @@ def test_observations_of_an_environment_are_checked_by_key():
 )
 def test_batches_that_are_refused(observations, words):
     with pytest.raises(ValueError, match=re.escape(words)):
-        look_at_all(NAMED, observations)
+        read_batch(NAMED, observations)
 
 
 @pytest.mark.parametrize("env", ["CartPole-v1", Nested, object(), {"observation_space": 1}])
 def test_what_is_no_environment(env):
     with pytest.raises(ValueError, match="expected an environment of Gymnasium"):
-        EnvDoor(env, VECTOR, CHOICE)
+        EnvAdapter(env, VECTOR, CHOICE)
 
 
 def test_batches_of_nested_spaces_are_taken_apart_and_put_together_as_gymnasium_does():
-    door, env = nested_door()
+    adapter, env = nested_adapter()
     singles = [env.observation_space.sample() for _ in range(3)]
     utils = gymnasium.vector.utils
     whole = utils.concatenate(env.observation_space, singles, utils.create_empty_array(env.observation_space, 3))
-    seen, stacked = look_at_all(door, whole)
+    seen, stacked = read_batch(adapter, whole)
     assert stacked
     for one, single in zip(seen, singles, strict=True):
-        jax.tree.map(np.testing.assert_array_equal, one, look(door, single))
+        jax.tree.map(np.testing.assert_array_equal, one, read_observation(adapter, single))
     actions = [env.action_space.sample() for _ in range(3)]
     jax.tree.map(
         np.testing.assert_array_equal,
         stack(actions),
         utils.concatenate(env.action_space, actions, utils.create_empty_array(env.action_space, 3)),
     )
-    assert rows(singles, door.tuples) == (singles, False)
+    assert rows(singles, adapter.tuples) == (singles, False)
 
 
 # --- Memory ------------------------------------------------------------------------------------
@@ -429,4 +429,6 @@ def test_a_run_that_has_saved_nothing_yet(tmp_path, monkeypatch):
 
 
 def test_log_keys_are_not_seen():
-    assert look(NamedDoor(visible({**VECTOR, "log/wood": Space("vector", ())})), np.zeros(3)).keys() == {"vector"}
+    assert read_observation(NamedAdapter(visible({**VECTOR, "log/wood": Space("vector", ())})), np.zeros(3)).keys() == {
+        "vector"
+    }

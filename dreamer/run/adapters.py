@@ -23,19 +23,19 @@ _RETURNED = {
 }
 
 
-class Door(Protocol):
+class Adapter(Protocol):
     """tuples: whether an observation itself is a tuple."""
 
     tuples: bool
 
-    def seen(self, observation: Any) -> dict[str, np.ndarray]:
+    def to_agent(self, observation: Any) -> dict[str, np.ndarray]:
         """One observation by name, of the agent's spaces. ValueError for what is none."""
 
-    def done(self, action: Mapping[str, np.ndarray]) -> Any:
+    def from_agent(self, action: Mapping[str, np.ndarray]) -> Any:
         """One action as the other program has it."""
 
 
-class NamedDoor:
+class NamedAdapter:
     """For a program that speaks as the agent does: a mapping by names of training, or the bare value if there is only
     one."""
 
@@ -44,7 +44,7 @@ class NamedDoor:
     def __init__(self, observations: Spaces) -> None:
         self._spaces = dict(observations)
 
-    def seen(self, observation: Any) -> dict[str, np.ndarray]:
+    def to_agent(self, observation: Any) -> dict[str, np.ndarray]:
         spaces = self._spaces
         bare = not isinstance(observation, Mapping) and len(spaces) == 1
         named = {next(iter(spaces)): observation} if bare else observation
@@ -69,11 +69,11 @@ class NamedDoor:
                 return f"; {key} is in bytes from 0 to 255: (255 * image).astype(np.uint8), if yours is from 0 to 1"
         return f"; differing: {', '.join(odd)}" if len(values) > 1 else ""
 
-    def done(self, action: Mapping[str, np.ndarray]) -> Any:
+    def from_agent(self, action: Mapping[str, np.ndarray]) -> Any:
         return next(iter(action.values())) if len(action) == 1 else dict(action)
 
 
-class EnvDoor:
+class EnvAdapter:
     """For a program that plays a Gymnasium environment, alone or in a vector of them."""
 
     def __init__(self, env: Any, observations: Spaces, actions: Spaces) -> None:
@@ -87,7 +87,7 @@ class EnvDoor:
             if found != dict(spaces):
                 raise ValueError(f"expected an environment with the {what} of training, {dict(spaces)}, got {found}")
 
-    def seen(self, observation: Any) -> dict[str, np.ndarray]:
+    def to_agent(self, observation: Any) -> dict[str, np.ndarray]:
         try:
             named = flatten(self._see, mapped(lambda leaf: _array("the observation", leaf), observation))
         except TransitionError as error:
@@ -96,7 +96,7 @@ class EnvDoor:
             raise ValueError(f"expected an observation with {', '.join(named)}, got {', '.join(unknown)} beside them")
         return checked(self._spaces, named)
 
-    def done(self, action: Mapping[str, np.ndarray]) -> Any:
+    def from_agent(self, action: Mapping[str, np.ndarray]) -> Any:
         return unflatten(self._action_space, self._act, action)
 
 
@@ -183,12 +183,12 @@ def stack(actions: Sequence[Any]) -> Any:
 # --- Looking, with words for what else it may be -----------------------------------------------
 
 
-def look(door: Door, observation: Any) -> dict[str, np.ndarray]:
+def read_observation(adapter: Adapter, observation: Any) -> dict[str, np.ndarray]:
     """One observation by name. ValueError for what is none, which says what it seems to be."""
     try:
-        seen = door.seen(observation)
+        seen = adapter.to_agent(observation)
     except ValueError as error:
-        count = _count(door, observation)
+        count = _count(adapter, observation)
         batch = f"; it is a batch of {count}: one for each of {count} environments takes act_batch" if count else ""
         raise ValueError(_returned(observation) or f"{error}{batch}") from error
     if ACTION_MASK in seen and not seen[ACTION_MASK].any():
@@ -196,18 +196,18 @@ def look(door: Door, observation: Any) -> dict[str, np.ndarray]:
     return seen
 
 
-def look_at_all(door: Door, observations: Any) -> tuple[list[dict[str, np.ndarray]], bool]:
+def read_batch(adapter: Adapter, observations: Any) -> tuple[list[dict[str, np.ndarray]], bool]:
     """(N observations by name, whether they came stacked; see `rows`). ValueError, naming the environment, if one is
     none."""
     seen: list[dict[str, np.ndarray]] = []
     found: list[Any] = []
     try:
-        found, stacked = rows(observations, door.tuples)
+        found, stacked = rows(observations, adapter.tuples)
         for observation in found:
-            seen.append(door.seen(observation))
+            seen.append(adapter.to_agent(observation))
     except ValueError as error:
         where = f"environment {len(seen)}: " if found else ""
-        one = "; it is a single observation, which act takes" if _is_one(door, observations) else ""
+        one = "; it is a single observation, which act takes" if _is_one(adapter, observations) else ""
         raise ValueError(_returned(observations) or f"{where}{error}{one}") from error
     return seen, stacked
 
@@ -220,18 +220,18 @@ def _returned(value: Any) -> str | None:
     return f"expected an observation, got {what}; pass its first: {how}"
 
 
-def _count(door: Door, observation: Any) -> int:
+def _count(adapter: Adapter, observation: Any) -> int:
     """How many observations there are in something that is no single one; 0: it is no batch either."""
     try:
-        found, _ = rows(observation, door.tuples)
-        return len(found) if _is_one(door, found[0]) else 0
+        found, _ = rows(observation, adapter.tuples)
+        return len(found) if _is_one(adapter, found[0]) else 0
     except ValueError:
         return 0
 
 
-def _is_one(door: Door, observation: Any) -> bool:
+def _is_one(adapter: Adapter, observation: Any) -> bool:
     try:
-        door.seen(observation)
+        adapter.to_agent(observation)
     except ValueError:
         return False
     return True

@@ -12,8 +12,8 @@ from rich.text import Text
 
 from dreamer.config import Config
 from dreamer.records.display import format_bytes, format_count, format_duration
-from dreamer.sweeps.expand import Planned
-from dreamer.sweeps.scheduler import Entry
+from dreamer.sweeps.expand import PlannedRun
+from dreamer.sweeps.scheduler import RunEntry
 from dreamer.sweeps.spec import Sweep
 from dreamer.terminal import Console, Table
 
@@ -37,7 +37,7 @@ class Need:
 class Kind:
     """Runs that need the same: they differ in seed, task of one suite, and what costs nothing."""
 
-    runs: Sequence[Entry]
+    runs: Sequence[RunEntry]
     need: Need
 
 
@@ -48,7 +48,7 @@ def kind_of(config: Config) -> tuple[object, ...]:
     return (suite, config.run, config.env, config.replay, config.model, rates.horizon, rates.imagine_last)
 
 
-def measured_hours(runs: Sequence[Entry]) -> tuple[float, str] | None:
+def measured_hours(runs: Sequence[RunEntry]) -> tuple[float, str] | None:
     """Of a whole run, from what runs of this kind have already done."""
     seconds = sum(entry.state.seconds for entry in runs)
     steps = sum(entry.progress.agent_steps for entry in runs)
@@ -74,9 +74,9 @@ def planned_need(config: Config) -> Need:
     return Need(hours, "at least: FLOPs at this device's fastest rate", replay.get("memory_bytes", 0.0), disk, how)
 
 
-def needs(sweep: Sweep, runs: Sequence[Entry], plan: Callable[[Config], Need] = planned_need) -> list[Kind]:
+def needs(sweep: Sweep, runs: Sequence[RunEntry], plan: Callable[[Config], Need] = planned_need) -> list[Kind]:
     """The kinds of runs and what one of each needs: hours of the file, else measured, else planned."""
-    groups: dict[str, list[Entry]] = {}
+    groups: dict[str, list[RunEntry]] = {}
     for entry in runs:
         groups.setdefault(repr(kind_of(entry.run.config)), []).append(entry)
     found = []
@@ -131,13 +131,13 @@ def _pictures(config: Config) -> float:
     return 1e6 * sum(size or 0.0 for size in sizes) if log.tensorboard else 0.0
 
 
-def dry_run(sweep: Sweep, runs: Sequence[Planned], jobs: int, console: Console) -> int:
+def print_dry_run(sweep: Sweep, runs: Sequence[PlannedRun], jobs: int, console: Console) -> int:
     """Prints the runs and the estimate."""
     if sweep.search:
         trials, seeds = sweep.search.count, len(sweep.seeds)
         console.print(f"{sweep.name}: {trials} trials, each with {seeds} seeds; their options are chosen as they go")
         return 0
-    entries = [Entry(run) for run in runs]
+    entries = [RunEntry(run) for run in runs]
     console.print(f"{sweep.name}: {len(entries)} runs, {jobs} at once\n")
     for entry in entries[:_PRINTED]:
         at = f", {entry.state.status} at {entry.progress.agent_steps:,}" if entry.state.starts else ""
