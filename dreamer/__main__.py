@@ -1,8 +1,8 @@
-"""`python -m dreamer` is `dreamer`. Run as a file, it is the program that this file belongs to, whatever lies around.
+"""`python -m dreamer` is `dreamer`. Run as a file, it starts the package it belongs to, whatever else is nearby.
 
-Python puts the working folder before everything else for `-m`: a random.py or jax.py there would be imported in place
-of the real one. So it leaves the path here, and comes back, last, only with an environment of the user's that is looked
-for there.
+With `-m`, Python searches the working folder first: a random.py or jax.py there would be imported in place of the real
+one. So the folder is taken off the path here, and comes back, at the end, only for an environment of the user's that is
+looked for there.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ def find_this_package() -> None:
         sys.modules["dreamer"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules["dreamer"])
     elif not sys.flags.safe_path:
-        with contextlib.suppress(FileNotFoundError):  # a working folder that is gone was never put there
+        with contextlib.suppress(FileNotFoundError):  # a deleted working folder was never put there
             if sys.path[0] == os.getcwd():
                 del sys.path[0]
     if os.path.dirname(folder) not in sys.path:
-        sys.path.append(os.path.dirname(folder))  # for the processes of environments
+        sys.path.append(os.path.dirname(folder))  # for the worker processes of environments
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class ActionHead(nnx.Module):
 class Policy(nnx.Module):
     """Feature (..., F) -> one distribution per action; sampled, they lie side by side in key order (..., A).
 
-    Where the environment masks its (single discrete) action, `allowed` (..., A) bool says which classes there are.
+    Where the environment masks its (single discrete) action, `allowed` (..., A) bool says which classes it allows.
     """
 
     def __init__(self, inputs: int, actions: Spaces, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
@@ -107,7 +107,7 @@ def return_range(scale: ReturnScale, config: ActorCriticConfig) -> jax.Array:
 
 
 def return_metrics(returns: jax.Array, advantage: jax.Array, low: jax.Array, span: jax.Array) -> dict[str, jax.Array]:
-    """Of all returns R and of all advantages (R - v) / S. low: the lower percentile; span: S."""
+    """Metrics of all returns R and all advantages (R - v) / S. low: the lower percentile; span: S."""
     normed = (returns - low) / span
     return {
         "adv": advantage.mean(),
@@ -122,12 +122,12 @@ def return_metrics(returns: jax.Array, advantage: jax.Array, low: jax.Array, spa
 
 @dataclasses.dataclass(frozen=True)
 class Dream:
-    """What the heads say of an imagined batch: the start and H states after it, M times.
+    """What the heads predict for an imagined batch: M starts, each with the H states after it.
 
     reward, cont, slow_value, value: (H+1, M) predicted at each state.
     critic: the distributions of these values at the first H states, (H, M).
     log_prob: (H, M) of the actions taken there; entropy: (H, M) of each action by its name.
-    actions: (H, M, A); allowed: bool (H, M, A), what the dream offers in these states; None where it offers all.
+    actions: (H, M, A); allowed: bool (H, M, A), actions that the dream allows there; None where it allows all.
     """
 
     reward: jax.Array
@@ -149,10 +149,10 @@ def critic_loss(dist: TwoHot, target: jax.Array, slow_value: jax.Array, slow_sca
 class ActorCritic(nnx.Module):
     """Policy and critic. The slow critic's weights are kept outside, in the training state.
 
-    discount: what a predicted probability to continue is multiplied by, 1 where it holds the discount already.
+    discount: the factor of a predicted probability to continue, 1 where that already includes the discount.
     """
 
-    #: What becomes of the gradient where a dream's states, actions and predictions meet this loss. REINFORCE takes a
+    #: What happens to the gradient where a dream's states, actions and predictions enter this loss. REINFORCE treats a
     #: dream as data; a loss that is differentiated through the dream's dynamics has the identity here.
     through_dreams = staticmethod(sg)
 
@@ -192,7 +192,7 @@ class ActorCritic(nnx.Module):
             -w (ln π(a|z) sg(R - v) / S + η H[π])
              w (CE(v, twohot(R)) + CE(v, twohot(slow v)))
 
-        factor: stands for 1/S, where the dream is only a part of those that S is taken over.
+        factor: stands for 1/S, where this dream is only a part of the dreams that S is computed from.
         """
         config = self.config
         value, slow_value = dream.value, dream.slow_value

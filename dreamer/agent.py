@@ -1,4 +1,4 @@
-"""The agent: what acts, and what one training step does with a batch. Everything a run learns lives in `TrainState`."""
+"""The agent: how it acts, and what one training step does with a batch. Everything a run learns is in `TrainState`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def stream_key(run_key: jax.Array | np.ndarray, stream: str, counter: int | jax.
 
 
 def seed_key(seed: int) -> np.ndarray:
-    """The raw key of a seed below 2**64: `jax.random.key` takes 32 bits of it, the upper ones are folded in."""
+    """The raw key of a seed below 2**64: `jax.random.key` takes its lower 32 bits, the upper ones are folded in."""
     key = jax.random.key(np.uint32(seed & 0xFFFFFFFF))
     if seed >> 32:
         key = jax.random.fold_in(key, np.uint32(seed >> 32))
@@ -73,8 +73,8 @@ class Agent:
     `train_steps` of `learn_in_turn`, `report` of `examine`, `init` of `create`.
 
     observations, actions: spaces by name; config: the whole configuration; dtype: of activations; devices: what to
-    compute on, as far as the options ask for them, none for JAX's default device; chooses: what chooses actions.
-    ValueError if they do not fit.
+    compute on, as many as the options ask for, none for JAX's default device; chooses: what chooses actions. ValueError
+    if they do not fit.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Agent:
         #: The parameters, as ShapeDtypeStructs.
         self.shapes = text_keys(self._numbered)
         self._opt_shapes = jax.eval_shape(self.optimizer.init, self.shapes)
-        #: What replay stores of a step beside what the environment says: latents, and what is remembered of the choice.
+        #: What replay stores of a step beside the environment's data: latents, and what is remembered of the choice.
         self.extras: dict[str, Field] = {**model.world_model.rssm.stored(), **self._remembered()}
         replay_fields(self.observations, self.actions, self.extras)  # names that are taken
         shapes = functools.partial(jax.eval_shape, self.create, 0)
@@ -118,7 +118,7 @@ class Agent:
         return nnx.merge(self._graph, like_keys(self._numbered, params))
 
     def slow_modules(self, slow: Any) -> SlowModules:
-        """The modules of which there are slow copies, with the slow weights in them."""
+        """The modules that have slow copies, with the slow weights in them."""
         keys = {name: where.of(self._numbered) for name, where in self._slow.items()}
         return {name: nnx.merge(graph, like_keys(keys[name], slow[name])) for name, graph in self._slow_graphs.items()}
 
@@ -149,7 +149,7 @@ class Agent:
         return carry, split_actions(flat, self.actions), {**rssm.pack(state), **remembered}
 
     def _remembered(self) -> dict[str, Field]:
-        """What `chooses` gives beside actions: of one environment, found by tracing it."""
+        """What `chooses` returns beside actions, for one environment; found by tracing it."""
         width = sum(space.flat_width for space in self.actions.values())
         allowed = jax.ShapeDtypeStruct((1, width), jnp.bool_) if self.masked else None
 
@@ -163,7 +163,7 @@ class Agent:
     # Learning
 
     def create(self, seed: int | jax.Array) -> TrainState:
-        """A fresh TrainState; `seed` is the run's, if it is below 2**31, or what `seed_key` makes of it."""
+        """A fresh TrainState; `seed` is the run's seed if that is below 2**31, else what `seed_key` makes of it."""
         run_key = jnp.asarray(seed) if np.ndim(seed) else jax.random.key_data(jax.random.key(seed))
         # At least as many draws as there are weights; biases and norm scales need none.
         count = sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
@@ -181,7 +181,7 @@ class Agent:
     def learn(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array], dict[str, jax.Array]]:
         """One update: (new state, latents (B, T, ...) to write back, metrics).
 
-        Where replay draws by priority, beside the latents: "priority" (B, T), the world model's loss.
+        Where replay draws by priority, "priority" (B, T) comes beside the latents: the world model's loss.
 
         batch (B, T+1, ...): one context step and T trained steps of everything `replay_fields` names.
         """
@@ -217,7 +217,7 @@ class Agent:
     def learn_in_turn(
         self, state: TrainState, batches: Sequence[Batch]
     ) -> tuple[TrainState, dict[str, jax.Array], dict[str, jax.Array]]:
-        """K updates that are due together: the new state, latents (K, B, T, ...) and metrics (K,) of each."""
+        """K updates that are due together: the new state, and their latents (K, B, T, ...) and metrics (K,)."""
 
         def step(state: TrainState, batch: Batch) -> tuple[TrainState, tuple]:
             state, *outputs = self.learn(state, batch)
@@ -242,14 +242,14 @@ class Agent:
     def _accumulate(self, state: TrainState, parts: Batch, keys: jax.Array) -> tuple[Any, tuple]:
         """The same gradients from equal slices (slices, B/slices, T+1, ...), one in memory at a time.
 
-        The return scale S is taken over all returns, so it is known after the last slice. But the loss is affine in
-        1/S, the factor of the advantages, and so is its gradient. Summed up are its value at 0 and its slope, which is
-        0 but for the policy.
+        The return scale S depends on all returns, so it is known only after the last slice. But the loss is affine in
+        1/S, the factor of the advantages, and so is its gradient. So its value at 0 and its slope are summed up; the
+        slope is 0 except for the policy.
         """
         params, slow = self.devices.gathered((state["params"], state["slow"]))
 
         def at(factor: jax.Array, batch: Batch, key: jax.Array) -> tuple[Any, tuple]:
-            """What has a slope, and what is summed up or collected beside it."""
+            """What has a slope, and what is summed or collected beside it."""
             gradients = jax.grad(self.loss, has_aux=True)
             grads, outcome = gradients(params, slow, state["return_scale"], batch, key, factor)
             sloping = {name: outcome.metrics[name] for name in ("loss/policy", "opt/loss")}
@@ -283,11 +283,11 @@ class Agent:
         key: jax.Array | None,
         factor: jax.Array | None = None,
     ) -> tuple[jax.Array, Outcome]:
-        """`DreamerModel.loss` of these weights."""
+        """`DreamerModel.loss` with these weights."""
         return self.model(params).loss(self.slow_modules(slow), return_scale, batch, key, factor)
 
     def slow_copies(self, params: Any) -> dict[str, Any]:
-        """Slow copies that begin where the parameters are."""
+        """Slow copies that start equal to the parameters."""
         return {name: jax.tree.map(jnp.array, where.of(params)) for name, where in self._slow.items()}
 
     # Looking

@@ -14,7 +14,7 @@ from dreamer.process import unfailing_output
 from dreamer.schema import ConfigError
 from dreamer.values import one_line, suggestion
 
-#: What `dreamer --help` says of each command; `dreamer.commands.NAME` runs it.
+#: What `dreamer --help` says about each command; `dreamer.commands.NAME` runs it.
 COMMANDS: dict[str, str] = {
     "train": "train an agent, or go on with a run",
     "eval": "play episodes with a trained agent and print its scores",
@@ -23,7 +23,7 @@ COMMANDS: dict[str, str] = {
     "envs": "list the environments, or check one",
     "sweep": "train many runs from one file",
     "plot": "draw learning curves, beside published ones",
-    "doctor": "look whether this machine can train",
+    "doctor": "check whether this machine can train",
     "bench": "measure what training costs on this machine, part by part",
 }
 
@@ -48,7 +48,7 @@ def run_command(arguments: Sequence[str]) -> int:
     return int(module.run(rest))
 
 
-# What a user can put right, told without a traceback: the errors' modules and names.
+# Errors that a user can correct, printed without a traceback: their modules and names.
 USER_ERRORS = (
     ("dreamer.paths", "PathError"),
     ("dreamer.schema", "ConfigError"),
@@ -61,7 +61,7 @@ USER_ERRORS = (
 
 
 def user_errors() -> tuple[type[Exception], ...]:
-    """The classes of `USER_ERRORS` that can have been raised: those of modules that were loaded."""
+    """The classes of `USER_ERRORS` that may have been raised: those of loaded modules."""
     return tuple(getattr(sys.modules[module], name) for module, name in USER_ERRORS if module in sys.modules)
 
 
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     threads = set(threading.enumerate())
     try:
         code = run_command(sys.argv[1:] if arguments is None else arguments)
-        if arguments is None:  # the process is ours
+        if arguments is None:  # this process belongs to the program
             from dreamer.run.signals import end_without
 
             end_without([one for one in threading.enumerate() if one not in threads], code)
@@ -79,6 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except user_errors() as error:
-        text = re.sub(r"(\S{300})\S{400,}(\S{300})", r"\1...\2", one_line(str(error)))  # what nobody reads to the end
+        text = re.sub(r"(\S{300})\S{400,}(\S{300})", r"\1...\2", one_line(str(error)))  # nobody reads to the end
         print(f"dreamer: error: {text}", file=sys.stderr)
         return USAGE_ERROR

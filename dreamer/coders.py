@@ -124,7 +124,7 @@ class ImageGeometry:
         return self.map[0] * 2**self.stages - self.height, self.map[1] * 2**self.stages - self.width
 
     def activations(self, config: ModelConfig) -> int:
-        """Numbers in the largest layer of one image: the first convolution's, before its maximum."""
+        """Numbers in the largest layer for one image: the first convolution, before its pooling."""
         return math.prod(self.map) * 4**self.stages * config.depth * config.depth_multipliers[0]
 
     def depths(self, config: ModelConfig) -> list[int]:
@@ -134,7 +134,7 @@ class ImageGeometry:
 
 
 def image_geometry(images: Spaces, config: ModelConfig) -> ImageGeometry:
-    """The one geometry of all image keys; different sizes are an error."""
+    """The geometry that all image keys share; different sizes are an error."""
     sizes = {key: space.shape[:2] for key, space in images.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(
@@ -272,7 +272,7 @@ class Decoder(nnx.Module):
         return outputs
 
     def vectors(self, x: jax.Array, keys: Sequence[str]) -> dict[str, Output]:
-        """The same for some of the keys that are no images."""
+        """The same for some of the keys that are not images."""
         if self.mlp is None:
             return {}
         x = self.mlp(x)

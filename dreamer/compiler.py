@@ -12,8 +12,8 @@ from dreamer.kernels import Target
 
 #: How XLA compiles an update, by kind of device, where its defaults are not the best.
 OPTIONS: dict[str, dict[str, Any]] = {
-    # The defaults hand every sum to a library, which keeps the arithmetic around it from being fused, and use half the
-    # width of wide vector units.
+    # The defaults hand every sum to a library, so the arithmetic around it cannot be fused, and use only half the width
+    # of wide vector units.
     "cpu": {
         "xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT",
         "xla_cpu_prefer_vector_width": 512,
@@ -25,8 +25,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @functools.cache
 def options(target: Target) -> dict[str, Any] | None:
-    """How XLA should compile an update; None (its defaults) where it does not know these options, where XLA_FLAGS has
-    some of its own for this kind of device, and for plain programs.
+    """How XLA should compile an update; None (its defaults) where it does not know these options, where XLA_FLAGS
+    already sets options for this kind of device, and for plain programs.
     """
     kind = target.platform
     found = OPTIONS.get(kind) if target.rewrites else None

@@ -1,5 +1,5 @@
-"""Every option of the project: name, type, default, unit and meaning, each exactly once; those of environments are in
-`env_config.py`.
+"""Every option of the project: name, type, default, unit and meaning, each exactly once. The options of environments
+are in `env_config.py`.
 
 The tree of frozen, validated dataclasses below *is* the configuration. YAML presets and command-line
 overrides (see `presets.py`) only change values; an unknown key or a value of the wrong type is an error.
@@ -19,7 +19,7 @@ from dreamer.values import COUNT, LARGEST_SEED, LAYERS, SCALE, STEPS, UNITS, gro
 
 
 def _path(value: Any) -> Any:
-    """A path from the root, whatever becomes of the working folder; anything else is left to the check of types."""
+    """An absolute path, so that a changed working folder does not matter; anything else is left to the type check."""
     return str(paths.absolute(value)) if isinstance(value, str | os.PathLike) else value
 
 
@@ -36,7 +36,7 @@ class RunConfig:
         le=1024,
     )
     updates_per_dispatch: int = option(
-        1, "Updates in one program on the device, where at least as many are due in the same step", gt=0, le=1024
+        1, "Updates in one program on the device, where at least this many are due in the same step", gt=0, le=1024
     )
     batch_size: int = option(16, "Sequences per update (B)", gt=0, le=65_536)
     batch_length: int = option(
@@ -74,7 +74,7 @@ class RunConfig:
     )
     mesh_data: int | None = option(
         None,
-        "Devices that share a batch, times run.mesh_model; null: as many as there are and divide it",
+        "Devices that share a batch, times run.mesh_model; null: as many of those present as divide it",
         "devices",
         resume=True,
         ge=1,
@@ -82,7 +82,7 @@ class RunConfig:
     )
     mesh_model: int | None = option(
         None,
-        "Devices that share one copy of the weights; null: 1, from 100 million parameters on as many as can",
+        "Devices that share one copy of the weights; null: 1, or for 100 million parameters and more as many as can",
         "devices",
         resume=True,
         ge=1,
@@ -97,7 +97,7 @@ class RunConfig:
         None, "How many processes share the run; null: what the cluster says", resume=True, ge=1, le=65_536
     )
     process_id: int | None = option(
-        None, "Which of them this is, from 0; null: what the cluster says", resume=True, ge=0, le=65_535
+        None, "Index of this process, from 0; null: what the cluster says", resume=True, ge=0, le=65_535
     )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "Dtype of activations; auto: bfloat16 on accelerators, float32 on the CPU"
@@ -110,13 +110,13 @@ class RunConfig:
 
 @group
 class SelectionConfig:
-    """Which sequences are trained on, behind the online queue: a mixture by fractions of any sum."""
+    """Which sequences are trained on, after the online queue: a mixture by fractions, which need not sum to 1."""
 
     uniform: float = option(1.0, "Fraction drawn uniformly", **SCALE)
     prioritised: float = option(0.0, "Fraction drawn by priority: the model's loss when last trained on", **SCALE)
     recency: float = option(0.0, "Fraction drawn by age, the newest most often", **SCALE)
-    priority_exponent: float = option(0.8, "Chance in proportion to the priority to this power", ge=0, le=10)
-    priority_zero_on_sample: bool = option(False, "Priority 0 from being drawn until the loss is known")
+    priority_exponent: float = option(0.8, "Chance proportional to the priority to this power", ge=0, le=10)
+    priority_zero_on_sample: bool = option(False, "Priority is 0 from when a sequence is drawn until its loss is known")
     recency_half_life: float = option(
         100_000.0, "Age at which a sequence is half as likely", "agent steps", ge=1e-3, le=1e12
     )
@@ -124,7 +124,7 @@ class SelectionConfig:
     @pydantic.model_validator(mode="after")
     def _something(self) -> SelectionConfig:
         if not (self.uniform or self.prioritised or self.recency):
-            raise ValueError("expected a fraction above 0 of uniform, prioritised or recency, got 0 of each")
+            raise ValueError("expected a fraction above 0 for uniform, prioritised or recency, got 0 for each")
         return self
 
 
@@ -133,16 +133,16 @@ class ReplayConfig:
     """The replay buffer."""
 
     capacity: int = option(5_000_000, "Steps kept, over all environments", "agent steps", **STEPS)
-    gigabytes: float | None = option(None, "Size in place of replay.capacity; null: none", "10^9 bytes", gt=0, le=1e6)
+    gigabytes: float | None = option(None, "Size, in place of replay.capacity; null: none", "10^9 bytes", gt=0, le=1e6)
     storage: Literal["auto", "host", "disk", "device"] = option(
         "auto",
-        "Where steps lie: the machine's memory, files in the logdir, the accelerator; auto: the fastest that fits",
+        "Where steps are kept: the machine's memory, files in the logdir, the accelerator; auto: the fastest that fits",
         resume=True,
     )
     online: bool = option(True, "Train once on each new stretch of data, ahead of other sequences")
-    selection: SelectionConfig = option(SelectionConfig, "Which sequences are drawn behind the online queue")
+    selection: SelectionConfig = option(SelectionConfig, "Which sequences are drawn after the online queue")
     preload: str | None = option(
-        None, "Folder of episode files, or Minari dataset, that a run has in its replay from the start; null: none"
+        None, "Folder of episode files, or a Minari dataset, that replay holds from the start; null: none"
     )
 
     _places = pydantic.field_validator("preload", mode="before")(_path)
@@ -174,7 +174,7 @@ class ModelConfig:
     policy_layers: int = option(3, "Dense layers of the policy", **LAYERS)
     value_layers: int = option(3, "Dense layers of the critic", **LAYERS)
     bins: int = option(255, "Two-hot bins of reward and value (odd)", ge=3, le=65_535)
-    unimix: float = option(0.01, "Uniform share mixed into prior and posterior", ge=0, le=1)
+    unimix: float = option(0.01, "Share of a uniform distribution mixed into prior and posterior", ge=0, le=1)
     min_std: float = option(0.1, "Least standard deviation of a continuous policy", ge=1e-6, le=1e6)
     max_std: float = option(1.0, "Largest standard deviation of a continuous policy", ge=1e-6, le=1e6)
     remat: bool = option(False, "Recompute the convolutions and scans in the backward pass: slower, less memory")
@@ -195,7 +195,7 @@ class LossConfig:
     replay_value: float = option(0.3, "Scale of the replayed value loss", **SCALE)
     free_nats: float = option(1.0, "KL below which no gradient flows", "nats", **SCALE)
     discount_in_cont: bool = option(
-        True, "The continue head learns the discount too; false: it stands beside the predictions, in the returns"
+        True, "The continue head learns the discount too; false: the returns multiply its predictions by the discount"
     )
 
 
@@ -234,7 +234,7 @@ class OptimizerConfig:
     eps: float = option(1e-20, "Added to the root of the second moment", ge=1e-30, le=1)
     accumulate: int = option(
         1,
-        "Equal slices in which a batch is worked on, for small memories: the same update, a little slower",
+        "Equal slices in which a batch is processed, to save memory: the same update, a little slower",
         ge=1,
         le=65_536,
     )
@@ -255,8 +255,8 @@ class LogConfig:
     video_fps: int = option(15, "Frames per second of videos", "1/s", resume=True, gt=0, le=100)
     picture_megabytes: float | None = option(
         200.0,
-        "Most that pictures take up in TensorBoard, in step with the run: what is too early is left out, and only the "
-        "newest of its name is kept as a file; null: any",
+        "Most space for pictures in TensorBoard, growing with the run: what comes too early is left out, and only the "
+        "newest of its name is kept as a file; null: no limit",
         "10^6 bytes",
         resume=True,
         gt=0,
@@ -264,7 +264,7 @@ class LogConfig:
     )
     tensorboard_megabytes: float | None = option(
         100.0,
-        "Most that scalars take up in TensorBoard, the same way; metrics.jsonl has all; null: any",
+        "Most space for scalars in TensorBoard, likewise; metrics.jsonl has all; null: no limit",
         "10^6 bytes",
         resume=True,
         gt=0,

@@ -1,6 +1,6 @@
-"""Options that are right by themselves and impossible together, and what a run is asked for that will not happen.
+"""Options that are valid alone but impossible together, and what was asked for but will not happen.
 
-A contradiction is refused when the configuration is made, with the numbers, before anything slow.
+A contradiction is refused, with its numbers, when the configuration is made, before anything slow.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _seeds(config: Config) -> str | None:
 
 def _data(config: Config) -> str | None:
     if not config.run.collect and config.replay.preload is None:
-        return "expected data to train on with run.collect false: name them with --replay.preload PATH"
+        return "expected data to train on with run.collect false: give it with --replay.preload PATH"
     if config.replay.gigabytes is None and never_trains(config, config.replay.capacity):
         return (
             f"expected replay.capacity {least_capacity(config)} or more, {_why(config)}, got {config.replay.capacity}; "
@@ -98,7 +98,7 @@ def _data(config: Config) -> str | None:
 
 
 def filling_steps(config: Config) -> int:
-    """Steps of each environment until there are starts of B * T sequences: with r steps it has r - T of them."""
+    """Steps of each environment until B * T sequences can start; with r steps it has r - T starts."""
     run = config.run
     return run.batch_length + math.ceil(run.batch_size * run.batch_length / config.env.num_envs)
 
@@ -109,7 +109,7 @@ def least_capacity(config: Config) -> int:
 
 
 def never_trains(config: Config, capacity: int) -> bool:
-    """Whether the run is to train, and a replay of so many steps is always too small for it to begin."""
+    """Whether the run is to train, but a replay of `capacity` steps is always too small for training to begin."""
     run, envs = config.run, config.env.num_envs
     rows = max(math.ceil(capacity / envs), run.batch_length + 2)
     starts = envs * (rows - run.batch_length)
@@ -117,7 +117,7 @@ def never_trains(config: Config, capacity: int) -> bool:
 
 
 def check_gigabytes(config: Config, steps: int, step_bytes: int) -> None:
-    """ConfigError if the steps, of so many bytes, that `replay.gigabytes` has room for never let training begin."""
+    """ConfigError if `replay.gigabytes` has room for too few steps, of `step_bytes` each, to ever begin training."""
     if config.replay.gigabytes is not None and never_trains(config, steps):
         raise ConfigError(
             f"expected replay.gigabytes {least_capacity(config) * step_bytes / 1e9:.3g} or more, "
@@ -143,7 +143,7 @@ def _why(config: Config) -> str:
 
 
 def unmet(config: Config, filled: bool = False) -> list[str]:
-    """What a run is asked for and its length or its numbers leave no room for: not a mistake, and worth a word.
+    """What was asked for although the run's length or numbers leave no room for it: not a mistake, but worth a word.
 
     filled: whether replay has data when it starts.
     """

@@ -1,6 +1,6 @@
-"""What heads return: distributions and losses that know how to score a target.
+"""What heads return: distributions, and losses that score a target.
 
-Every head output has ``loss(target) -> (...)`` and ``mode()``; those that are sampled also have ``sample(key)``
+Every output of a head has ``loss(target) -> (...)`` and ``mode()``; those that are sampled also have ``sample(key)``
 (``key=None`` gives the mode), ``log_prob(value)`` and ``entropy()``. All arithmetic is at least float32.
 
 The classes (or bins, or entries) are the features of what a distribution is made from, and it works `over` them. Every
@@ -45,7 +45,7 @@ def sum_of(terms: Sequence[jax.Array]) -> jax.Array:
 
 
 def tree_of(*arrays: str) -> Callable[[type], type]:
-    """Registers a class as a pytree of these attributes; its others are constants."""
+    """Registers a class as a pytree of these attributes; all others are constants."""
 
     def register(kind: type) -> type:
         def flatten(dist: Any) -> tuple[list[Any], tuple]:
@@ -81,10 +81,11 @@ class Output(Protocol):
 
 @tree_of("log_probs")
 class OneHot:
-    """Independent categorical variables as one-hot vectors: logits (..., K), optionally mixed with a uniform.
+    """Independent categorical variables as one-hot vectors: logits (..., K), optionally mixed with a uniform
+    distribution.
 
     ``probs = (1 - unimix) softmax(logits) + unimix / K`` (paper v2, "World model learning").
-    Samples carry straight-through gradients: the value is one-hot, the gradient that of the mixed probabilities.
+    Samples carry straight-through gradients: the value is one-hot, the gradient is that of the mixed probabilities.
     """
 
     def __init__(self, logits: jax.Array, unimix: float = 0.0) -> None:
@@ -135,7 +136,7 @@ class MaskedOneHot(OneHot):
     """A categorical variable renormalised over its allowed classes: logits (..., K), allowed (..., K) bool.
 
     ``p = softmax(logits)`` over the allowed classes and exactly 0 elsewhere; forbidden logits get no gradient. Where
-    nothing is allowed (a mask may be predicted), everything is.
+    nothing is allowed (which a predicted mask may say), everything is.
     """
 
     #: ln of "never": its exponential is 0 in every float dtype, and 0 times it is 0, which -inf would make NaN.
@@ -147,7 +148,7 @@ class MaskedOneHot(OneHot):
 
     def _draw(self, key: jax.Array) -> jax.Array:
         drawn = super()._draw(key)
-        # Rounding of the cumulative sum lets one draw in millions fall on a class of probability 0.
+        # Rounding of the cumulative sum lets one draw in millions land on a class of probability 0.
         fits = jnp.take_along_axis(self.allowed, jnp.expand_dims(drawn, self.over), self.over).squeeze(self.over)
         return jnp.where(fits, drawn, self.log_probs.argmax(self.over))
 
@@ -249,8 +250,8 @@ class TwoHot:
     def mode(self) -> jax.Array:
         """Expected value (...); symmetric logits give exactly 0.
 
-        Bins reach 5e8, so the odds of b and -b are subtracted *before* they are multiplied by anything: a compiler
-        may round only one of two products (fused multiply-add), and what that leaves of 5e8 is as large as a reward.
+        Bins reach 5e8, so the odds of b and -b are subtracted *before* they are multiplied by anything: a compiler may
+        round only one of the two products (fused multiply-add), and its rounding error at 5e8 is as large as a reward.
         """
         over, bins = self.over, self.bins
         middle = bins.shape[0] // 2
@@ -262,11 +263,12 @@ class TwoHot:
     def loss(self, target: jax.Array) -> jax.Array:
         """Cross entropy (...) with the target (...) spread linearly over its two neighbouring bins.
 
-        The weight of a bin is a hat over its neighbours, ``max(0, min(rise, fall))``; beyond the last bin it has all.
+        The weight of a bin is a hat over its neighbours, ``max(0, min(rise, fall))``; beyond the last bin, that bin has
+        all.
         """
         bins = self.bins
         target = jnp.expand_dims(jnp.clip(sg(target).astype(bins.dtype), bins[0], bins[-1]), self.over)
-        # Dense on purpose: gathering two logits would make the gradient a scatter, which is slow everywhere.
+        # Dense on purpose: gathering two logits would make the gradient a scatter, which is slow on every device.
         before, after = jnp.append(2 * bins[0], bins[:-1]), jnp.append(bins[1:], 2 * bins[-1])
         bins, before, after = map(self._along, (bins, before, after))
         rise, fall = (target - before) / (bins - before), (after - target) / (after - bins)
@@ -274,7 +276,7 @@ class TwoHot:
         return -(weights * jax.nn.log_softmax(self.logits, self.over)).sum(self.over)
 
     def _along(self, vector: jax.Array) -> jax.Array:
-        """One number for each bin, ready to meet the logits."""
+        """One number for each bin, shaped to broadcast with the logits."""
         return vector if self.over == -1 else vector[:, None]
 
 
@@ -282,7 +284,8 @@ class TwoHot:
 class SquaredError:
     """A point prediction (..., *event) scored by the sum of squares, without 1/2, over the last `rank` axes.
 
-    With `symlog_space` the prediction lives in symlog space: the loss squashes the target, the mode is unsquashed.
+    With `symlog_space` the prediction lives in symlog space: the loss applies symlog to the target, the mode applies
+    symexp.
     """
 
     def __init__(self, prediction: jax.Array, rank: int, symlog_space: bool = False) -> None:

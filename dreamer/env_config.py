@@ -34,7 +34,7 @@ class DmcConfig:
     repeat: int = option(1, "Simulation control steps per agent step", "steps", **REPEAT)
     pixels: bool = option(False, "Observe a rendered image instead of the state vectors")
     size: Size = option((64, 64), "Image height and width", "pixels")
-    camera: int | None = option(None, "Camera; null: 0, for the quadruped 2", ge=-1, le=1000)
+    camera: int | None = option(None, "Camera; null: 0, or 2 for the quadruped", ge=-1, le=1000)
 
 
 @group
@@ -73,10 +73,10 @@ class ProcgenConfig:
     """Procgen."""
 
     size: Size = option(
-        (64, 64), "Image height and width; other than 64,64: scaled down from a large picture, slow to draw", "pixels"
+        (64, 64), "Image height and width; all but 64,64 are scaled down from a large picture, slow to draw", "pixels"
     )
     mode: Literal["easy", "hard"] = option("hard", "Difficulty of the levels")
-    levels: int | None = option(None, "Different levels that are drawn from; null: unlimited", ge=1, le=10**9)
+    levels: int | None = option(None, "Number of different levels to draw from; null: unlimited", ge=1, le=10**9)
     start_level: int = option(0, "The first of these levels, where their number is limited", ge=0, le=10**9)
 
 
@@ -88,9 +88,9 @@ class MinecraftConfig:
     steps: int = option(36_000, "Time limit of an episode", "agent steps", gt=0, le=10**9)
     break_speed: float = option(100.0, "How many times as fast blocks break", gt=0, le=1e6)
     sticky_attack: int = option(
-        30, "Steps that an attack goes on, where env.minecraft.break_speed is 1", ge=0, le=1_000_000
+        30, "Steps that an attack lasts, where env.minecraft.break_speed is 1", ge=0, le=1_000_000
     )
-    sticky_jump: int = option(10, "Steps that a jump goes on", ge=0, le=1_000_000)
+    sticky_jump: int = option(10, "Steps that a jump lasts", ge=0, le=1_000_000)
     pitch_limit: float = option(60.0, "How far up and down one can look", "degrees", ge=0, le=90)
 
 
@@ -131,8 +131,8 @@ class EnvConfig:
     )
     timeout_seconds: float | None = option(
         600.0,
-        "A worker process that takes longer over one step, or over starting, is ended and made anew; null: wait for "
-        "ever. Environments in the training process cannot be interrupted",
+        "A worker process that takes longer for one step, or to start, is ended and replaced; null: wait "
+        "forever. Environments in the training process cannot be interrupted",
         "seconds",
         resume=True,
         ge=0.01,
@@ -140,7 +140,7 @@ class EnvConfig:
     )
     restart_seconds: float = option(
         1.0,
-        "Wait before a failed environment is made anew; doubles with each failure in an episode, up to a minute",
+        "Wait before replacing a failed environment; doubles with each failure in an episode, up to a minute",
         "seconds",
         resume=True,
         ge=0,
@@ -148,7 +148,7 @@ class EnvConfig:
     )
     failure_limit: int | None = option(
         10,
-        "Most failures of environments within env.failure_minutes; one more stops the run; null: any",
+        "Most failures of environments within env.failure_minutes; one more stops the run; null: no limit",
         resume=True,
         ge=0,
         le=1_000_000,
@@ -157,7 +157,7 @@ class EnvConfig:
         10.0, "Time within which failures of environments are counted", "minutes", resume=True, gt=0, le=1e6
     )
     repeat: int = option(
-        1, "Times each action is taken; not beside a suite's own repeat above 1", "steps per agent step", **REPEAT
+        1, "Times each action is taken; not with a suite's own repeat above 1", "steps per agent step", **REPEAT
     )
     time_limit: int | None = option(
         None, "Longest episode, cut off there; null: the environment's own limit", "agent steps", **STEPS
@@ -169,7 +169,9 @@ class EnvConfig:
     frame_noise: float | None = option(
         None, "Standard deviation of the noise on the agent's images; null: none", "of 255 levels", gt=0, le=255
     )
-    reward_scale: float = option(1.0, "Factor of the rewards that are learned from; scores stay unscaled", gt=0, le=1e6)
+    reward_scale: float = option(
+        1.0, "Factor on the rewards that the agent learns from; scores stay unscaled", gt=0, le=1e6
+    )
     atari: AtariConfig = option(AtariConfig, "Atari")
     dmc: DmcConfig = option(DmcConfig, "DeepMind Control")
     crafter: CrafterConfig = option(CrafterConfig, "Crafter")

@@ -28,19 +28,18 @@ def imagine(
     *,
     masked: bool,
 ) -> Dream:
-    """`horizon` steps from `starts` (M, ...), without gradient to the world model's weights.
+    """Imagine `horizon` steps from `starts` (M, ...), without gradient to the world model's weights.
 
-    What of it is differentiated at all is the behaviour's choice, `through_dreams`: DreamerV3's trains its weights
-    on dreams as on data.
-    slow: slow copies; the critic's is read beside the critic.
-    masked: the dream predicts which actions there are, and the policy keeps to them.
+    Whether anything in it is differentiated is the behaviour's choice, `through_dreams`: DreamerV3 trains its weights
+    on dreams as on data. slow: slow copies; that of the critic is read beside the critic. masked: the dream predicts
+    which actions are allowed, and the policy keeps to them.
     """
     graph, weights = nnx.split(world_model)
     world: WorldModel = nnx.merge(graph, jax.tree.map(sg, weights))
     stop = behaviour.through_dreams
 
     def look(state: State) -> tuple[jax.Array, jax.Array | None, dict[str, Distribution]]:
-        """The features of a state, the actions there are, the policy's distributions."""
+        """The features of a state, the allowed actions, the policy's distributions."""
         x = stop(world.rssm.feature(state))
         allowed = world.objective.allowed(x) if masked else None
         return x, allowed, behaviour.policy(x, allowed)
@@ -50,7 +49,7 @@ def imagine(
         return {name: stop(head(x).mode()) for name, head in heads.items()}
 
     def note(x: jax.Array, allowed: jax.Array | None, dists: dict[str, Distribution], action: jax.Array) -> tuple:
-        """What training needs of a state where `action` was taken."""
+        """What training needs to know about a state where `action` was taken."""
         return read(x), behaviour.judge(x, dists, action), allowed
 
     def act(state: State, key: jax.Array | None) -> tuple[jax.Array, Any]:

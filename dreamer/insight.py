@@ -1,4 +1,4 @@
-"""What a model makes of replayed sequences, for reports: what it saw, dreamed and expected, without gradient."""
+"""What a model makes of replayed sequences, for reports: what it saw, dreamed and expected, without gradients."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import optax
 from dreamer.rssm import State
 from dreamer.world_model import WorldModel
 
-#: Sequences whose observations and predictions are handed out, for videos.
+#: Number of sequences whose observations and predictions are returned, for videos.
 SHOWN = 8
 
 
 def look(
     model: WorldModel, context: State, actions: jax.Array, batch: Mapping[str, jax.Array], key: jax.Array
 ) -> tuple[State, dict[str, Any]]:
-    """Filter sequences with all observations, and once more without those of the second half::
+    """Filter sequences with all observations, and again without those of the second half::
 
         step        0  1  ...  T/2-1   T/2  ...  T-1
         filtered    seen       seen    seen      seen
@@ -32,7 +32,7 @@ def look(
       their difference; ``guess`` (), the mean error of always predicting the mean of all steps
     - of the open loop: ``open_reward``, ``open_cont`` (B, T)
     - of the filtered states: ``reward``, ``cont`` (B, T); ``kl`` (B, T), from prior to posterior, summed over the
-      variables; what the latent shows of the posterior, here ``probs`` (B, T, S, K)
+      variables; what the latent reports of the posterior, here ``probs`` (B, T, S, K)
 
     all float32.
     """
@@ -58,7 +58,7 @@ def look(
 
 
 def norms(params: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """The norm () of each module's parameters, or of something like them, by name."""
+    """The norm () of each module's parameters, or of a tree shaped like them, by name."""
     return {name: optax.tree.norm(tree) for part in params.values() for name, tree in part.items()}
 
 

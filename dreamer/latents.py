@@ -19,9 +19,9 @@ from dreamer.types import Field
 
 
 class Latent(Protocol):
-    """What the world model knows of its latent. Frozen and hashable: it has no weights of its own.
+    """What the world model knows about its latent. Frozen and hashable: it has no weights of its own.
 
-    numbers: that a network has to give for one distribution; width: of the latent as heads read it.
+    numbers: how many a network outputs for one distribution; width: of the latent as heads read it.
     """
 
     @property
@@ -33,7 +33,7 @@ class Latent(Protocol):
         """The latent before an episode's first observation."""
 
     def shaped(self, x: jax.Array) -> jax.Array:
-        """A network's numbers (..., numbers) as `dist` takes them: logits, say."""
+        """A network's output (..., numbers) as `dist` takes it: logits, say."""
 
     def dist(self, logits: jax.Array) -> Any:
         """The distribution: something with ``sample(key)``, the mode where the key is None."""
@@ -45,7 +45,7 @@ class Latent(Protocol):
         """(...), summed over the variables."""
 
     def shown(self, p: Any) -> dict[str, jax.Array]:
-        """What reports show of a distribution, by name."""
+        """What reports show about a distribution, by name."""
 
     def flat(self, stoch: jax.Array) -> jax.Array:
         """A latent as heads read it, (..., width)."""
@@ -64,7 +64,7 @@ class Latent(Protocol):
 class Categorical:
     """S independent variables of K classes, one-hot (..., S, K) with straight-through gradients (paper v2, eq. 1).
 
-    unimix: share of the uniform distribution in every one, on both sides of the KL too.
+    unimix: share of a uniform distribution in each of them, on both sides of the KL too.
     """
 
     variables: int
@@ -107,7 +107,7 @@ class Categorical:
         return stoch.argmax(-1).astype(self.stored().dtype)
 
     def unpack(self, stored: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """The stored zeros of before an episode become class 0; `is_first` resets what follows, so nobody reads it."""
+        """The zeros stored before an episode become class 0; `is_first` resets what follows, so nobody reads it."""
         return jax.nn.one_hot(stored, self.classes, dtype=dtype)
 
 

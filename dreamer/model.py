@@ -1,4 +1,4 @@
-"""All networks, the one loss of all of them, and what they make of an observation."""
+"""All networks, their one loss, and what they make of an observation."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ SlowModules = Mapping[str, nnx.Module]
 class Act(Protocol):
     """What chooses actions: ``act(model, state, key, allowed) -> (action, extras)``, a pure function.
 
-    state (N, ...): the model's, after the newest observation; key: None asks for the most likely action; allowed:
-    bool (N, A), or None where every action is. action (N, A): one-hot where discrete, at least float32; extras: what
-    replay is to remember of the choice with the step, (N, ...) by name, visit counts of a search say. It comes back
-    with the batches that are trained on.
+    state (N, ...): the model's, after the newest observation; key: None asks for the most likely action; allowed: bool
+    (N, A), or None if every action is allowed. action (N, A): one-hot where discrete, at least float32; extras: what
+    replay is to remember about the choice, (N, ...) by name, such as the visit counts of a search. It comes back with
+    the training batches.
     """
 
     def __call__(
@@ -46,7 +46,7 @@ class Act(Protocol):
 def act_by_policy(
     model: DreamerModel, state: State, key: jax.Array | None, allowed: jax.Array | None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """DreamerV3's choice: a sample of the policy, with nothing to remember."""
+    """DreamerV3's way: a sample from the policy, with nothing to remember."""
     x = model.world_model.rssm.feature(state)
     return sg(sample_actions(model.actor_critic.policy(x, allowed), key)), {}
 
@@ -65,8 +65,8 @@ class Outcome(NamedTuple):
 class DreamerModel(nnx.Module):
     """All trained networks.
 
-    slow: the weights that have a slow copy, by its name; scales: of every loss term, by name. dtype: of activations.
-    ValueError if the options do not fit the spaces.
+    slow: the weights that have a slow copy, by the copy's name; scales: of every loss term, by name. dtype: of
+    activations. ValueError if the options do not fit the spaces.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class DreamerModel(nnx.Module):
         self.config, self.actions, self.dtype = nnx.static(config), nnx.static(dict(sorted(actions.items()))), dtype
         action = sum(space.flat_width for space in actions.values())
         discount = 1 - 1 / config.actor_critic.discount_horizon
-        # In what the continue head learns, or beside what it predicts.
+        # The discount is in what the continue head learns, or multiplies what it predicts.
         learned, beside = (discount, 1.0) if config.loss.discount_in_cont else (1.0, discount)
         self.world_model = WorldModel(observations, action, config.model, config.loss, learned, rngs=rngs)
         width = self.world_model.rssm.width
@@ -86,7 +86,7 @@ class DreamerModel(nnx.Module):
         self.slow: Mapping[str, Slow] = nnx.static({**self.world_model.objective.slow, **self.actor_critic.slow})
 
     def _dreams_masks(self) -> bool:
-        """Whether masks hold in imagination too. ValueError if they should, and nothing predicts them."""
+        """Whether masks hold in imagination too. ValueError if they should but nothing predicts them."""
         if not self.masked or self.config.actor_critic.imagine_mask == "ignore":
             return False
         if not self.world_model.objective.predicts_masks:
@@ -102,8 +102,8 @@ class DreamerModel(nnx.Module):
         scales |= {"policy": config.policy, "value": config.value, "repval": config.replay_value}
         if taken := sorted(set(ours) & set(scales)):
             raise ValueError(
-                f"expected observations named unlike the loss terms {sorted(scales)}, got {taken}; rename these keys "
-                "of the environment or leave them out with model.decoder_keys"
+                f"expected observations not named like the loss terms {sorted(scales)}, got {taken}; rename these "
+                "keys of the environment or leave them out with model.decoder_keys"
             )
         return scales | dict(ours)
 
@@ -115,7 +115,7 @@ class DreamerModel(nnx.Module):
         key: jax.Array | None,
         factor: jax.Array | None = None,
     ) -> tuple[jax.Array, Outcome]:
-        """The one weighted sum () of all loss terms, and what comes with it.
+        """The weighted sum () of all loss terms, and what comes with it.
 
         batch (B, T+1, ...): one context step and T trained steps of everything `replay_fields` names.
         factor: see `ActorCritic.imagination_loss`.
@@ -142,7 +142,7 @@ class DreamerModel(nnx.Module):
         total = sum_of([scales[name] * mean for name, mean in means.items()])
         metrics.update(observed.metrics)
         for name, space in self.actions.items():
-            # An action without a choice (all entries of one class) has no randomness to measure.
+            # An action without a choice (each entry has one class) has no randomness to measure.
             if space.classes is not None and max(space.classes) > 1:
                 metrics[f"rand/{name}"] = metrics[f"ent/{name}"] / sum(math.log(n) for n in space.classes)
         metrics.update({f"loss/{name}": mean for name, mean in means.items()})
@@ -173,7 +173,7 @@ class DreamerModel(nnx.Module):
         return context, taken, {k: v[:, 1:] for k, v in batch.items() if k not in {*latents, *self.actions}}
 
     def look(self, batch: Batch, key: jax.Array) -> dict[str, Any]:
-        """What the model makes of a batch (B, T+1, ...): see `insight.look`, and from the filtered states
+        """What the model makes of a batch (B, T+1, ...): the results of `insight.look`, and from the filtered states
 
         - ``value`` (B, T), the critic's
         - ``dream_reward``, ``dream_cont`` (B, T, H+1): imagined from each, the state itself first

@@ -1,4 +1,4 @@
-"""NVIDIA's cards, as their driver tells of them. Where there is no driver, there are no cards."""
+"""NVIDIA cards, as their driver reports them. Without a driver there are no cards."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pynvml
 
 
 class DriverError(RuntimeError):
-    """There is a driver, but it does not answer; the message says how."""
+    """There is a driver, but it does not answer; the message says what happened."""
 
 
 class Card(NamedTuple):
-    """One card. What it does not tell is None.
+    """One card. What it does not report is None.
 
-    total, used  Bytes of memory; in use by anybody.
-    load         Share of the last moments in which something was computed.
+    total, used  Bytes of memory: in all, and in use by any process.
+    load         Share of the last moments in which the card was busy.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Card(NamedTuple):
 
 
 def cards(named: Sequence[str] | None = None) -> list[Card]:
-    """The cards of the machine, in the driver's order; of those that are `named`, where any is by its number.
+    """The cards of the machine, in the driver's order; only those `named`, if any is named by its number.
 
     DriverError if there is a driver that does not answer.
     """

@@ -20,7 +20,7 @@ sg = jax.lax.stop_gradient
 
 
 class Seen(NamedTuple):
-    """What the world model makes of a batch, with gradients: everything (B, T, ...).
+    """What the world model makes of a batch, with gradients, each (B, T, ...).
 
     actions: those that led to each step; feature: of the states; posterior, prior: logits.
     """
@@ -34,9 +34,9 @@ class Seen(NamedTuple):
 
 
 class Objective(nnx.Module):
-    """One loss or several, and what they teach to predict, which may be nothing: so it is unless a subclass says more.
+    """One or several losses, and what they teach the model to predict: nothing, unless a subclass says otherwise.
 
-    scales: of every loss, by its name; slow: the weights of which it needs a slow copy, by the copy's name.
+    scales: of every loss, by its name; slow: the weights that need a slow copy, by the copy's name.
     """
 
     def __init__(self, scales: Mapping[str, float], slow: Mapping[str, Slow] | None = None) -> None:
@@ -45,7 +45,7 @@ class Objective(nnx.Module):
     def losses(
         self, seen: Seen, observations: Observations, slow: Mapping[str, nnx.Module], key: jax.Array | None
     ) -> dict[str, jax.Array]:
-        """Losses (B, T) by name. slow: every slow copy there is, by name."""
+        """Losses (B, T) by name. slow: all slow copies, by name."""
         raise NotImplementedError
 
     def predict(self, x: jax.Array) -> dict[str, Output]:
@@ -53,16 +53,16 @@ class Objective(nnx.Module):
         return {}
 
     def targets(self, observations: Observations) -> dict[str, jax.Array]:
-        """What `predict` should have given: these observations in the form that its losses compare with."""
+        """What `predict` should have returned: these observations in the form that its losses compare with."""
         return {}
 
     @property
     def predicts_masks(self) -> bool:
-        """Whether dreams can tell which actions are allowed; then `allowed` says it."""
+        """Whether dreams can tell which actions are allowed; if so, `allowed` says which."""
         return False
 
     def allowed(self, x: jax.Array) -> jax.Array:
-        """Which actions a masked environment is thought to allow, bool (..., A), from features (..., F)."""
+        """The actions that a masked environment is predicted to allow, bool (..., A), from features (..., F)."""
         raise NotImplementedError
 
 
@@ -78,7 +78,7 @@ class Reconstruction(Objective):
     def losses(
         self, seen: Seen, observations: Observations, slow: Mapping[str, nnx.Module], key: jax.Array | None
     ) -> dict[str, jax.Array]:
-        """One for each predicted observation."""
+        """One loss for each predicted observation."""
         targets = self.targets(observations)
         return {name: output.loss(targets[name]) for name, output in self.predict(seen.feature).items()}
 
@@ -93,7 +93,7 @@ class Reconstruction(Objective):
         return ACTION_MASK in self.decoder.spaces
 
     def allowed(self, x: jax.Array) -> jax.Array:
-        """Those actions that are more likely allowed than not."""
+        """The actions that are more likely allowed than not."""
         entries = sg(self.decoder.vectors(x, [ACTION_MASK])[ACTION_MASK].mode())
         forbidden, allowed = features.split(features.group(entries, features.size(entries) // 2), 2)
         return features.single(allowed) > 0.5

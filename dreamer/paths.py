@@ -1,7 +1,7 @@
-"""Paths as people give them, made absolute and tried before anything slow begins; files written whole or not at all.
+"""Users' paths, made absolute and tried before anything slow begins; files written whole or not at all.
 
-Whatever comes from a command line, a YAML file or another program goes through `absolute` where it first arrives. What
-happens to the working folder afterwards (an environment that changes it, say) then moves no file of ours.
+Every path from a command line, a YAML file or another program goes through `absolute` on arrival. If the working folder
+changes afterwards (in an environment, say), no file of ours moves.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-#: Starts this very program in a process of its own, whatever modules lie in the working folder.
+#: Starts this very program in a process of its own, whatever modules the working folder has.
 PROGRAM = (sys.executable, "-P", str(Path(__file__).resolve().with_name("__main__.py")))
-#: The variable for what -P asks of Python: import nothing from the working folder.
+#: The environment variable for Python's option -P: import nothing from the working folder.
 SAFE_PATH = "PYTHONSAFEPATH"
 
 
 class PathError(ValueError):
-    """A path of the user's cannot be used for what it was given for; the message says why, and what to do."""
+    """A user's path cannot serve its purpose; the message says why, and what to do."""
 
 
 def absolute(path: str | os.PathLike[str], beside: Path | None = None) -> Path:
     """The path from the root, with `~` expanded. Links and `..` in it stay as they are.
 
-    beside: the folder that a relative path starts from; None: the working folder. PathError if there is no such home
-    or working folder, or if no file can have this name.
+    beside: the folder that a relative path starts from; None: the working folder. PathError if there is no such home or
+    working folder, or if no file can have this name.
     """
     text = os.fsdecode(path)
     if not text:
@@ -54,18 +54,18 @@ def working_folder(wanted: str = "it") -> Path:
 
 
 def brief(path: Path) -> str:
-    """The path as people write it: from the working folder, if it lies below it."""
+    """The path as people write it: relative to the working folder, if it is inside it."""
     try:
         short = str(path.relative_to(os.getcwd()))
-    except (OSError, ValueError):  # there is none any more, or it lies elsewhere
+    except (OSError, ValueError):  # it is gone, or the path is elsewhere
         return str(path)
     return f"./{short}" if short.startswith(("-", "~")) else short
 
 
 @contextlib.contextmanager
 def safe_path() -> Iterator[None]:
-    """Processes of Python that start within import nothing from the working folder: a random.py there, say, would be
-    taken for the standard library's."""
+    """Python processes started within import nothing from the working folder: a random.py there, say, would be taken
+    for the standard library's."""
     before = os.environ.get(SAFE_PATH)
     os.environ[SAFE_PATH] = "1"
     try:
@@ -77,7 +77,7 @@ def safe_path() -> Iterator[None]:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder, and those above it, and tries to write there. PathError, in one line, if that fails."""
+    """Makes a folder and its parents, and tries to write there. PathError, in one line, if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -87,7 +87,7 @@ def make_folder(folder: Path) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """For a folder that is not made now: PathError if it could not be, as far as looking tells."""
+    """For a folder that is made later: PathError if it could not be, as far as one can tell without making it."""
     try:
         os.lstat(folder)
     except FileNotFoundError:
@@ -100,10 +100,10 @@ def check_folder(folder: Path) -> None:
 
 
 def check_file(path: Path) -> None:
-    """For a file that is to be written later: makes its folder, and tries its name. PathError if that fails."""
+    """For a file that is written later: makes its folder and tries its name. PathError if that fails."""
     make_folder(path.parent)
     try:
-        os.lstat(_partial(path))  # the longest name it has while it is written
+        os.lstat(_partial(path))  # the longest name it has while being written
     except FileNotFoundError:
         pass
     except (OSError, ValueError) as error:
@@ -114,10 +114,10 @@ def check_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
-    """A file to write to, which takes the place of `path` at the end of the block; its folder is made.
+    """A file to write to, which replaces `path` at the end of the block; its folder is made.
 
-    Readers see the former contents or all of the new. What the block raises, and OSError, leave no trace. Without
-    `sync` the contents may be lost if the machine stops; so may the name, until `make_durable` of its folder.
+    Readers see the old contents or all of the new. If the block raises, or on OSError, no trace is left. Without `sync`
+    the contents may be lost if the machine stops; so may the name, until `make_durable` of its folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _partial(path)
@@ -134,7 +134,7 @@ def whole_file(path: Path, sync: bool = True) -> Iterator[BinaryIO]:
 
 
 def make_durable(path: Path) -> None:
-    """Force the content of a file, or the names in a folder, to the disk."""
+    """Force the contents of a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -143,17 +143,17 @@ def make_durable(path: Path) -> None:
 
 
 def _partial(path: Path) -> Path:
-    """The name of a file while it is written: hidden, and of this process alone."""
+    """The name of a file while it is being written: hidden, and used by this process alone."""
     return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 def _undecodable(text: str) -> bool:
-    """Whether it holds bytes that are no UTF-8, which neither YAML nor JSON could record."""
+    """Whether it holds bytes that are not UTF-8, which neither YAML nor JSON could record."""
     return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _with_home(text: str) -> str:
-    """`~/x` and `~name/x` with the home in place."""
+    """`~/x` and `~name/x` with the home folder filled in."""
     user, slash, rest = text.partition("/")
     try:
         if user == "~":

@@ -153,7 +153,9 @@ def test_an_action_without_a_choice_has_no_randomness_to_report():
 
 
 def test_observations_named_like_a_loss_term_are_refused():
-    with pytest.raises(ValueError, match=r"named unlike the loss terms .*got \['policy', 'rew'\].*model.decoder_keys"):
+    with pytest.raises(
+        ValueError, match=r"not named like the loss terms .*got \['policy', 'rew'\].*model.decoder_keys"
+    ):
         Agent({k: Space("vector", (1,)) for k in ("policy", "rew", "x")}, DISCRETE, small_config())
     Agent({k: Space("vector", (1,)) for k in ("policy", "x")}, DISCRETE, small_config(dict(decoder_keys="x")))
 
