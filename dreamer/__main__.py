@@ -1,8 +1,7 @@
 """`python -m dreamer` is `dreamer`. Run as a file, it starts the package it belongs to, whatever else is nearby.
 
 With `-m`, Python searches the working folder first: a random.py or jax.py there would be imported in place of the real
-one. So the folder is taken off the path here, and comes back, at the end, only for an environment of the user's that is
-looked for there.
+one. So the folder is taken off the path here, and comes back, at the end, only to look for a user's environment there.
 """
 
 from __future__ import annotations

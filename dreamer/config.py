@@ -1,5 +1,5 @@
-"""Every option of the project: name, type, default, unit and meaning, each exactly once. The options of environments
-are in `env_config.py`.
+"""Every option of the project: name, type, default, unit and meaning, each exactly once; those of environments are in
+`env_config.py`.
 
 The tree of frozen, validated dataclasses below *is* the configuration. YAML presets and command-line
 overrides (see `presets.py`) only change values; an unknown key or a value of the wrong type is an error.

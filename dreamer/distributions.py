@@ -81,8 +81,7 @@ class Output(Protocol):
 
 @tree_of("log_probs")
 class OneHot:
-    """Independent categorical variables as one-hot vectors: logits (..., K), optionally mixed with a uniform
-    distribution.
+    """Independent categorical variables as one-hot vectors: logits (..., K), optionally mixed with uniform.
 
     ``probs = (1 - unimix) softmax(logits) + unimix / K`` (paper v2, "World model learning").
     Samples carry straight-through gradients: the value is one-hot, the gradient is that of the mixed probabilities.
@@ -263,8 +262,7 @@ class TwoHot:
     def loss(self, target: jax.Array) -> jax.Array:
         """Cross entropy (...) with the target (...) spread linearly over its two neighbouring bins.
 
-        The weight of a bin is a hat over its neighbours, ``max(0, min(rise, fall))``; beyond the last bin, that bin has
-        all.
+        The weight of a bin is a hat over its neighbours, ``max(0, min(rise, fall))``; the last bin has all beyond it.
         """
         bins = self.bins
         target = jnp.expand_dims(jnp.clip(sg(target).astype(bins.dtype), bins[0], bins[-1]), self.over)
@@ -284,8 +282,7 @@ class TwoHot:
 class SquaredError:
     """A point prediction (..., *event) scored by the sum of squares, without 1/2, over the last `rank` axes.
 
-    With `symlog_space` the prediction lives in symlog space: the loss applies symlog to the target, the mode applies
-    symexp.
+    With `symlog_space` the prediction lives in symlog space: the loss takes symlog of the target, the mode symexp.
     """
 
     def __init__(self, prediction: jax.Array, rank: int, symlog_space: bool = False) -> None:

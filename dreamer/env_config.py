@@ -170,7 +170,7 @@ class EnvConfig:
         None, "Standard deviation of the noise on the agent's images; null: none", "of 255 levels", gt=0, le=255
     )
     reward_scale: float = option(
-        1.0, "Factor on the rewards that the agent learns from; scores stay unscaled", gt=0, le=1e6
+        1.0, "Factor on rewards that the agent learns from; scores stay unscaled", gt=0, le=1e6
     )
     atari: AtariConfig = option(AtariConfig, "Atari")
     dmc: DmcConfig = option(DmcConfig, "DeepMind Control")

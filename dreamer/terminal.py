@@ -28,7 +28,7 @@ class Console(rich.console.Console):
 
 
 def can_redraw(console: rich.console.Console) -> bool:
-    """Whether it is a terminal on which lines can be drawn anew."""
+    """Whether it is a terminal on which lines can be redrawn."""
     return console.is_terminal and not console.is_dumb_terminal
 
 

@@ -137,7 +137,7 @@ def masks_actions(observations: Spaces, actions: Spaces) -> bool:
 class Field:
     """Shape (of one step, without batch axes) and numpy dtype of something replay stores.
 
-    latent: whether updates write it anew, as they do the model's states; all else stays as it was collected.
+    latent: whether updates rewrite it, as they do the model's states; all else stays as it was collected.
     """
 
     shape: tuple[int, ...]

@@ -203,7 +203,7 @@ def walked(tmp_path_factory):
         assert control_c(run) == 0, (clone / "output.txt").read_text()[-4000:]
     finally:
         run.kill()
-    assert "go on with: dreamer train --logdir" in (clone / "output.txt").read_text()
+    assert "resume with: dreamer train --logdir" in (clone / "output.txt").read_text()
     assert 0 < agent_steps(logdir) < 12_000
     finish(the("resume"), clone, binaries)
     assert agent_steps(logdir) == 12_000

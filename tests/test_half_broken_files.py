@@ -87,7 +87,7 @@ def broken(folder: Path) -> dict[str, str]:
     (folder / "folder" / "config.yaml").mkdir()
     written(folder / "denied")
     return {
-        "binary/scores.jsonl": "no line of it can be used, not line 1: expected JSON",
+        "binary/scores.jsonl": "no line of it can be used; the first is line 1: expected JSON",
         "gz/scores.jsonl.gz": "cannot be read (Compressed file ended",
         "yaml/scores.jsonl": "config.yaml:",
         "nameless/scores.jsonl": "give it with --task",

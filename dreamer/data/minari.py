@@ -1,7 +1,7 @@
 """Episodes out of a Minari dataset: local files, converted as `envs.suites.gym` converts its environment's steps.
 
 An episode with k actions has k + 1 observations there and k of everything else; ours has k + 1 of all: reward 0 and the
-flags of a first step in front, an action that was never executed at the end.
+flags of a first step at the front, an action that was never executed at the end.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class MinariSource:
     """The episodes of a dataset, in its order, as `replay.episodes.EpisodeSource` wants them."""
 
     def __init__(self, folder: Path, observations: Spaces, actions: Spaces) -> None:
-        """folder: as `find_dataset` gives it. ConfigError if the dataset has other spaces than the task."""
+        """folder: as `find_dataset` returns it. ConfigError if the dataset has other spaces than the task."""
         try:
             import minari
         except ImportError as error:
@@ -78,12 +78,12 @@ class MinariSource:
 
 
 def _observed(leaf: Leaf, observations: Any) -> np.ndarray:
-    """Ours (L, ...) of one part of Gymnasium's observations."""
+    """One part of Gymnasium's observations in our form, (L, ...)."""
     return np.stack([leaf.convert(value) for value in _at(observations, leaf.path)])
 
 
 def _acted(leaf: Leaf, space: gs.Space, actions: Any) -> np.ndarray:
-    """Ours (L, ...) of one part of Gymnasium's actions (L - 1, ...); the last one, never executed, is zero."""
+    """One part of Gymnasium's actions (L - 1, ...) in our form, (L, ...); the last one, never executed, is zero."""
     for step in leaf.path:
         space = space[step]  # type: ignore[index]
     back = next(function for kind, function in _BACK.items() if isinstance(space, kind))
@@ -104,7 +104,7 @@ def _from_box(space: gs.Box, action: np.ndarray) -> np.ndarray:
     return np.where(high > low, np.clip(2.0 * (action - low) / width - 1.0, -1.0, 1.0), 0.0)
 
 
-#: Gymnasium's actions to ours: what the functions in `envs.spaces.ACTIONS` do, backwards.
+#: Gymnasium's actions to ours: the inverses of the functions in `envs.spaces.ACTIONS`.
 _BACK: dict[type, Callable[[Any, np.ndarray], np.ndarray]] = {
     gs.Box: _from_box,
     gs.Discrete: lambda space, action: action - space.start,

@@ -1,4 +1,4 @@
-"""Data from elsewhere into a run's replay before it trains: `--replay.preload PATH`, with or without collecting."""
+"""Loads data from elsewhere into a run's replay before it trains: `--replay.preload PATH`, collecting or not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dreamer.types import Spaces, visible
 
 
 class PreloadWarning(UserWarning):
-    """Not all of the data has room in the replay."""
+    """Not all of the data fits into the replay."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,15 +34,15 @@ class Preload:
         return sum(self.source.lengths)
 
     def room(self, num_envs: int) -> int:
-        """Capacity with which no step is lost, however the episodes fall into the rings of so many environments."""
+        """Capacity with which no step is lost, however the episodes are spread over `num_envs` rings."""
         return self.steps + num_envs * max(self.source.lengths)
 
     def fill(self, replay: Replay) -> str:
-        """Put the episodes into the replay, the newest of them where not all have room; what was done, in words."""
+        """Put the episodes into the replay, only the newest if not all fit. Returns what was done, in words."""
         lengths, first, steps = self.source.lengths, len(self.source.lengths), 0
         while first and steps + lengths[first - 1] <= replay.capacity:
             first, steps = first - 1, steps + lengths[first - 1]
-        first = min(first, len(lengths) - 1)  # of one that is too long the ring keeps the end
+        first = min(first, len(lengths) - 1)  # of an episode that is too long the ring keeps the end
         try:
             add_episodes(replay, self._read(first))
         except ReplayError as error:
@@ -62,7 +62,7 @@ class Preload:
 
 
 def check_place(config: Config) -> None:
-    """ConfigError if the configuration names data in a folder that is not there."""
+    """ConfigError if the configuration names data in a folder that does not exist."""
     if config.replay.preload is not None and not os.path.isdir(config.replay.preload):
         raise ConfigError(
             f"--replay.preload: expected a folder with episodes in it, found no folder at {config.replay.preload}"
@@ -70,7 +70,7 @@ def check_place(config: Config) -> None:
 
 
 def find_preload(config: Config, observations: Spaces, actions: Spaces) -> Preload | None:
-    """What `replay.preload` names, None if it names nothing; spaces are the task's. Reads lengths only.
+    """What `replay.preload` names, None if it names nothing; spaces are those of the task. Reads lengths only.
 
     ConfigError if there are no episodes there, or if a dataset has other spaces.
     """
@@ -84,7 +84,7 @@ def find_preload(config: Config, observations: Spaces, actions: Spaces) -> Prelo
             return Preload(str(path), EpisodeFolder(path, observations, actions))
         if (repeat := frames_per_step(config.task, config.env)) != 1:
             raise ConfigError(
-                "expected an action repeat of 1 with a Minari dataset, whose steps are single ones, got "
+                "expected an action repeat of 1 with a Minari dataset, whose steps are not repeated, got "
                 f"{repeat}; set the task's option repeat to 1"
             )
         return Preload(str(path), MinariSource(dataset, observations, actions))
@@ -104,7 +104,7 @@ def check_trainable(config: Config, replay: Replay) -> None:
 
 
 def task_spaces(config: Config) -> tuple[Spaces, Spaces]:
-    """(observations, actions) of the task, from one environment that is made for this and closed."""
+    """(observations, actions) of the task, from an environment that is made for this and closed."""
     envs = make_vector_env(config.task, config.env, 1, config.seed, training=False)
     try:
         return envs.observation_spaces, envs.action_spaces

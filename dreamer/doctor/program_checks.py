@@ -42,7 +42,7 @@ def cuda(request: Request) -> Finding:
     try:
         found = cards()
     except ProbeError as error:
-        remedy = "load the driver anew or restart the machine; in a container, the host's driver must match"
+        remedy = "reload the driver or restart the machine; in a container, the host's driver must match"
         return Finding("CUDA", "fail", f"NVIDIA's driver does not answer: {error}", remedy)
     if not found:
         if plugins:

@@ -1,4 +1,4 @@
-"""`dreamer envs check`: plays an environment with random actions and tells what it is, and what is wrong with it."""
+"""`dreamer envs check`: plays an environment with random actions and reports what it is and what is wrong with it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from dreamer.envs.suites.gym import GymEnv
 from dreamer.envs.workers.fence import fenced
 from dreamer.types import ACTION_MASK, Spaces
 
-#: Steps of the comparison of two instances with equal seeds; no more than the steps asked for.
+#: Steps for which two instances with equal seeds are compared; never more than the steps asked for.
 COMPARED = 200
-#: Most classes of a single choice that are all tried.
+#: A single choice with at most this many classes has each of them tried.
 CHOICES = 64
-#: Share of the steps after which memory counts: before, caches fill.
+#: Share of the steps after which memory is measured: before that, caches fill.
 SETTLED = 0.2
 
 
@@ -109,7 +109,7 @@ class _Played:
 
 
 def _guarded(findings: Findings, run: Callable[[], object]) -> None:
-    """Whatever an environment raises is a finding."""
+    """Turns whatever an environment raises into a finding."""
     try:
         fenced(run)
     except Exception as error:
@@ -117,7 +117,7 @@ def _guarded(findings: Findings, run: Callable[[], object]) -> None:
 
 
 def _made(make: Callable[[int], Env], seed: int) -> Env:
-    """A fresh environment. TaskError if there is none."""
+    """A fresh environment. TaskError if it cannot be made."""
     try:
         return fenced(make, seed)
     except TaskError:
@@ -131,7 +131,7 @@ def _play(env: Env, steps: int, rules: Rules, findings: Findings, played: _Playe
     settled, memory = int(SETTLED * steps), 0
     result: Transition | None = None
     score, length = 0.0, 0
-    dead = 0  # episodes in a row that were over before their first action
+    dead = 0  # consecutive episodes that were over before their first action
     while played.steps < steps and dead < 3:
         wall, cpu = time.perf_counter(), time.process_time()
         action = None if result is None else choose(env, rng, result)
@@ -167,7 +167,7 @@ def _picture(env: Env, findings: Findings) -> None:
 
 
 def _edges(env: Env, findings: Findings) -> None:
-    """The bounds of the action space, from the start of an episode each, where they are allowed there."""
+    """Tries the bounds of the action space, each at the start of an episode, where they are allowed there."""
     for words, action in edges(env.action_spaces):
         mask = np.asarray(env.reset().get(ACTION_MASK, ()))
         if mask.size and not all(mask[value] for value in action.values()):
@@ -199,9 +199,9 @@ def edges(spaces: Spaces) -> Iterator[tuple[str, Mapping[str, np.ndarray]]]:
 
 
 def _repeats(make: Callable[[int], Env], steps: int) -> str:
-    """ "" if two environments with one seed, played one after the other, agree; else where they differ."""
+    """ "" if two environments with the same seed, played one after the other, agree; else where they differ."""
     both: list[list[Transition]] = []
-    failed = Findings()  # what it raises was found before; here it only says why there is nothing to compare
+    failed = Findings()  # this error was reported before; here it only says why there is nothing to compare
     for _ in range(2):
         _guarded(failed, lambda: both.append(_rollout(make, steps)))
     if len(both) < 2:
@@ -259,11 +259,11 @@ def _watch(env: Env, findings: Findings) -> None:
         try:
             inner.put_between(lambda made: Watch(made, findings))
         except TaskError:
-            return  # observed by its picture: its own observation may be of any kind
+            return  # observed through its picture: its own observation may be of any kind
 
 
 def _resident() -> int:
-    """Bytes of memory that this process has now, or its most so far where that is not told."""
+    """Bytes of memory that this process uses now, or its peak so far where the system does not say."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:

@@ -1,4 +1,4 @@
-"""What `dreamer envs check` finds wrong, in words: rules for one transition, and for what Gymnasium's side returns."""
+"""What `dreamer envs check` finds wrong, in words: rules for transitions, and for what Gymnasium returns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dreamer.types import Spaces
 
 
 class Findings:
-    """Violations by their rule: the first one in words, the step it was seen at, and how often."""
+    """Violations by rule: the first one in words, its step, and how often it happened."""
 
     def __init__(self) -> None:
         self.step = 0
@@ -29,7 +29,7 @@ class Findings:
         self.found[rule] = (first, step, count + 1)
 
     def lines(self) -> list[str]:
-        """One sentence each, in the order in which they were found."""
+        """One sentence for each, in the order in which they were found."""
         return [
             f"{words} (step {step}{f', {count} times' if count > 1 else ''})"
             for words, step, count in self.found.values()
@@ -37,7 +37,7 @@ class Findings:
 
 
 def told(error: BaseException) -> str:
-    """An exception in one line, with the place that raised it, unless it is our own words about what was returned."""
+    """An exception in one line, with the place that raised it, unless the text is our own, about what was returned."""
     error = original(error)
     words = in_words(error)
     frames = traceback.extract_tb(error.__traceback__)
@@ -100,7 +100,7 @@ class Rules:
             self._brightest[key] = max(self._brightest.get(key, 0), int(array.max()))
 
     def _look_back(self, result: Transition) -> None:
-        """Whether the transition before was written to meanwhile."""
+        """Checks whether the previous transition was written to meanwhile."""
         if self._before is not None:
             returned, copy = self._before
             for key in returned.keys() & result.keys():
@@ -130,7 +130,7 @@ def _flags(result: Transition, first: bool) -> Iterator[str]:
 
 
 class Watch(gymnasium.Wrapper):
-    """Notes what a Gymnasium environment does against its own spaces, before anything is converted."""
+    """Notes where a Gymnasium environment violates its own spaces, before anything is converted."""
 
     def __init__(self, env: gymnasium.Env, findings: Findings) -> None:
         super().__init__(env)
@@ -181,7 +181,7 @@ class Watch(gymnasium.Wrapper):
 
 
 def _against(space: gs.Space, value: Any) -> Iterator[tuple[str, str]]:
-    """(rule, words) of everything in which a value does not fit its elementary space."""
+    """(rule, words) for each way in which a value does not fit its elementary space."""
     array = np.asarray(value)
     if array.shape != (space.shape or ()):
         yield "raw shape", f"has the shape {array.shape}, the observation space says {space.shape}"

@@ -1,4 +1,4 @@
-"""What an environment may declare, and every transition against what it has declared."""
+"""Checks what an environment declares, and every transition against it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import numpy as np
 from dreamer.envs.interface import TaskError, Transition, TransitionError, batch_fields, shown
 from dreamer.types import LOG_PREFIX, TAKEN, Space, Spaces, visible
 
-#: Says whether a value of the right shape and dtype is one of the space's, and the words for what is.
+#: Whether a value of the right shape and dtype is in the space, and the words for what would be.
 Test = tuple[Callable[[Any], bool], str]
 
-#: Most numbers that all vectors and choices of an observation, or of an action, may have together: each of them has
-#: its own weights in the first layer.
+#: Most numbers that all vectors and choices of an observation, or of an action, may have together: each has its own
+#: weights in the first layer.
 MOST_NUMBERS = 2**20
 
 
 def check_spaces(observations: Spaces, actions: Spaces) -> None:
-    """TaskError, naming the key, for spaces in which no agent can be trained, whatever its configuration."""
+    """TaskError, naming the key, for spaces in which no agent could be trained, whatever its configuration."""
     for kind, spaces in (("observation", observations), ("action", actions)):
         if not isinstance(spaces, Mapping) or not all(isinstance(space, Space) for space in spaces.values()):
             raise TaskError(
@@ -78,7 +78,7 @@ def _check_space(kind: str, key: str, space: Space) -> None:
 
 
 def _channels_first(first: int, second: int, third: int) -> bool:
-    """Whether an image of this shape is rather (channels, height, width), possibly of several frames."""
+    """Whether an image of this shape looks like (channels, height, width), possibly of several frames."""
     return third > 4 and (first <= 4 or first < min(second, third) or second == third != first)
 
 
@@ -95,8 +95,8 @@ def _check_width(kind: str, spaces: Spaces) -> None:
 class TransitionCheck:
     """Raises TransitionError for a transition that does not fit; costs a few microseconds.
 
-    Checked are the keys, every shape and dtype, that rewards and vectors are finite, that class indices are in range,
-    and that an episode begins with `reset` and nowhere else. Pixels are uint8, whose every value is one.
+    It checks the keys, every shape and dtype, that rewards and vectors are finite, that class indices are in range, and
+    that an episode begins with `reset` and nowhere else. For pixels every value of uint8 is valid.
     """
 
     def __init__(self, observations: Spaces) -> None:
@@ -163,5 +163,5 @@ def _is_finite(value: Any) -> bool:
 
 def _all_finite(value: np.ndarray) -> bool:
     flat = value.ravel()
-    # The sum of squares is several times faster, and infinite for large finite numbers too: those are looked at again.
+    # The sum of squares is several times faster, but also infinite for large finite numbers: those are checked again.
     return math.isfinite(flat.dot(flat)) or bool(np.isfinite(flat).all())

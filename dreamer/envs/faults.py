@@ -1,4 +1,4 @@
-"""Environments that fail while a run goes on: how long to wait before they are made anew, and when to give up."""
+"""Environments that fail during a run: how long to wait before recreating them, and when to give up."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from dreamer.env_config import EnvConfig
 from dreamer.envs.interface import EnvError, Fault, TransitionError
 from dreamer.envs.workers.fence import EscapeError, fenced
 
-#: Attempts at making an environment anew, within one step, before the step itself fails.
+#: Attempts at recreating an environment, within one step, before the step itself fails.
 TRIES = 10
 #: The longest wait before an attempt, in seconds.
 LONGEST_WAIT = 60.0
-#: Characters of an exception's text in a message; its traceback has all.
+#: Characters of an exception's text in a message; its traceback has all of it.
 LONGEST_TEXT = 1000
-#: Where code lies that is not the environment's: this package and Python.
+#: Where code is that does not belong to the environment: this package and Python.
 _NOT_THEIRS = (str(Path(__file__).parent.parent), sysconfig.get_path("stdlib"), "<frozen")
 
 
 class FaultBudget:
-    """The failures that a run puts up with: `failure_limit` within `failure_minutes`, and never all of its episodes.
+    """The failures that a run tolerates: `failure_limit` within `failure_minutes`, and never all of its episodes.
 
-    clock  Gives seconds.
+    clock  Returns seconds.
     """
 
     def __init__(self, config: EnvConfig, clock: Callable[[], float] = time.monotonic) -> None:
@@ -56,7 +56,7 @@ class FaultBudget:
             )
 
     def check_end(self, episodes: int) -> None:
-        """At the end of a run in which so many episodes ended by themselves. EnvError if all that did end failed."""
+        """At the end of a run in which this many episodes ended by themselves: EnvError if all ended in failures."""
         if self._last is not None and not episodes:
             raise EnvError(
                 f"expected episodes that end by themselves, got none, and {self._all} that ended because an "
@@ -65,9 +65,9 @@ class FaultBudget:
 
 
 class Recovery:
-    """What a `VectorEnv` remembers of its environments' failures.
+    """What a `VectorEnv` remembers about its environments' failures.
 
-    attempts  Per environment, how often it was made anew.
+    attempts  Per environment, how often it was recreated.
     """
 
     def __init__(self, num_envs: int, restart_seconds: float) -> None:
@@ -82,12 +82,12 @@ class Recovery:
         self._faults.append(fault)
 
     def pause(self, envs: Iterable[int]) -> None:
-        """Wait as long as the least lucky of these environments asks for."""
+        """Wait as long as the environment with the most failures requires."""
         failures = max(int(self._in_a_row[env]) for env in envs)
         time.sleep(min(LONGEST_WAIT, self._first_wait * 2.0 ** min(failures - 1, 30)))
 
     def finished(self, is_last: np.ndarray) -> None:
-        """Environments (N,) bool that finished an episode wait no longer than at first again."""
+        """Environments (N,) bool that finished an episode start again with the shortest wait."""
         self._in_a_row[is_last] = 0
 
     def last_fault(self) -> Fault:
@@ -100,7 +100,7 @@ class Recovery:
 
 
 def fault_of(task: str, env: int, error: BaseException) -> Fault:
-    """The failure that an exception of an environment means; call it where the exception is handled."""
+    """The failure that an environment's exception stands for; call it where the exception is handled."""
     kind: Literal["garbage", "raised"] = "garbage" if isinstance(error, TransitionError) else "raised"
     return Fault(env, kind, f"{task}, environment {env} failed: {in_words(error)}", trace(error))
 
@@ -110,7 +110,7 @@ def in_words(error: BaseException) -> str:
     error = original(error)
     try:
         text = " ".join(fenced(str, error).split())
-    except Exception:  # a class of the environment's own may fail at that too
+    except Exception:  # an exception class of the environment's own may fail at this too
         text = "it cannot say more"
     return f"{type(error).__name__}: {text if len(text) <= LONGEST_TEXT else text[:LONGEST_TEXT] + ' ...'}"
 
@@ -121,19 +121,19 @@ def trace(error: BaseException) -> str:
 
 
 def original(error: BaseException) -> BaseException:
-    """What the environment itself has raised."""
+    """What the environment itself raised."""
     return error.__cause__ if isinstance(error, EscapeError) and error.__cause__ is not None else error
 
 
 def place(found: BaseException | str) -> str:
-    """Where, in code that is not ours, an exception was raised, from itself or its traceback."""
+    """Where in foreign code an exception was raised, given the exception or its traceback."""
     frames = re.findall(r'File "(.+?)", line (\d+), in (\S+)', found if isinstance(found, str) else trace(found))
     own = [frame for frame in frames if not frame[0].startswith(_NOT_THEIRS) and "site-packages" not in frame[0]]
     return "{}, line {}, in {}".format(*(own or frames)[-1]) if frames else "no place is known"
 
 
 def never_began(fault: Fault) -> EnvError:
-    """In one line, what to tell of an environment that failed before its first transition."""
+    """What to report, in one line, about an environment that failed before its first transition."""
     return EnvError(
         f"expected an environment that can be made and reset, got {fault.message} ({place(fault.traceback)}); correct "
         "the environment"
@@ -146,4 +146,4 @@ def describe(fault: Fault) -> str:
 
 
 def give_up(fault: Fault) -> EnvError:
-    return EnvError(f"expected an environment that can be made anew, got {TRIES} failures in a row: {describe(fault)}")
+    return EnvError(f"expected an environment that can be recreated, got {TRIES} failures in a row: {describe(fault)}")

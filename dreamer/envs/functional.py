@@ -12,12 +12,12 @@ import numpy as np
 from dreamer.envs.suites import toy
 from dreamer.types import Space, Spaces
 
-#: What `interface.Transition` is, in arrays of JAX.
+#: As `interface.Transition`, in JAX arrays.
 Transition = dict[str, jax.Array]
 
 
 class FunctionalEnv(Protocol):
-    """One environment whose whole state is a pytree in the caller's hands. Spaces and transitions are those of `Env`.
+    """One environment whose whole state is a pytree that the caller keeps. Spaces and transitions are those of `Env`.
 
     All random numbers come from the keys: equal arguments give equal results, bit for bit.
     """
@@ -29,7 +29,7 @@ class FunctionalEnv(Protocol):
     def action_spaces(self) -> Spaces: ...
 
     def reset(self, key: jax.Array) -> tuple[Any, Transition]:
-        """Begin an episode: its state, and the transition that is first."""
+        """Begin an episode: its state and its first transition."""
 
     def step(self, state: Any, action: Mapping[str, jax.Array], key: jax.Array) -> tuple[Any, Transition]:
         """Take one agent step. Never resets; after ``is_last`` the caller must."""
@@ -53,7 +53,7 @@ class FunctionalCatch:
         self.action_spaces = {"action": Space("discrete", (), (3,))}
         self._balls = balls
         edges = np.round(np.arange(toy.CELLS + 1) * size / toy.CELLS)
-        #: Of each line of pixels, which cells it is in.
+        #: For each row or column of pixels, the cell that it is in.
         self._cells = np.searchsorted(edges, np.arange(size), "right") - 1
 
     def reset(self, key: jax.Array) -> tuple[CatchState, Transition]:
@@ -82,7 +82,7 @@ class FunctionalCatch:
         return {"image": self._image(state), "reward": jnp.asarray(reward, jnp.float32), **flags}
 
     def _image(self, state: CatchState) -> jax.Array:
-        """uint8 (size, size, 3), painted in the order of the class's."""
+        """uint8 (size, size, 3), painted in the same order as `suites.toy`."""
         down, across = self._cells[:, None], self._cells[None, :]
         beam = across == state.column
         mark = (down == toy.CELLS - 1) & (across >= state.paddle) & (across < state.paddle + toy.PADDLE)

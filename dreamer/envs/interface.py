@@ -76,14 +76,14 @@ class Env(Protocol):
 
 @runtime_checkable
 class Restorable(Protocol):
-    """An `Env` that can be put back exactly. Optional.
+    """An `Env` that can be restored exactly. Optional.
 
-    One that has the methods but cannot, or a wrapper around one that cannot, has an attribute ``restorable`` that is
-    False; ask `restorable(env)`.
+    An environment that has the methods but cannot, or a wrapper around such a one, has an attribute ``restorable`` that
+    is False; ask `restorable(env)`.
     """
 
     def get_state(self) -> Any:
-        """Everything that later transitions depend on, random streams included: host objects, picklable."""
+        """Everything that later transitions depend on, random streams included: picklable host objects."""
         ...
 
     def set_state(self, state: Any) -> None:
@@ -95,17 +95,17 @@ class Restorable(Protocol):
 
 
 def restorable(env: Env) -> bool:
-    """Whether the environment, through its wrappers, can really be put back."""
+    """Whether the environment, through its wrappers, can really be restored."""
     if not isinstance(env, Restorable):
         return False
-    # No default for the attribute: it would stand in for an AttributeError of a property as well.
+    # No default for the attribute: it would also hide an AttributeError in a property.
     says = inspect.getattr_static(env, "restorable", None) is not None
     return bool(env.restorable) if says else True  # type: ignore[attr-defined]
 
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """A failure of one environment that its `VectorEnv` has survived.
+    """A failure of one environment that its `VectorEnv` survived.
 
     env        Index of the environment.
     kind       died: its process ended; hung: a time limit passed; raised: an exception; garbage: a transition that
@@ -124,16 +124,16 @@ class Fault:
 class VectorEnv(Protocol):
     """N environments stepped together, resetting by themselves. Returned arrays are fresh: callers may keep them.
 
-    An environment that fails after it has begun is made anew, with a fresh seed. `step_wait` and `reset` then return
-    the first transition of its new episode, and `take_faults` tells what happened; the others notice nothing. EnvError
-    if it fails before its first transition, or cannot be made anew.
+    An environment that fails after it has begun is recreated, with a fresh seed. `step_wait` and `reset` then return
+    the first transition of its new episode, and `take_faults` reports what happened; the others notice nothing.
+    EnvError if it fails before its first transition, or cannot be recreated.
     """
 
     num_envs: int
 
     @property
     def restorable(self) -> bool:
-        """Whether all environments can be put back exactly."""
+        """Whether all environments can be restored exactly."""
         ...
 
     @property
@@ -159,14 +159,14 @@ class VectorEnv(Protocol):
         ...
 
     def get_state(self) -> list[bytes]:
-        """One pickle per environment: its state, where it is in its episode, how often it was made anew.
+        """One pickle per environment: its state, where it is in its episode, how often it was recreated.
 
         Only between `step_wait` and `step_async`. EnvError if an environment cannot say.
         """
         ...
 
     def set_state(self, states: list[bytes]) -> None:
-        """Go back to what `get_state` returned; it needs no `reset` before. Unpickles: only states of one's own."""
+        """Go back to what `get_state` returned; it needs no `reset` before. Unpickles: pass your own states only."""
         ...
 
     def take_faults(self) -> list[Fault]:
@@ -189,15 +189,15 @@ def transition(
 
 
 def as_rgb(image: np.ndarray) -> np.ndarray:
-    """(H, W, C) as (H, W, 3): fewer than three channels are repeated, of more the last three are shown."""
+    """(H, W, C) as (H, W, 3): fewer than three channels are repeated; of more than three, the last three are shown."""
     channels = image.shape[-1]
     return image[..., -3:] if channels >= 3 else image[..., [0, channels - 1, 0]]
 
 
 def picture(drawn: Any) -> np.ndarray | None:
-    """What `Env.render` gave, as uint8 (H, W, 3): gray gets three channels, transparency is left out.
+    """What `Env.render` returned, as uint8 (H, W, 3): gray gets three channels, transparency is dropped.
 
-    EnvError for everything else that is no picture.
+    EnvError for anything that is not a picture.
     """
     if drawn is None:
         return None

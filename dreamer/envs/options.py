@@ -1,6 +1,6 @@
-"""Options that change any environment, whatever its suite: a wrapper each, put around it by `wrap` alone.
+"""Options that change any environment, whatever its suite: one wrapper for each, applied by `wrap` alone.
 
-Each forwards the state of what it wraps, so an environment that can be put back still can.
+Each forwards the state of what it wraps, so an environment that can be restored still can.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dreamer.envs.suites.atari import GRAY
 from dreamer.envs.wrappers import TimeLimit, Wrapper
 from dreamer.types import ACTION_MASK, UNSCALED_REWARD, Space, masks_actions
 
-#: Keeps the noise apart from whatever else an environment draws with the same seed.
+#: Keeps the noise apart from everything else that an environment draws with the same seed.
 NOISE_STREAM = 1
 
 
@@ -56,7 +56,7 @@ class Images(Wrapper):
             )
 
     def image(self, image: np.ndarray) -> np.ndarray:
-        """uint8 (H, W, C) to what the agent sees instead; the array given is not written to."""
+        """uint8 (H, W, C) to what the agent sees instead; the given array is not written to."""
         raise NotImplementedError
 
     def seen(self, result: Transition) -> Transition:
@@ -77,7 +77,7 @@ class Resize(Images):
 
 
 class Grayscale(Images):
-    """One channel, 0.299 R + 0.587 G + 0.114 B rounded down; images that have one already stay as they are."""
+    """One channel, 0.299 R + 0.587 G + 0.114 B rounded down; images that already have one channel stay as they are."""
 
     def __init__(self, env: Env) -> None:
         super().__init__(env, "env.grayscale")
@@ -97,7 +97,7 @@ class Grayscale(Images):
 class FrameNoise(Images):
     """Gaussian noise of standard deviation `level`, in pixel levels, on what the agent sees; pictures stay clean.
 
-    The noise has a random stream of its own, which goes on over episodes and is part of the state.
+    The noise has a random stream of its own, which continues across episodes and is part of the state.
     """
 
     def __init__(self, env: Env, level: float, seed: int) -> None:
@@ -118,7 +118,7 @@ class FrameNoise(Images):
 
 
 class RewardScale(Wrapper):
-    """The learner's reward times `factor`. The environment's own goes to `types.UNSCALED_REWARD`: scores sum that."""
+    """The learner's reward times `factor`. The original goes to `types.UNSCALED_REWARD`, which scores sum."""
 
     def __init__(self, env: Env, factor: float) -> None:
         super().__init__(env)
@@ -131,7 +131,7 @@ class RewardScale(Wrapper):
 
 
 class MaskCheck(Wrapper):
-    """Sees to it that there is always an action to take: TransitionError where a mask forbids all of them.
+    """Ensures that there is always an action to take: TransitionError where a mask forbids all of them.
 
     On the last step of an episode such a mask becomes one that allows all; no action is executed there.
     """
@@ -149,7 +149,7 @@ class MaskCheck(Wrapper):
 
 
 #: Options of `EnvConfig` and their wrappers, the innermost first. Images are resized before they lose their colours
-#: (less to do after), and get their noise last; a time limit counts agent steps.
+#: (which saves work), and get their noise last; a time limit counts agent steps.
 OPTIONS: Mapping[str, Callable[[Env, EnvConfig, int], Env]] = {
     "repeat": lambda env, config, seed: Repeat(env, config.repeat),
     "resize": lambda env, config, seed: Resize(env, cast("tuple[int, int]", config.resize)),
@@ -164,11 +164,11 @@ OFF = EnvConfig()
 def wrap(env: Env, config: EnvConfig, seed: int, own_repeat: int) -> Env:
     """The environment with every wrapper that the configuration asks for.
 
-    seed        The environment's own; the noise's stream is derived from it.
-    own_repeat  The action repeat it has already, by an option of its suite.
+    seed        That of the environment; the stream of the noise is derived from it.
+    own_repeat  The action repeat that it already has, by an option of its suite.
 
-    Every environment comes by here: TaskError for spaces that no agent can be trained in, or for an option that does
-    not fit the environment.
+    Every environment passes through here: TaskError for spaces that no agent can be trained in, or for an option that
+    does not fit the environment.
     """
     check_spaces(env.observation_spaces, env.action_spaces)
     if config.repeat > 1 and own_repeat > 1:
@@ -193,7 +193,7 @@ def wrap(env: Env, config: EnvConfig, seed: int, own_repeat: int) -> Env:
 
 
 def chosen(config: EnvConfig) -> list[str]:
-    """Names of the options of this file that are on, the innermost first."""
+    """Names of the options in this file that are on, the innermost first."""
     return [name for name in OPTIONS if getattr(config, name) != getattr(OFF, name)]
 
 

@@ -38,14 +38,14 @@ class Suite:
     make        (name, config, seed) -> Env; `name` is the task without the suite.
     tasks       Names to list.
     check       TaskError if a name cannot be made; None: exactly the listed names can.
-    package     Optional package it needs, and the pip extra of this project that installs it, if there is one.
+    package     Optional package that it needs, and this project's pip extra that installs it, if there is one.
     beside      Commands that install what the extra cannot.
-    repeat      The action repeat by an option of its own.
-    process     Whether it is slow enough to earn a process of its own.
+    repeat      Action repeat set by an option of its own.
+    process     Whether it is slow enough to deserve a process of its own.
     vector      (name, config, seeds) -> all environments at once, or None to make them one by one.
     best_score  (name, config) -> score of perfect play, where known.
     normalized  (name, score) -> score where 0 is random and 1 human play, where known.
-    summary     Means and maxima of the `log/` keys of some episodes -> further figures over them, by name.
+    summary     Means and maxima of the `log/` keys of some episodes -> further figures about them, by name.
     """
 
     description: str
@@ -63,7 +63,7 @@ class Suite:
 
     @property
     def installation(self) -> str:
-        """Commands that install what it needs; empty if that is nothing."""
+        """Commands that install what it needs; empty if it needs nothing."""
         extra = f"pip install 'dreamer[{self.package[1]}]'" if self.package and self.package[1] else None
         return " && ".join(command for command in (extra, self.beside) if command)
 
@@ -118,7 +118,7 @@ SUITES: Mapping[str, Suite] = {
     ),
     "vizdoom": Suite("ViZDoom: take cover", vizdoom.make, vizdoom.tasks, package=("vizdoom", "vizdoom")),
     "procgen": Suite(
-        "Procgen, 16 games with levels without end",
+        "Procgen, 16 games with endless levels",
         procgen.make,
         procgen.tasks,
         package=("procgen", "procgen"),
@@ -148,7 +148,7 @@ SUITES: Mapping[str, Suite] = {
 
 
 def list_suites() -> Mapping[str, Suite]:
-    """The table, by suite name, and the suites that installed packages bring."""
+    """The table, by suite name, with the suites that installed packages add."""
     return {**{name: _plugin(name) for name in custom.plugins()}, **SUITES}
 
 
@@ -190,7 +190,7 @@ def check_task(task: str) -> None:
 
 
 def _import_theirs(task: str, check: Callable[[str], object], name: str) -> None:
-    """A suite's check, which may import other people's code. TaskError if that fails or wants to end the program."""
+    """Runs a suite's check, which may import third-party code. TaskError if that fails or tries to end the program."""
     try:
         fenced(check, name)
     except TaskError:
@@ -216,7 +216,7 @@ def make_env(task: str, config: EnvConfig, seed: int) -> Env:
 def frames_per_step(task: str, config: EnvConfig) -> int:
     """Environment frames per agent step: `env.repeat` or the suite's own, one of which is 1 (`envs.options`).
 
-    A name that is none of the table's stands for a user's Gymnasium environment.
+    A name that is not in the table stands for a user's Gymnasium environment.
     """
     suite = SUITES.get(task.partition("_")[0])
     return config.repeat * (config.gym.repeat if suite is None else suite.repeat(config))
@@ -229,12 +229,12 @@ def best_score(task: str, config: EnvConfig) -> float | None:
 
 
 def human_normalized(task: str, score: float) -> float | None:
-    """0 for random and 1 for human play on Atari, None where no such scores are published."""
+    """0 for random and 1 for human play on Atari; None where no such scores are published."""
     suite, name = split_task(task)
     return None if suite.normalized is None else suite.normalized(name, score)
 
 
 def summary(task: str, episodes: Sequence[Mapping[str, float]]) -> Mapping[str, float]:
-    """Further figures over the logs of some episodes, such as Crafter's score; none for most suites."""
+    """Further figures about the logs of some episodes, such as Crafter's score; none for most suites."""
     suite, _ = split_task(task)
     return {} if suite.summary is None or not episodes else suite.summary(episodes)

@@ -1,4 +1,4 @@
-"""Whether an environment can be put back exactly is not believed but tried.
+"""Whether an environment can be restored exactly is not taken on trust but tried.
 
 Two instances with different seeds: the first plays for a while, its state goes through a pickle into the second, and
 then both do the same, through resets too. Every transition and the picture must agree to the bit::
@@ -6,7 +6,7 @@ then both do the same, through resets too. Every transition and the picture must
     first    reset, 10 steps, SAVE, 20 steps, reset, 5 steps, up to 200 more
     second   reset,  3 steps,   RESTORE, the same again
 
-What shows only later than that, or only in other situations, is not found.
+A difference that shows only later, or only in other situations, is not found.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Clock:
 
 
 def restore_failure(make: Callable[[int], Env], bounded: bool = True) -> str | None:
-    """Why an environment cannot be put back exactly, in words; None if it was put back exactly.
+    """Why an environment cannot be restored exactly, in words; None if it was restored exactly.
 
     make     seed -> a fresh environment; called twice. The random streams of Python and numpy are left as they were.
     bounded  Give up after `CPU_SECONDS`, which counts as a restore_failure.

@@ -1,8 +1,8 @@
-"""What an environment of other people's returns, value by value, as ours: checked, in an array of its own.
+"""Converts what a third-party environment returns, value by value: checked, in an array of its own.
 
-Nothing is bent to fit: a picture that is told as something else, pixels in another unit, classes that do not exist,
-text for a number are errors that say what came. `MisfitError` has only the middle of the sentence, whoever knows the
-name of the value completes it.
+Nothing is made to fit: a picture declared as something else, pixels in another unit, classes that do not exist, text
+for a number are errors that say what came. `MisfitError` has only the middle of the sentence; whoever knows the name of
+the value completes it.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 
 from dreamer.envs.interface import TaskError, TransitionError, shown
 
-#: From this side on, something of three or more dimensions is a picture and no grid of numbers: where it is from 0 to
-#: 255, where it has up to four channels, and otherwise.
+#: From this side length on, something of three or more dimensions is a picture rather than a grid of numbers: if it is
+#: from 0 to 255, if it has up to four channels, and otherwise.
 PICTURE_SIDES = {"bytes": 8, "channels": 16, "any": 24}
 #: The largest number that float32 holds.
 LARGEST = float(np.finfo(np.float32).max)
@@ -32,7 +32,7 @@ class MisfitError(Exception):
 
 
 def parts_of(method: str, names: Sequence[str], answer: Any) -> Sequence[Any]:
-    """What Gymnasium's `reset` or `step` returned, in its parts. TransitionError for anything else."""
+    """The parts of what Gymnasium's `reset` or `step` returned. TransitionError for anything else."""
     parts = answer if isinstance(answer, tuple | list) else ()
     if len(parts) == len(names) and isinstance(parts[-1], Mapping | None):
         return parts
@@ -48,8 +48,8 @@ def parts_of(method: str, names: Sequence[str], answer: Any) -> Sequence[Any]:
 
 
 def as_pixels(value: Any, what: str) -> np.ndarray:
-    """A uint8 copy of an image of any dtype. TransitionError for a value that uint8 would wrap around, and for one from
-    0 to 1, which would be black."""
+    """A uint8 copy of an image of any dtype. TransitionError for values that uint8 would wrap around, and for images
+    from 0 to 1, which would be black."""
     try:
         image = np.asarray(value)
     except ValueError as error:  # rows of different lengths
@@ -60,7 +60,7 @@ def as_pixels(value: Any, what: str) -> np.ndarray:
         raise TransitionError(f"expected pixels in {what}, got {shown(value)}; correct the environment")
     low, high = image.min(), image.max()
     dark = image.dtype.kind in "bf" and 0 < high <= 1
-    if dark or not (low >= 0 and high <= 255):  # NaN neither
+    if dark or not (low >= 0 and high <= 255):  # nor NaN
         remedy = "scale its images to 0 ... 255: (255 * image).astype(np.uint8)" if dark else "correct the environment"
         raise TransitionError(
             f"expected pixels from 0 to 255 in {what}, got {image.dtype} from {low:g} to {high:g}; {remedy}"
@@ -69,7 +69,7 @@ def as_pixels(value: Any, what: str) -> np.ndarray:
 
 
 def check_no_picture(shape: tuple[int, ...], dtype: np.dtype, bounds: tuple[float, float], what: str) -> None:
-    """TaskError for what would be a vector of thousands of numbers, and is a picture by its shape and bounds."""
+    """TaskError for what would be a vector of thousands of numbers but looks like a picture by its shape and bounds."""
     if len(shape) < 2 or not _is_picture(shape, bounds):
         return
     size = int(np.prod(shape))
@@ -92,18 +92,18 @@ def _is_picture(shape: tuple[int, ...], bounds: tuple[float, float]) -> bool:
 
 
 def as_vector(value: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """float32 of this shape. MisfitError for what is none; numbers that are not finite pass."""
+    """float32 of this shape. MisfitError for anything else; numbers that are not finite pass."""
     array = _numbers(value, shape)
     if array.dtype.itemsize > 4 and array.dtype.kind == "f":
-        with np.errstate(over="ignore"):  # becomes infinite, which is told later
+        with np.errstate(over="ignore"):  # becomes infinite, which is reported later
             return array.astype(np.float32)
     return array.astype(np.float32)
 
 
 def as_classes(value: Any, shape: tuple[int, ...], start: Any, count: Any) -> np.ndarray:
-    """int32 of this shape, from 0 on, of choices that begin at `start`. MisfitError for others than `count` of them."""
+    """int32 of this shape, counted from 0, for choices that begin at `start`. MisfitError for any but these `count`."""
     array = _numbers(value, shape)
-    # Through float64: it holds every count exactly, NaN and numbers beyond int64 come out as no choice.
+    # Through float64: it holds every count exactly, and NaN and numbers beyond int64 match no choice.
     index = array.astype(np.float64) - start
     if not ((index >= 0) & (index < count) & (index == np.floor(index))).all():
         first, last = (" ".join(str(x).split()) for x in (np.asarray(start), np.asarray(start) + count - 1))
@@ -112,14 +112,14 @@ def as_classes(value: Any, shape: tuple[int, ...], start: Any, count: Any) -> np
 
 
 def as_mask(value: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """int32, flat: 1 for whatever is not 0."""
+    """int32, flat: 1 for everything that is not 0."""
     return (_numbers(value, shape) != 0).astype(np.int32).flatten()
 
 
 def as_reward(value: Any) -> float:
-    """A number; also one that comes in an array. TransitionError, naming the reward, for anything else.
+    """A number, which may come in an array. TransitionError, naming the reward, for anything else.
 
-    NaN and infinity pass: they are told with the transition.
+    NaN and infinity pass: they are reported with the transition.
     """
     array = _array(value)
     if array.dtype.kind not in "biuf" or array.size != 1:
@@ -133,7 +133,7 @@ def as_reward(value: Any) -> float:
 
 
 def as_flag(value: Any, what: str) -> bool:
-    """True or false, also as a number or in an array. TransitionError for anything else."""
+    """True or false, which may come as a number or in an array. TransitionError for anything else."""
     if isinstance(value, bool):
         return value
     array = _array(value)
@@ -154,7 +154,7 @@ def _numbers(value: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _array(value: Any) -> np.ndarray:
-    """An array; one of objects if the value is none."""
+    """An array; one of objects if the value is not an array."""
     try:
         return np.asarray(value)
     except ValueError:  # rows of different lengths

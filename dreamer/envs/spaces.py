@@ -2,7 +2,7 @@
 
 Nested Dict and Tuple spaces become flat keys joined by ``/`` (a tuple's parts are numbered). Observations of a single
 space have the key ``image``, ``vector`` or ``discrete``; actions have the key ``action``, or ``action/...`` if nested.
-How a single value becomes ours is in `values.py`.
+`return_values.py` converts a single value.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dreamer.envs.return_values import (
 )
 from dreamer.types import ACTION_MASK, Space
 
-#: Bounds this large mean "unbounded": rescaling [-1, 1] to them would be senseless.
+#: Bounds this large mean "unbounded": rescaling [-1, 1] to them would make no sense.
 LARGE = 1e9
 SUPPORTED = "Box, Discrete, MultiDiscrete, MultiBinary, and Dict or Tuple of these"
 
@@ -91,17 +91,16 @@ def check_distinct(what: str, parts: Iterable[tuple[str, Path]]) -> None:
 
 
 def flatten(leaves: Sequence[Leaf], value: Any) -> dict[str, np.ndarray]:
-    """Gymnasium's observation as ours, in arrays of its own. TransitionError, naming the key, for one that is not what
-    its space says."""
+    """Gymnasium's observation as ours, in arrays of its own. TransitionError, naming the key, for a misfit."""
     return {leaf.key: converted(leaf.key, leaf.convert, part_of(value, leaf.path, leaf.key)) for leaf in leaves}
 
 
 def part_of(value: Any, path: Path, key: str, declared: str = "observation_space") -> Any:
-    """The part of a nested observation. TransitionError, naming what has `declared` it, if there is none."""
+    """The part of a nested observation. TransitionError, naming what `declared` it, if it is missing."""
     for step in path:
         try:
             value = value[step]
-        except (LookupError, TypeError, ValueError) as error:  # ValueError: a name, asked of a numpy array
+        except (LookupError, TypeError, ValueError) as error:  # ValueError: a numpy array indexed by a name
             got = f"the keys {sorted(map(str, value))}" if isinstance(value, Mapping) else shown(value)
             raise TransitionError(
                 f"expected an observation with {key!r}, as the {declared} promises, got {got}; correct the "
@@ -111,7 +110,7 @@ def part_of(value: Any, path: Path, key: str, declared: str = "observation_space
 
 
 def converted(key: str, convert: Callable[[Any], Any], value: Any, declared: str = "observation_space") -> Any:
-    """The value as ours. TransitionError, naming the key, for one that is not what has been `declared`."""
+    """The value in our form. TransitionError, naming the key, for a value that is not as `declared`."""
     try:
         return convert(value)
     except MisfitError as error:
@@ -213,7 +212,7 @@ def _observe_multi_binary(space: gs.MultiBinary, name: str) -> Observed:
 
 
 def _observe_mask(space: gs.Space, name: str) -> Observed:
-    """Which actions are allowed, (actions,): whatever is not 0 is."""
+    """Which actions are allowed, (actions,): those whose entry is not 0."""
     shape = space.shape or ()
     count = int(np.prod(shape, dtype=int))
     return Space("discrete", (count,), (2,) * count), lambda value: as_mask(value, shape)
@@ -230,7 +229,7 @@ def _act_box(space: gs.Box, key: str) -> tuple[Space, Callable]:
 
     def convert(action: np.ndarray) -> np.ndarray:
         value = rescale(action, low, high)
-        # The cast to a narrower float may round past a bound, which clipping against the space's own bounds undoes.
+        # The cast to a narrower float may round past a bound; clipping to the space's own bounds undoes that.
         return np.clip((np.rint(value) if whole else value).astype(space.dtype), space.low, space.high)
 
     return Space("vector", space.shape), convert

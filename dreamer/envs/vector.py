@@ -28,7 +28,7 @@ MakeEnv = Callable[[int, int], Any]
 def env_seed(seed: int, training: bool, index: int, attempt: int = 0) -> int:
     """Seed of environment `index` of a run: below 2**32, different in training and evaluation.
 
-    attempt  How often the environment was made anew; each time with another seed, or it would fail alike again.
+    attempt  How often the environment was recreated; each time with another seed, or it would fail again.
     """
     stream = STREAMS["training" if training else "evaluation"]
     entropy = [seed, stream, index, attempt] if attempt else [seed, stream, index]

@@ -23,7 +23,7 @@ from dreamer.envs.interface import (
 
 
 class Wrapper:
-    """An environment that behaves as the one inside; subclasses change what they name."""
+    """An environment that behaves like the one inside; subclasses override what they change."""
 
     def __init__(self, env: Env) -> None:
         self.env = env
@@ -85,8 +85,8 @@ class TimeLimit(Wrapper):
 class AutoReset:
     """Resets by itself on the step after the last one, and checks every transition: TransitionError for garbage.
 
-    Until an environment has taken a step as it should, this is a TaskError: it is not what it declares, and would fail
-    alike if it were made anew.
+    Until an environment has taken one valid step, this is a TaskError: it is not what it declares, and would fail in
+    the same way if it were recreated.
     """
 
     def __init__(self, env: Env) -> None:
@@ -103,7 +103,7 @@ class AutoReset:
         return self.reset() if self.over else self._checked(lambda: self.env.step(action), first=False)
 
     def render(self) -> np.ndarray | None:
-        """The environment's picture, uint8 (H, W, 3); EnvError if it is none."""
+        """The environment's picture, uint8 (H, W, 3); EnvError if it is not one."""
         return picture(self.env.render())
 
     @property
@@ -113,18 +113,19 @@ class AutoReset:
     def get_state(self, attempt: int) -> bytes:
         """A pickle of the environment's state, of where it is in its episode, and of `attempt`.
 
-        EnvError if it cannot be put back.
+        EnvError if it cannot be restored.
         """
         if not self.restorable:
             raise EnvError(
-                f"expected an environment that can be put back, got a {type(self.env).__name__} that cannot; "
+                f"expected an environment that can be restored, got a {type(self.env).__name__} that cannot; "
                 "ask `restorable` first"
             )
-        # By value where pickle would go by name: the environment may come from the main script, which workers lack.
+        # By value where pickle would go by name: the environment may come from the main script, not imported in
+        # workers.
         return cloudpickle.dumps((attempt, self.over, cast(Restorable, self.env).get_state()))
 
     def set_state(self, pickled: bytes) -> int:
-        """Go back to what `get_state` gave; returns its `attempt`."""
+        """Go back to what `get_state` returned; returns its `attempt`."""
         attempt, self.over, state = pickle.loads(pickled)
         cast(Restorable, self.env).set_state(state)
         self._known = True
@@ -144,12 +145,12 @@ class AutoReset:
 
 
 def share(one: Any, two: Any) -> bool:
-    """Whether two environments, theirs or ours, are one or wrap the same one."""
+    """Whether two environments, foreign or ours, are the same or wrap the same one."""
     return any(outer is inner for outer in _nested(one) for inner in _nested(two))
 
 
 def _nested(env: Any) -> list[Any]:
-    """The environment, then what it wraps, as far as its attributes tell; none of its code is called."""
+    """The environment, then what it wraps, as far as its attributes show; none of its code is called."""
     found = [env]
     while True:
         held = getattr(found[-1], "__dict__", {})

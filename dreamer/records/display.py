@@ -20,9 +20,9 @@ from dreamer.records.logger import Steps
 from dreamer.terminal import Console, Table, can_redraw
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
-#: Most points the history of scores is kept in; neighbours are averaged when there are more.
+#: Most points in the history of scores; when there are more, neighbours are averaged.
 _POINTS = 256
-#: Episodes that the shown score is the mean of.
+#: Episodes over which the shown score is averaged.
 _RECENT = 20
 _REFRESH_SECONDS = 0.25
 _LINE_SECONDS = 10.0
@@ -32,7 +32,7 @@ _RATE_SECONDS = 60.0
 class Display:
     """Live progress in a terminal; elsewhere, or with live=False, one plain line every ten seconds.
 
-    A context manager. Redraws happen inside `update`, so no thread of its own ever interrupts the run.
+    A context manager. Redraws happen inside `update`; there is no thread that could interrupt the run.
     """
 
     def __init__(
@@ -82,12 +82,12 @@ class Display:
         return {"recent": list(self._scores), "history": self._history.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on with the statistics of `state`."""
+        """Continue with the statistics of `state`."""
         self._scores.extend(state["recent"])
         self._history.restore(state["history"])
 
     def update(self, steps: Steps, status: str = "") -> None:
-        """Where the run is now; cheap enough for every step. status: a word or two, "evaluating" say."""
+        """Where the run is now; cheap enough for every step. status: a word or two, such as "evaluating"."""
         now = self._clock()
         changed = status != self._status
         self._steps, self._status, self._stale = steps, status, True
@@ -100,7 +100,7 @@ class Display:
             self.refresh()
 
     def times(self, values: Mapping[str, float]) -> None:
-        """Where the time went: shares by section, as the stopwatch names them; those under 1 % are left out."""
+        """Shows where the time went: shares by section, as the stopwatch names them; those under 1 % are left out."""
         shares = {k.removeprefix("time/"): v for k, v in values.items() if k.startswith("time/") and v >= 0.01}
         ordered = sorted(shares.items(), key=lambda item: -item[1])
         self._shares = "  ".join(f"{name} {100 * share:.0f} %" for name, share in ordered)
@@ -114,7 +114,7 @@ class Display:
             self.console.print(self._line())
 
     def print(self, *renderables: RenderableType) -> None:
-        """Prints something that stays, above the live part."""
+        """Prints something permanent above the live part."""
         self.console.print(*renderables)
 
     def close(self) -> None:
@@ -147,7 +147,7 @@ class Display:
     def _panel(self) -> RenderableType:
         speed, left, score, episodes = self._facts()
         steps, total = self._steps.agent_steps, self._total
-        # Room for the ^C that a terminal echoes: on a line of its own it would upset the next redraw.
+        # Room for the ^C that a terminal echoes: on its own line it would upset the next redraw.
         width = min(120, self.console.width - 3)
         bar = ProgressBar(total=max(1, total), completed=min(steps, total), complete_style="cyan")
         share = Text(f"{100 * steps / max(1, total):.0f} %", "bold")
@@ -174,7 +174,7 @@ class Display:
 
 
 def _sides(left: RenderableType, right: RenderableType) -> RenderableType:
-    """One line, its first part to the left, the other to the right."""
+    """One line, its first part on the left, the other on the right."""
     line = Table.grid(padding=(0, 1), expand=True)
     line.add_column(ratio=1, no_wrap=True)
     line.add_column(justify="right", no_wrap=True)
@@ -184,7 +184,7 @@ def _sides(left: RenderableType, right: RenderableType) -> RenderableType:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A line of the start-up summary. loud: nobody may overlook it."""
+    """A line of the start-up summary. loud: it must not be overlooked."""
 
     name: str
     value: str
@@ -219,7 +219,7 @@ def start_summary(title: str, rows: Iterable[Row]) -> RenderableType:
 class Evaluation:
     """Scores of evaluation episodes. best: the best possible score. normalized: human-normalised, 1 is human.
 
-    further: figures of the suite's own over the same episodes, by name.
+    further: the suite's own figures about the same episodes, by name.
     """
 
     task: str
@@ -308,7 +308,7 @@ def format_duration(seconds: float) -> str:
 
 
 class _History:
-    """All scores of a run in a bounded number of averages over equally many episodes each."""
+    """All scores of a run, in a bounded number of averages, each over the same number of episodes."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 Color = tuple[int, int, int]
 
-#: Told apart by the colour-blind too (Okabe and Ito).
+#: Colours that the colour-blind can tell apart too (Okabe and Ito).
 COLORS: tuple[Color, ...] = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233), (230, 159, 0))
 INK: Color = (40, 40, 44)
 FAINT: Color = (222, 222, 226)
@@ -31,7 +31,7 @@ class Page:
         self._draw = ImageDraw.Draw(self._image)
 
     def text(self, at: tuple[float, float], text: str, size: int = 12, color: Color = INK, anchor: str = "la") -> None:
-        """anchor: Pillow's, first left, middle or right, then ascender, middle or descender."""
+        """anchor: as Pillow's: first left, middle or right, then ascender, middle or descender."""
         self._draw.text(_fine(at), text, fill=color, font=_font(size * _FINE), anchor=anchor)
 
     def line(self, points: Sequence[tuple[float, float]], color: Color = INK, width: float = 1) -> None:
@@ -99,7 +99,7 @@ class Axes:
         page.line([(self.left, self.top), (self.left, self.bottom), (self.right, self.bottom)], GRAY)
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        """Where a point lies on the page; what is beyond the scales lies on their ends."""
+        """Where a point is on the page; points beyond the scales are put at their ends."""
         places = [self.x[0], self.x[1], x]
         low, high, place = (math.log10(max(v, 1e-30)) for v in places) if self._log_x else places
         across = min(max((place - low) / (high - low), 0), 1)

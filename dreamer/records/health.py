@@ -1,7 +1,7 @@
-"""The health of a world model, in numbers: what it predicted, held against what then happened in replayed sequences.
+"""The health of a world model, in numbers: its predictions compared with what then happened in replayed sequences.
 
-Plain numpy over what `Agent.report` gives. (B, T) are sequences as in replay: a step's reward came with it, `is_first`
-begins an episode, `is_last` ends one, and `is_terminal` says that it ended for good and not by a time limit.
+Plain numpy over the output of `Agent.report`. (B, T) are sequences as in replay: a step's reward came with it,
+`is_first` begins an episode, `is_last` ends one, and `is_terminal` says that no time limit ended it.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-#: A class is dead if its mean probability is below this share of an even one, 1 / K.
+#: A class is dead if its mean probability is below this share of a uniform one, 1 / K.
 DEAD = 0.1
-#: Ranks at which predictions are parted into groups. Narrow at the ends: what is rare (a reward, an end) lies there.
+#: Ranks at which predictions are split into groups. Narrow at the ends, where rare events are (a reward, an end).
 RANKS = (0.01, 0.03, *np.arange(0.1, 0.95, 0.1), 0.97, 0.99)
 
 Arrays = Mapping[str, Any]
 
 
 class Calibration(NamedTuple):
-    """Predictions in groups by rank: (groups,) of each its means and its count."""
+    """Predictions in groups by rank; for each group its means and its count, (groups,)."""
 
     predicted: np.ndarray
     observed: np.ndarray
@@ -53,10 +53,10 @@ class Latents(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Health:
-    """All of it. Curves and calibrations for which there was nothing to compare are left out or None."""
+    """All figures. Curves and calibrations with nothing to compare are left out or None."""
 
     curves: dict[str, np.ndarray]
-    """Error (T - T//2,) at each imagined step, by what is predicted: observation keys, reward, cont."""
+    """Error (T - T//2,) at each imagined step, by name of the prediction: observation keys, reward, cont."""
     seen: dict[str, float]
     """Mean error of the steps that were seen."""
     guess: dict[str, float]
@@ -96,8 +96,8 @@ def measure(
 ) -> Health:
     """views: `Agent.report` of a batch as trained on; batch: its reward and flags, (B, T+1) as from replay.
 
-    newest: the same two of the newest sequences, which the current policy has collected; None if there are none. From
-    them come the calibration of the value and the returns, which belong to a policy. discount: gamma.
+    newest: the same two for the newest sequences, collected by the current policy; None if there are none. They give
+    the calibration of the value and the returns, which belong to a policy. discount: gamma.
     """
     reward, first, last, terminal = flags(batch)
     half = reward.shape[1] // 2
@@ -146,20 +146,20 @@ def flags(batch: Arrays) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray
 
 
 def reachable(first: np.ndarray, half: int) -> np.ndarray:
-    """Which steps (B, T) an open loop from step half - 1 can know of: the seen ones, and those of the same episode."""
+    """Which steps (B, T) an open loop from step half - 1 can predict: those seen, and those of the same episode."""
     later = np.cumsum(first[:, half:], 1) == 0
     return np.concatenate([np.ones((len(first), half), bool), later], 1)
 
 
 def masked_mean(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Mean over sequences where `mask`, (T,) of (B, T); NaN where none is left."""
+    """Mean over the sequences where `mask` is true: (B, T) -> (T,); NaN where no sequence is left."""
     count = mask.sum(0)
     total = np.where(mask, np.asarray(values, np.float64), 0).sum(0)
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def latent_usage(probs: np.ndarray) -> Latents:
-    """Of posterior probabilities (B, T, S, K)."""
+    """The usage of latents, from posterior probabilities (B, T, S, K)."""
     flat = np.asarray(probs, np.float64).reshape(-1, *probs.shape[-2:])
     mean = flat.mean(0)
     dead = (mean < DEAD / mean.shape[1]).mean(1)
@@ -169,7 +169,7 @@ def latent_usage(probs: np.ndarray) -> Latents:
 def calibrate(predicted: np.ndarray, observed: np.ndarray) -> Calibration:
     """Groups of predictions by rank, each with its mean and the mean of what was observed.
 
-    Equal predictions stay together, those that reach across a rank in a group of their own.
+    Equal predictions stay together; those that span a rank form a group of their own.
     """
     predicted, observed = (np.asarray(x, np.float64).reshape(-1) for x in (predicted, observed))
     edges = np.unique(np.quantile(predicted, RANKS))
@@ -183,11 +183,11 @@ def calibrate(predicted: np.ndarray, observed: np.ndarray) -> Calibration:
 def observed_returns(
     reward: np.ndarray, value: np.ndarray, terminal: np.ndarray, last: np.ndarray, discount: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(discounted returns (B, T) that followed each step, which of them are known).
+    """(discounted returns (B, T) after each step, which of them are known).
 
     Gₜ = rₜ₊₁ + γ(1-terminalₜ₊₁)Gₜ₊₁ with the real rewards to the end of the episode. Where a time limit or the end of
-    the sequence cuts it short, the critic's value there stands for the rest. Known are those of the first half, which
-    have at least T/2 real rewards or an end of the episode; a last step has none.
+    the sequence cuts it short, the critic's value there stands for the rest. Returns are known for the first half,
+    where at least T/2 real rewards or an end of the episode follow; a last step has none.
     """
     returns = np.asarray(value, np.float64).copy()
     for t in range(reward.shape[1] - 2, -1, -1):
@@ -199,7 +199,7 @@ def observed_returns(
 
 
 def imagined_returns(reward: np.ndarray, cont: np.ndarray) -> np.ndarray:
-    """Sums (..., H) of the first h imagined rewards: Σₖ₌₁..ₕ (c₁ ... cₖ₋₁) rₖ, from (..., H+1) that begin with the
+    """Sums (..., H) of the first h imagined rewards: Σₖ₌₁..ₕ (c₁ ... cₖ₋₁) rₖ, from (..., H+1), which begins with the
     state itself. c includes gamma.
     """
     reward, cont = np.asarray(reward, np.float64), np.asarray(cont, np.float64)
@@ -210,10 +210,10 @@ def imagined_returns(reward: np.ndarray, cont: np.ndarray) -> np.ndarray:
 def real_returns(
     reward: np.ndarray, terminal: np.ndarray, last: np.ndarray, discount: float, horizon: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(sums (B, T, H) of the first h real rewards after each step, which steps (B, T) they are known of).
+    """(sums (B, T, H) of the first h real rewards after each step, for which steps (B, T) they are known).
 
-    Σₖ₌₁..ₕ γᵏ⁻¹ rₜ₊ₖ, nothing after a terminal step. Unknown where a time limit or the end of the sequence comes before
-    the H steps are over, and of last steps.
+    Σₖ₌₁..ₕ γᵏ⁻¹ rₜ₊ₖ, nothing after a terminal step. Unknown where a time limit or the end of the sequence comes within
+    the H steps, and for last steps.
     """
     count, length = reward.shape
     sums, known = np.zeros((count, length, horizon)), np.zeros((count, length), bool)
@@ -233,5 +233,5 @@ def real_returns(
 
 
 def _entropy(probs: np.ndarray) -> np.ndarray:
-    """Of the last axis, nats."""
+    """Entropy over the last axis, nats."""
     return -(probs * np.log(np.maximum(probs, 1e-30))).sum(-1)

@@ -14,7 +14,7 @@ _PANEL = (400, 290)
 _HEAD = 46
 #: Most curves of the first chart.
 _CURVES = 6
-#: The least norm that has a place of its own.
+#: The least norm on the scale; smaller norms are drawn there.
 _LEAST = 1e-9
 
 Place = tuple[float, float]
@@ -45,7 +45,7 @@ def draw(health: Health, gradients: Mapping[str, float], caption: str) -> np.nda
 
 
 def _errors(page: Page, at: Place, health: Health) -> None:
-    """Errors over imagined steps, relative to a constant guess: 1 knows nothing."""
+    """Errors over imagined steps, relative to a constant guess: at 1 the model knows nothing."""
     known = [name for name in health.curves if health.guess[name] > 0]
     relative = {name: health.curves[name] / health.guess[name] for name in known[:_CURVES]}
     top = max([1.2, *(min(float(np.nanmax(curve)), 3.0) for curve in relative.values())])
@@ -69,7 +69,7 @@ def _kl(page: Page, at: Place, health: Health) -> None:
     share = count / len(values)
     free = float((values < health.free_nats).mean())
     words = f"mean {values.mean():.2f} nats, {free:.0%} of states under the free {health.free_nats:g}"
-    labels = ("nats, last bar: and more", "share of states")
+    labels = ("nats; last bar: this and more", "share of states")
     axes = Axes(page, at, _PANEL, "Surprise: KL(posterior, prior)", words, labels, (0, top), (0, 1.05 * share.max()))
     axes.frame()
     for height, low, high in zip(share, edges[:-1], edges[1:], strict=True):
@@ -82,7 +82,7 @@ def _latents(page: Page, at: Place, found: Latents) -> None:
     variables, classes = found.mean.shape
     most = math.log(classes)
     words = f"{found.dead.mean():.0%} of classes dead, entropy {found.entropy.mean() / most:.0%} of the most"
-    labels = ("variables, each from top to bottom its classes by use", "")
+    labels = ("variables; classes of each sorted by use, top to bottom", "")
     axes = Axes(page, at, _PANEL, "Use of the latents", words, labels, (0, variables), (0, classes))
     order = np.argsort(-found.spread)
     share = -np.sort(-found.mean[order], 1).T  # (K, S)
@@ -116,10 +116,10 @@ def _norms(page: Page, at: Place, health: Health, gradients: Mapping[str, float]
 
 
 def _calibration(page: Page, at: Place, title: str, unit: str, found: Calibration | None) -> None:
-    """Means of groups: predicted across, observed upwards; on the diagonal, what is predicted happens."""
+    """Means of groups: predicted across, observed upwards; on the diagonal, predictions come true."""
     if found is None:
         axes = Axes(page, at, _PANEL, title, "", (f"predicted {unit}", "real"), (0, 1), (0, 1))
-        axes.note("no sequence told what followed")
+        axes.note("no sequence shows what followed")
         return
     both = np.concatenate([found.predicted, found.observed])
     low, high = float(both.min()), float(both.max())
@@ -133,7 +133,7 @@ def _calibration(page: Page, at: Place, title: str, unit: str, found: Calibratio
 
 
 def _returns(page: Page, at: Place, health: Health) -> None:
-    """Reward that the policy dreams of, and what it really gets from the same states."""
+    """The reward that the policy dreams of, and what it really gets from the same states."""
     title, labels = "Return: imagined and real", ("steps from the same states", "discounted sum")
     if health.imagined is None or health.real is None:
         axes = Axes(page, at, _PANEL, title, "", labels, (0, 1), (0, 1))

@@ -1,7 +1,7 @@
-"""Numbers out of files of JSON lines, as runs write them and as crashes, full disks and editors leave them.
+"""Reads numbers from files of JSON lines, as runs write them and as crashes, full disks and editors leave them.
 
-A line that cannot be used is left out and told, with its number and what is wrong with it; the others count. A last
-line that is only half written says nothing: its run is going on, or was killed.
+A line that cannot be used is skipped and reported, with its number and what is wrong with it; the others count. A
+half-written last line is no fault: its run is still going on, or was killed.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-#: The largest score: that of float32, in which rewards are. Sums and means of such scores are finite in float64.
+#: The largest score: the largest float32, the type of rewards. Sums and means of such scores are finite in float64.
 LARGEST = float(np.finfo(np.float32).max)
-#: The largest counter, of steps say.
+#: The largest counter, such as a number of steps.
 MOST = 2.0**63
 #: A number that may be negative; all others are counters.
 SCORE = "episode/score"
@@ -35,7 +35,7 @@ class Columns(NamedTuple):
 
 
 def contents(path: Path) -> bytes:
-    """A file's bytes, unpacked where it ends in .gz. UnreadableError if there are none to be had."""
+    """A file's bytes, unpacked where it ends in .gz. UnreadableError if they cannot be read."""
     try:
         data = path.read_bytes()
         return gzip.decompress(data) if path.suffix == ".gz" else data
@@ -44,7 +44,7 @@ def contents(path: Path) -> bytes:
 
 
 def parsed(text: bytes) -> Any:
-    """What JSON says. UnreadableError for what is none, or nested deeper than anybody nests."""
+    """The value of a JSON text. UnreadableError if it is not JSON, or nested absurdly deep."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -53,7 +53,7 @@ def parsed(text: bytes) -> Any:
 
 
 def parse(line: bytes) -> dict[str, Any]:
-    """The object of a line. UnreadableError if it holds none."""
+    """The object in a line. UnreadableError if it holds none."""
     found = parsed(line)
     if not isinstance(found, dict):
         raise UnreadableError(f"expected an object of JSON, got {_cut(repr(found))}")
@@ -61,9 +61,9 @@ def parse(line: bytes) -> dict[str, Any]:
 
 
 def number(row: dict[str, Any], name: str) -> float | None:
-    """The number of this name, None where there is none. UnreadableError for what is no number, or no possible one."""
+    """The number of this name, or None. UnreadableError for anything that is not a number, or not a possible one."""
     value = row.get(name)
-    if value is None:  # which is what stands for a number that was not finite
+    if value is None:  # null stands for a number that was not finite
         return None
     low, high = (-LARGEST, LARGEST) if name == SCORE else (0.0, MOST)
     if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
@@ -72,8 +72,8 @@ def number(row: dict[str, Any], name: str) -> float | None:
 
 
 def columns(path: Path, *names: str) -> Columns:
-    """The numbers of these names, of the lines that have all of them. UnreadableError if nothing in the file can be
-    used, but something should be."""
+    """The numbers of these names, from the lines that have all of them. UnreadableError if it has lines, all
+    unusable."""
     rows: list[list[float | None]] = []
     faults: list[str] = []
     lines = contents(path).splitlines(keepends=True)
@@ -85,14 +85,14 @@ def columns(path: Path, *names: str) -> Columns:
             if place < len(lines) or line.endswith(b"\n"):
                 faults.append(f"{place}: {error}")
     if faults and not rows:
-        raise UnreadableError(f"no line of it can be used, not line {faults[0]}")
+        raise UnreadableError(f"no line of it can be used; the first is line {faults[0]}")
     whole = [row for row in rows if None not in row]
     values = list(np.array(whole, np.float64).reshape(-1, len(names)).T)
     return Columns(values, [f"{path}:{told(faults, 'lines of it')}"] if faults else [])
 
 
 def told(faults: Sequence[str], what: str) -> str:
-    """The first fault, and how many others there are."""
+    """The first fault, and the number of others."""
     return faults[0] + (f" (and {len(faults) - 1:,} more {what})" if len(faults) > 1 else "")
 
 

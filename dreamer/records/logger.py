@@ -1,13 +1,13 @@
-"""What a run records: metrics and scores as JSON lines, videos and pages as files, and all of it for further sinks.
+"""What a run records: metrics and scores as JSON lines, videos and pages as files, and all of it to further sinks.
 
     metrics.jsonl    one object a line: step (environment frames), agent_steps, updates, then the metrics
     scores.jsonl     one object per training episode: step, episode/score, episode/length
     videos/          the newest video of each name
     reports/         the newest page of each name
 
-Which sinks these are, the configuration says.
+The configuration chooses the further sinks.
 
-A disk that fills up stops no training: it is reported once, records are kept in memory and written later.
+A full disk does not stop training: it is reported once, and records are kept in memory and written later.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dreamer.records.trackers import MlflowSink, WandbSink
 from dreamer.schema import options, show
 
 _LONGEST_LINE = 1 << 20
-#: In what `Logger.offsets` gives: bytes of pictures that all sinks have got.
+#: Key in `Logger.offsets`: bytes of pictures that the sinks have received.
 _PICTURES = "pictures"
 
 
@@ -53,8 +53,8 @@ class Logger:
         sinks: Sequence[Sink] = (),
         pictures: Pace | None = None,
     ) -> None:
-        """fps: of videos. sinks: further ones, TensorBoard's say. pictures: what they may take up; None: any space.
-        Existing files of an earlier part of the run are continued.
+        """fps: of videos. sinks: further ones, such as TensorBoard's. pictures: the space they may take; None: no
+        limit. Existing files of an earlier part of the run are continued.
         """
         self.logdir = Path(logdir)
         self.logdir.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ class Logger:
         self._encoder = Encoder(self._deliver)
 
     def scalars(self, steps: Steps, values: Mapping[str, Any]) -> None:
-        """Records metrics: Python, numpy or jax numbers, or arrays of one element."""
+        """Records metrics: Python, numpy or JAX numbers, or arrays of one element."""
         self._encoder.deliver()
         numbers = {name: _number(name, value) for name, value in values.items()}
         self._each(lambda sink: sink.scalars(steps, numbers))
@@ -78,7 +78,7 @@ class Logger:
     def video(self, steps: Steps, name: str, frames: np.ndarray | Callable[[], np.ndarray]) -> Path:
         """Records a video, uint8 (T, H, W, 3) or what draws it; returns the file that will hold the newest.
 
-        It is drawn and encoded in a thread, and there at the next flush at the latest.
+        It is drawn and encoded in a thread, and complete at the next flush at the latest.
         """
 
         def make() -> Picture:
@@ -108,7 +108,7 @@ class Logger:
             self._each(lambda sink: sink.picture(steps, name, picture))
 
     def offsets(self) -> dict[str, int]:
-        """How far all records have got, for a checkpoint; `truncate` goes back there."""
+        """The current end of all records, for a checkpoint; `truncate` goes back there."""
         self.flush()
         found = {_PICTURES: self._pictures.spent}
         self._each(lambda sink: found.update(sink.offsets()))
@@ -123,7 +123,7 @@ class Logger:
         self._each(lambda sink: sink.truncate(offsets, steps))
 
     def flush(self) -> None:
-        """Hands everything recorded so far to the file system; waits for pictures that are being made."""
+        """Hands everything recorded so far to the file system; waits for pictures in progress."""
         self._encoder.deliver(0)
         self._each(lambda sink: sink.flush(), recovers=True)
 
@@ -144,7 +144,7 @@ class Logger:
             self._try(id(sink), functools.partial(action, sink), recovers)
 
     def _try(self, who: int, action: Callable[[], None], recovers: bool = False) -> None:
-        """Reports the first failure; the next one is reported after a success that proves the disk writable."""
+        """Reports the first failure; later ones only after a success has shown that the disk is writable."""
         try:
             action()
         except OSError as error:
@@ -217,13 +217,13 @@ class _JsonLines:
         self._file.drop()
         found = self.path.stat().st_size if self.path.exists() else 0
         if found < size:
-            text = f"{self.path} has {found} bytes where the checkpoint knows {size}; the lines between are lost"
+            text = f"{self.path} has {found} bytes, but the checkpoint was at {size}; the lines between are lost"
             warnings.warn(text, LogWarning, stacklevel=6)
         elif found > size:
             os.truncate(self.path, size)
 
     def _drop_partial_line(self) -> None:
-        """Whoever was killed while writing may have left half a line."""
+        """Removes half a line, which a process killed while writing may have left."""
         with self.path.open("r+b") as file:
             end = file.seek(0, os.SEEK_END)
             file.seek(max(0, end - _LONGEST_LINE))
@@ -270,7 +270,7 @@ def table(config: Config) -> dict[str, float | str]:
 
 
 def changed(config: Config) -> dict[str, float | str]:
-    """Those of the table that are not at their defaults, and which run it is."""
+    """The options in the table that are not at their defaults, and the name of the run."""
     default = {option.name: option.default for option in options().values()}
     told = ("task", "seed")
     return {name: v for name, v in table(config).items() if name in told or value_of(config, name) != default[name]}
@@ -288,6 +288,6 @@ def as_text(config: Config) -> str:
 
 
 def _code(text: str) -> str:
-    """A span of code in a cell: neither its backticks nor its lines end it."""
+    """A code span for a table cell: neither backticks nor line breaks in the text end it."""
     line = " ".join(text.splitlines())
     return f"`` {line} ``" if "`" in line else f"`{line}`"

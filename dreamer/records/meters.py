@@ -1,4 +1,4 @@
-"""Metrics between two log steps: their means, where the time went, and how long the first update took to come."""
+"""Metrics between two log steps: their means, where the time went, and how long it took to the first update."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import psutil
 
 from dreamer import transfer
 
-#: How the values of a metric become one, by the end of its name; all others are averaged.
+#: How the values of a metric are reduced to one, by the suffix of its name; all others are averaged.
 REDUCTIONS: dict[str, Callable[[np.ndarray], Any]] = {
     "_max": np.max,
     "_min": np.min,
@@ -31,11 +31,11 @@ class Packed(NamedTuple):
 
 
 class Aggregator:
-    """Collects metrics and gives one number for each.
+    """Collects metrics and returns one number for each.
 
-    Values may still be on the device: they are fetched together when the result is asked for, not before. Those
-    added together wait there as one array, because a transfer costs much the same for one number as for fifty.
-    An array (the updates of one dispatch, say) counts as that many values.
+    Values may still be on the device: they are fetched together when the result is asked for, not before. Those added
+    together wait there as one array, because a transfer costs about the same for one number as for fifty. An array (the
+    updates of one dispatch, say) counts as that many values.
     """
 
     def __init__(self) -> None:
@@ -56,7 +56,7 @@ class Aggregator:
             self._packed.setdefault(tuple(group), []).append(_pack(list(group.values())))
 
     def result(self) -> dict[str, float]:
-        """One number for each metric added since the last call. Nothing finite is made of what is not finite."""
+        """One number for each metric added since the last call. Values that are not finite never become finite."""
         flat = self.state()
         self._values, self._packed = {}, {}
         return {name: float(_reduction(name)(array)) for name, array in flat.items() if array.size}
@@ -72,7 +72,7 @@ class Aggregator:
         return {name: np.concatenate(xs) for name, xs in found.items()}
 
     def restore(self, state: Mapping[str, np.ndarray]) -> None:
-        """Go on with the values of a `state`."""
+        """Continue with the values of a `state`."""
         self._values, self._packed = {name: [array] for name, array in state.items()}, {}
 
 
@@ -139,7 +139,7 @@ def _reduction(name: str) -> Callable[[np.ndarray], Any]:
 # --- To the first update ---------------------------------------------------------------------------
 
 
-#: Parts that take less are left out, seconds.
+#: Parts that take fewer seconds are left out.
 _SHOWN = 0.05
 
 
@@ -149,7 +149,7 @@ def process_start() -> float:
 
 
 class StartupTimer:
-    """Parts one after another: `mark` books the time since the mark before."""
+    """Books the time of consecutive parts: `mark` books the time since the previous mark."""
 
     def __init__(self, begun: float | None = None, clock: Callable[[], float] = time.time) -> None:
         """begun: when the program started; None: now."""
@@ -158,7 +158,7 @@ class StartupTimer:
         self._parts: dict[str, float] | None = {}
 
     def mark(self, part: str, once: bool = False) -> None:
-        """The time since the last mark went to this part. once: nothing is booked if the part has been marked."""
+        """Book the time since the last mark under this part. once: book nothing if the part has been marked before."""
         if self._parts is None or (once and part in self._parts):
             return
         now = self._clock()

@@ -1,4 +1,4 @@
-"""Pictures for the records: encoded beside the training loop, and kept to a budget of bytes."""
+"""Pictures for the records: encoded in parallel with the training loop, and kept to a budget of bytes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-#: Pictures that may wait to be encoded; whoever brings one more waits for the oldest.
+#: Pictures that may wait to be encoded; adding one more waits for the oldest.
 WAITING = 4
-#: Share of a budget that may be spent at once; the rest becomes free in step with the run.
+#: Share of a budget that may be spent at once; the rest becomes available in step with the run.
 _AT_ONCE = 0.1
 
 
@@ -36,10 +36,10 @@ def encode_png(image: np.ndarray) -> Picture:
 
 
 class Encoder:
-    """A thread that makes pictures, in the order in which they come. `deliver` gets them in the caller's thread, at the
-    next call of a method: all records are written by one thread.
+    """A thread that makes pictures, in the order in which they come. `deliver` receives them in the caller's thread, at
+    the next call of a method, so that one thread writes all records.
 
-    An error in making one is raised there too.
+    Errors in making a picture are raised there too.
     """
 
     def __init__(self, deliver: Callable[[Any, Picture], None]) -> None:
@@ -55,7 +55,7 @@ class Encoder:
         self._pending.append((label, self._thread.submit(make)))
 
     def deliver(self, waiting: int = WAITING) -> None:
-        """Hand over what is ready, and wait until at most so many are left."""
+        """Hand over what is ready, and wait until at most `waiting` are left."""
         while self._pending and (len(self._pending) > waiting or self._pending[0][1].done()):
             label, picture = self._pending.popleft()
             self._deliver(label, picture.result())
@@ -71,13 +71,13 @@ class Encoder:
 
 
 class Pace:
-    """A budget of bytes that is spent in step with the run: what would be too early is left out.
+    """A budget of bytes that is spent in step with the run: what would come too early is left out.
 
-    So a run of any length stays under the budget, and its records are spread over all of it.
+    So a run of any length stays under the budget, and its records are spread over the whole run.
     """
 
     def __init__(self, megabytes: float | None, agent_steps: int) -> None:
-        """megabytes: 10^6 bytes, None: any number; agent_steps: of the whole run."""
+        """megabytes: 10^6 bytes, None: no limit; agent_steps: of the whole run."""
         self._limit = None if megabytes is None else megabytes * 1e6
         self._agent_steps = agent_steps
         self.spent = 0

@@ -1,4 +1,4 @@
-"""What the places that records go to have in common."""
+"""What all destinations of records have in common."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HELD_BYTES = 64 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """Where a run is: policy decisions, environment frames (decisions times action repeat), gradient updates."""
+    """How far a run is: policy decisions, environment frames (decisions times action repeat), gradient updates."""
 
     agent_steps: int
     env_frames: int
@@ -26,9 +26,9 @@ class Steps:
 
 
 class Sink(Protocol):
-    """One place records go to. An OSError from any method is reported and training goes on.
+    """One destination of records. An OSError from any method is reported and training goes on.
 
-    offsets: how far it has got, by names of its own, for a checkpoint; `truncate` goes back there.
+    offsets: its current end, by names of its own, for a checkpoint; `truncate` goes back there.
     """
 
     def scalars(self, steps: Steps, values: Mapping[str, float | int]) -> None: ...
@@ -41,7 +41,7 @@ class Sink(Protocol):
 
 
 class Appender:
-    """Appends records to a file: whole ones only, and later those that came while the disk was full."""
+    """Appends records to a file: whole ones only; those that come while the disk is full are written later."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -55,7 +55,7 @@ class Appender:
             self.held_bytes -= len(self._held.popleft())
 
     def flush(self) -> None:
-        """Writes what is held; an OSError leaves the file as it was, and the records for the next call."""
+        """Writes the held records; an OSError leaves the file as it was, and the records for the next call."""
         if not self._held:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -71,6 +71,6 @@ class Appender:
         self.drop()
 
     def drop(self) -> None:
-        """Forgets what is held."""
+        """Forgets the held records."""
         self._held.clear()
         self.held_bytes = 0

@@ -1,4 +1,4 @@
-"""What a run takes of its machine: memory of its processes, disk, accelerator; and the versions it was made with."""
+"""What a run uses of its machine: memory of its processes, disk, accelerator; and the versions of its packages."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ import psutil
 
 from dreamer.nvidia import DriverError, cards, visible
 
-#: Least time between two looks, seconds: one look takes a few milliseconds.
+#: Least time between two readings, seconds: a reading takes a few milliseconds.
 INTERVAL = 5.0
 _GB = 1e9
 
 
 class SystemMeter:
-    """Reads what can be read, at most every `INTERVAL` seconds. What a machine does not tell is left out."""
+    """Reads what can be read, at most every `INTERVAL` seconds. What a machine does not report is left out."""
 
     def __init__(self, logdir: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._logdir, self._clock = logdir, clock
         self._next = clock()
 
     def result(self) -> dict[str, float]:
-        """Numbers by name, without prefix; none if the last look was just now."""
+        """Numbers by name, without prefix; none if the last reading was just now."""
         if self._clock() < self._next:
             return {}
         self._next = self._clock() + INTERVAL
@@ -42,7 +42,7 @@ class SystemMeter:
 
 
 def _processes() -> dict[str, float]:
-    """Resident memory of this process and of those it has started, shared pages counted in each."""
+    """Resident memory of this process and of those it started, shared pages counted in each."""
     me = psutil.Process()
     sizes = []
     for process in (me, *me.children(recursive=True)):
@@ -55,7 +55,7 @@ def _processes() -> dict[str, float]:
 
 
 def device_memory() -> dict[str, float]:
-    """What JAX holds now, and has held at most, summed over the accelerators of this process."""
+    """Memory that JAX holds now, and its peak, summed over the accelerators of this process."""
     stats = [device.memory_stats() for device in jax.local_devices() if device.platform != "cpu"]
     found = [one for one in stats if one]
     names = {"device_gigabytes": "bytes_in_use", "device_peak_gigabytes": "peak_bytes_in_use"}
@@ -67,8 +67,8 @@ def device_memory() -> dict[str, float]:
 
 
 def _load() -> dict[str, float]:
-    """Of NVIDIA's cards that this process may use. gpu_load: mean share of time with something being computed;
-    gpu_gigabytes: in use by anybody."""
+    """Load of the NVIDIA cards that this process may use. gpu_load: mean share of time in which they were busy;
+    gpu_gigabytes: in use by any process."""
     if jax.default_backend() != "gpu":
         return {}
     try:
@@ -85,7 +85,7 @@ def _load() -> dict[str, float]:
 
 
 def versions() -> dict[str, str]:
-    """Versions that decide whether a resumed run repeats the numbers of an undisturbed one."""
+    """Versions that decide whether a resumed run repeats the numbers of an uninterrupted one."""
     packages = ("dreamer", "jax", "jaxlib", "flax", "optax", "numpy", "orbax-checkpoint", "gymnasium")
     found = {"python": platform.python_version(), "cores": str(_cores())}
     for package in packages:

@@ -1,4 +1,4 @@
-"""TensorBoard: scalars in groups, pictures, the options of the run, and a page of charts that tell of its health."""
+"""TensorBoard: scalars in groups, pictures, the options of the run, and a page of charts about its health."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dreamer.records.sink import Appender, Steps
 #: Events are written at a flush, and whenever this many bytes are waiting.
 _FLUSHED_BYTES = 1 << 20
 
-#: How names become tags: what the first pattern finds at the beginning of a name is replaced by a group. The viewer
+#: How names become tags: the first pattern that matches the beginning of a name is replaced by a group. The viewer
 #: sorts groups by name and opens the first two: those that say whether the run learns.
 GROUPS: tuple[tuple[str, str], ...] = (
     (r"(?=(episode|eval)/(.+/(mean|max)|(mean_)?length)$)", "4_behaviour/"),
@@ -60,7 +60,7 @@ def tag(name: str) -> str:
     for pattern, group in GROUPS:
         if found := re.match(pattern, name):
             return group + name[found.end() :]
-    raise AssertionError("the last pattern finds everything")
+    raise AssertionError("the last pattern matches everything")
 
 
 class TensorBoardSink:
@@ -76,7 +76,7 @@ class TensorBoardSink:
         text: str | None = None,
         scalars: Pace | None = None,
     ) -> None:
-        """options: for the table of hyper-parameters; text: all, as Markdown; scalars: what numbers may take up."""
+        """options: for the table of hyper-parameters; text: all, as Markdown; scalars: the space for numbers."""
         self._folder, self._options, self._text = folder, dict(options or {}), text
         self._file: Appender | None = None
         self._purge_step: int | None = None
@@ -133,7 +133,7 @@ class TensorBoardSink:
         return file
 
     def _description(self) -> list[Any]:
-        """What every file begins with: charts, options. They belong to this run: the viewer shows no second one."""
+        """What every file begins with: charts and options. They are this run's: the viewer shows only one set."""
         charts = {title: ["Multiline", patterns] for title, patterns in CHARTS.items()}
         found = [make.custom_scalars({"health": charts})]
         if self._text is not None:

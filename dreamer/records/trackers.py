@@ -1,4 +1,4 @@
-"""Weights & Biases and MLflow, beside TensorBoard: each an optional package, each one run per logdir, over resumes too.
+"""Weights & Biases and MLflow, beside TensorBoard: each an optional package, with one run per logdir, across resumes.
 
 Both count `env_frames`. Neither can forget: after a resume from an older checkpoint they keep what was recorded since.
 """
@@ -26,7 +26,7 @@ Options = Mapping[str, float | str]
 
 
 class _Remote:
-    """What was sent stays, and nothing is held on this side."""
+    """What was sent stays, and nothing is kept on this side."""
 
     def offsets(self) -> dict[str, int]:
         return {}
@@ -82,7 +82,7 @@ class WandbSink(_Remote):
 
 
 class MlflowSink(_Remote):
-    """A run of an MLflow experiment, where MLFLOW_TRACKING_URI says; without it, in LOGDIR/mlflow."""
+    """A run of an MLflow experiment, at MLFLOW_TRACKING_URI; without it, in LOGDIR/mlflow."""
 
     def __init__(self, logdir: Path, experiment: str, options: Options) -> None:
         uri = os.environ.get("MLFLOW_TRACKING_URI")
@@ -140,7 +140,7 @@ def _load(package: str) -> Any:
 
 @contextlib.contextmanager
 def _started(name: str) -> Iterator[None]:
-    """What goes wrong before the first step is the user's to mend: ConfigError."""
+    """Turns what goes wrong before the first step, which the user has to fix, into a ConfigError."""
     try:
         yield
     except Exception as error:
@@ -149,7 +149,7 @@ def _started(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _reported(name: str) -> Iterator[None]:
-    """Whatever goes wrong at a tracker becomes an OSError, which the logger reports while training goes on."""
+    """Turns whatever goes wrong at a tracker into an OSError, which the logger reports while training goes on."""
     try:
         yield
     except OSError:
@@ -160,7 +160,7 @@ def _reported(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _file(name: str, data: bytes) -> Iterator[Path]:
-    """A file of this name for the time being."""
+    """A temporary file of this name."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_bytes(data)

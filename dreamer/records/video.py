@@ -1,4 +1,4 @@
-"""Videos as GIF files, and the dream video: what happened, what the model imagined, and how far it was off."""
+"""Videos as GIF files, and the dream video: what happened, what the model imagined, and how far off it was."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dreamer.paths import whole_file
 
-#: Border of the steps the model has seen, and of those it imagines; told apart also by the colour-blind.
+#: Border of the steps that the model has seen, and of those it imagines; the colour-blind can tell them apart too.
 CONTEXT_COLOR = (40, 130, 220)
 IMAGINED_COLOR = (240, 150, 30)
 
@@ -18,7 +18,7 @@ IMAGINED_COLOR = (240, 150, 30)
 MAX_SIDE = 320
 #: Longest side to which frames are enlarged, pixels.
 SHORTEST_SIDE, LARGEST_SIDE = 128, 1280
-#: Of the dream video: sequences beside each other, and the least side of their images, pixels.
+#: In the dream video: sequences side by side, and the least side of their images, pixels.
 SEQUENCES, TILE = 5, 64
 
 _BACKGROUND = (22, 22, 26)
@@ -30,9 +30,8 @@ def encode_gif(frames: np.ndarray, fps: float = 15) -> bytes:
     """An endlessly repeating GIF of uint8 frames (T, H, W, 3) or (T, H, W, 1).
 
     Frames whose shorter side is below SHORTEST_SIDE pixels are enlarged by a whole factor, without blur, as far as the
-    longer one stays within LARGEST_SIDE. All frames share one palette: exact up to 256 colours in all, else made from
-    pixels of the whole video.
-    Players know delays in 1/100 s only, so the frame rate is rounded to that.
+    longer one stays within LARGEST_SIDE. All frames share one palette: exact up to 256 colours, else made from pixels
+    of the whole video. Players only know delays in 1/100 s, so the frame rate is rounded to that.
     """
     frames = _as_rgb(frames)
     palette, indices = _quantize(frames)
@@ -58,7 +57,7 @@ def save_gif(path: Path | str, frames: np.ndarray, fps: float = 15) -> Path:
 def reduced(frame: np.ndarray) -> np.ndarray:
     """A frame uint8 (H, W, C) with no side above MAX_SIDE: means over squares of a whole number of pixels.
 
-    Of a frame that is narrower than such a square, one pixel stands for each.
+    If a frame is narrower than such a square, one pixel stands for each square.
     """
     factor = -(-max(frame.shape[:2]) // MAX_SIDE)
     if factor == 1:
@@ -154,7 +153,7 @@ def _as_rgb(video: np.ndarray) -> np.ndarray:
 def _quantize(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Palette uint8 (256, 3) and indices uint8 (T, H, W)."""
     packed = frames.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32)
-    # A table over all 2^24 colors finds the used ones far faster than sorting the pixels would.
+    # A table of all 2^24 colours finds the used ones far faster than sorting the pixels would.
     used = np.zeros(1 << 24, np.bool_)
     used[packed] = True
     colors = np.flatnonzero(used)

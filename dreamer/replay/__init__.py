@@ -1,7 +1,7 @@
-"""Replay: what was collected, kept so that sequences of it can be trained on, and never told wrongly.
+"""Replay: collected steps, kept so that training can draw sequences of them exactly as they happened.
 
-Read `buffer.py` first; `ring.py` says what a row is, `selection.py` which sequences are drawn,
-`storage.py`, `device.py` and `disk.py` where the arrays lie, `persistence.py` how those in memory get to disk and back.
+Read `buffer.py` first; `ring.py` says what a row is, `selection.py` which sequences are drawn, `storage.py`,
+`device.py` and `disk.py` where the arrays are kept, `persistence.py` how arrays in memory get to disk and back.
 """
 
 from dreamer.replay.buffer import Replay

@@ -1,6 +1,6 @@
-"""Arrays over one file, mapped into memory: written like any array, on disk when the kernel likes or at a flush.
+"""Arrays over one file, mapped into memory: written like any array, on disk when the kernel chooses or at a flush.
 
-A block that is not saved yet has the suffix `.open`; what was left so by a run that ended is worthless and is removed.
+A block that is not saved yet has the suffix `.open`; if the run ends before saving it, it is worthless and is removed.
 Where the disk has no room, a block lives in memory until it is saved.
 """
 
@@ -26,10 +26,10 @@ Layout = Mapping[str, tuple[tuple[int, ...], np.dtype]]
 
 
 class Block:
-    """Arrays of a `layout` (shape and dtype by name). Make one with `create` or `open`.
+    """Arrays of a `layout` (shape and dtype by name), made by `create` or `open`.
 
-    path    Its file; None: there was no room for one, the arrays are in memory.
-    dirty   Set by whoever writes to the arrays; a flush resets it.
+    path    Its file; None: there was no room on disk, so the arrays are in memory.
+    dirty   Set by whoever writes to the arrays; reset by a flush.
     """
 
     def __init__(self, layout: Layout, path: Path | None, memory: mmap.mmap | bytearray):
@@ -43,7 +43,7 @@ class Block:
 
     @property
     def bytes(self) -> np.ndarray:
-        """All of it, as it would be in a file: uint8."""
+        """Its whole contents, as they would be in a file: uint8."""
         return np.frombuffer(self._memory, np.uint8)
 
     @staticmethod
@@ -53,7 +53,7 @@ class Block:
 
     @staticmethod
     def create(folder: Path, stem: str, layout: Layout) -> Block:
-        """Zeros in a new file of its own, or in memory if there is no room for one."""
+        """Zeros in a new file, or in memory if there is no room for one."""
         try:
             return Block._allocate(folder, stem, layout)
         except OSError:
@@ -81,7 +81,7 @@ class Block:
         return self.path is not None and self.path.suffix == SUFFIX
 
     def save(self, folder: Path, stem: str) -> dict[str, str | int]:
-        """Write everything to the file, whose name becomes final: the manifest's entry. OSError if there is no room."""
+        """Write everything to the file and make its name final. Returns the manifest's entry; OSError without room."""
         if self.path is None:
             placed = Block._allocate(folder, stem, self._layout)
             for name, array in self.arrays.items():
@@ -100,7 +100,7 @@ class Block:
         return {"file": self.path.name, "bytes": layout_bytes(self._layout)}
 
     def discard(self) -> None:
-        """Give the file back, unless it was saved: then it is a matter of `prune`."""
+        """Remove the file, unless it was saved: then that is up to `prune`."""
         if self.path is not None and not self.saved:
             self.path.unlink(missing_ok=True)
 
@@ -127,7 +127,7 @@ def layout_bytes(layout: Layout) -> int:
 
 
 def reserve(descriptor: int, size: int) -> None:
-    """Room on the disk for a file of `size` bytes, zeros; OSError if there is none.
+    """Reserve disk space for a file of `size` zero bytes; OSError if there is none.
 
     Writing to a mapped hole in a file kills the process when the disk is full, so there must be no holes.
     """
@@ -136,13 +136,13 @@ def reserve(descriptor: int, size: int) -> None:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENODEV):
             raise
-        for start in range(0, size, 2**20):  # a file system that cannot reserve
+        for start in range(0, size, 2**20):  # a file system that cannot reserve space
             os.write(descriptor, bytes(min(2**20, size - start)))
         os.fsync(descriptor)
 
 
 def remove_open(folder: Path) -> None:
-    """Remove the blocks that an earlier run had not saved."""
+    """Remove the blocks that an earlier run did not save."""
     for path in folder.glob(f"*{OPEN}"):
         path.unlink()
 

@@ -6,7 +6,7 @@ recurrence, followed by T trained steps::
     index      0    1    2   ...   T
     role       c    t    t         t         gather returns all 1 + T, write takes values of the T trained ones
 
-It lies in one environment, never across the write position; it may span ends of episodes.
+It stays within one environment and never crosses the write position; it may span ends of episodes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dreamer.replay.selection import Selection, Selector, landing
 from dreamer.replay.storage import SlotStorage, make_storage
 from dreamer.types import LOG_PREFIX
 
-#: Stretches that wait in the online queue at most; four per environment, if that is more.
+#: Most stretches waiting in the online queue, or four per environment if that is more.
 LONGEST_QUEUE = 256
 _COUNTERS = ("inserts", "sequences", "online", "written", "write_dropped")
 
@@ -33,19 +33,18 @@ _COUNTERS = ("inserts", "sequences", "online", "written", "write_dropped")
 class Replay:
     """N rings of steps.
 
-    fields        What a step consists of; `write` may change those that are latents.
+    fields        What a step consists of; `write` may change the latents among them.
     num_envs      N.
     capacity      Steps kept over all environments; each keeps capacity // N.
     length        1 + T, the context step and the trained ones.
     seed          The run's seed; selection derives its own random stream from it.
     online        Serve each new stretch of data once, ahead of other sequences.
-    selection     The mixture that is drawn from behind the online queue; None: uniform.
-    storage       Where the steps lie.
-    folder        Disk storage: where its files are, and where alone it can be saved.
-    folder        Disk storage: where its files are, and where alone it can be saved.
-    device_bytes  Device storage: free memory of it; None: it has none of its own.
+    selection     The mixture to draw from after the online queue; None: uniform.
+    storage       Where the steps are kept.
+    folder        Disk storage: where its files are, and the only place where it can be saved.
+    device_bytes  Device storage: its free memory; None: it has no memory of its own.
 
-    `budget` says what the storage needs in memory, on disk and on the device, and what there is.
+    `budget` says what the storage needs in memory, on disk and on the device, and what is available.
 
     ReplayError if the capacity is too small for one sequence or too large for what the machine has.
     """
@@ -81,7 +80,7 @@ class Replay:
         self.storage = make_storage(storage, self.fields, self._ring, folder)
         limit = max(LONGEST_QUEUE, 4 * num_envs) if online else None
         self._selector = Selector(self._ring, length, seed, limit, selection or SelectionConfig())
-        self._marks: set[tuple[int, int]] = set()  # (env, row) of stored steps that were made last ones
+        self._marks: set[tuple[int, int]] = set()  # (env, row) of stored steps that were marked as last
         self._counters = dict.fromkeys(_COUNTERS, 0)
         self._all = np.arange(num_envs)
 
@@ -91,7 +90,7 @@ class Replay:
 
     @property
     def capacity(self) -> int:
-        """Steps kept over all environments: what was asked for, rounded down to a multiple of N."""
+        """Steps kept over all environments: the capacity asked for, rounded down to a multiple of N."""
         return self._ring.num_envs * self._ring.rows
 
     @property
@@ -100,7 +99,7 @@ class Replay:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all steps at capacity. Less is in use before the rings are full."""
+        """Bytes of all steps at capacity. Fewer are in use before the rings are full."""
         return self.capacity * self.nbytes_per_step
 
     def __len__(self) -> int:
@@ -109,11 +108,11 @@ class Replay:
 
     @property
     def starts(self) -> int:
-        """Number of positions at which a whole sequence begins."""
+        """Number of positions at which a whole sequence starts."""
         return int(self._ring.starts(self.length).sum())
 
     def add(self, step: Mapping[str, np.ndarray], envs: Sequence[int] | None = None) -> None:
-        """Append one step of each environment: (N, ...) per field, copied. Keys with `log/` in front are left out.
+        """Append one step of each environment: (N, ...) per field, copied. Keys that begin with `log/` are left out.
 
         envs  Distinct environments that the entries belong to, if not all N in order.
 
@@ -146,9 +145,9 @@ class Replay:
         return selection
 
     def newest(self, batch: int) -> Selection | None:
-        """The newest `batch` sequences (B), those of an environment one behind the other; None if there are fewer.
+        """The newest `batch` sequences (B), those of an environment end to end; None if there are fewer.
 
-        For looking, not for training: nothing is drawn or counted.
+        For inspection, not for training: nothing is drawn or counted.
         """
         order = np.arange(batch)
         env = order % self.num_envs
@@ -197,7 +196,7 @@ class Replay:
     def write_slots(self, selection: Selection) -> np.ndarray:
         """Where the latents of a selection go in device storage: int32 (B, T), for `device.write`, which must follow.
 
-        Steps that were overwritten since, or that a later sequence of the batch has too, go beyond the end: nowhere.
+        Steps that were overwritten since, or that a later sequence of the batch has too, get slots beyond the end.
         """
         assert isinstance(self.storage, SlotStorage), "only storages in memory are addressed by slots"
         source = self._landing(selection)
@@ -207,7 +206,7 @@ class Replay:
         return slots.reshape(len(selection), -1)
 
     def _landing(self, selection: Selection) -> np.ndarray:
-        """`landing` of a selection, counted."""
+        """`landing` of a selection; overwritten steps are counted."""
         source, dropped = landing(self._ring, selection)
         self._counters["written"] += len(source)
         self._counters["write_dropped"] += dropped
@@ -215,11 +214,11 @@ class Replay:
 
     @property
     def prioritised(self) -> bool:
-        """Whether priorities are of use."""
+        """Whether priorities are used."""
         return self._selector.priorities is not None
 
     def prioritize(self, selection: Selection, values: np.ndarray) -> None:
-        """Priorities of the sequences of a selection from `values` (B, T) of their trained steps: the mean.
+        """Set the priorities of a selection's sequences to the mean of `values` (B, T) over their trained steps.
 
         Sequences that were overwritten since are left alone; negative means count as 0. ReplayError if values are not
         finite, or if no fraction of the mixture is prioritised.
@@ -232,7 +231,7 @@ class Replay:
         self._selector.priorities.prioritize(selection.env, selection.row, values.mean(1))
 
     def stats(self) -> dict[str, float]:
-        """What the log shows under `replay/`; counts since the beginning of the run, also over resumes."""
+        """What the log shows under `replay/`; counts are since the beginning of the run, across resumes."""
         counters, queue = self._counters, self._selector.queue
         trained = counters["sequences"] * (self.length - 1)
         return {
@@ -273,7 +272,7 @@ class Replay:
 
         The capacity may differ; a smaller ring keeps the newest steps. If the length differs, the online queue starts
         with the data to come. ReplayError if fields or number of environments differ or a file is missing, truncated
-        or corrupted; the buffer is empty then, and another manifest can be loaded.
+        or corrupted; the buffer is then empty, and another manifest can be loaded.
         """
         self.clear()
         try:
@@ -292,9 +291,9 @@ class Replay:
                 self._mark_last(env, self._ring.head[env : env + 1] - 1)
 
     def close_open_episodes(self) -> int:
-        """Abandon whatever episodes are open. Returns how many steps were marked as last ones.
+        """Abandon all open episodes. Returns how many steps were marked as last.
 
-        For a run that goes on after `load`, whose environments begin anew.
+        For a run that continues after `load`, whose environments start over.
         """
         marked = 0
         for env, (tail, head) in enumerate(zip(self._ring.tail, self._ring.head, strict=True)):
@@ -311,7 +310,7 @@ class Replay:
         self._marks.update((int(env), row) for row in rows.tolist())
 
     def clear(self) -> None:
-        """Forget all steps and counts. The random stream goes on, and files on disk stay."""
+        """Forget all steps and counts. The random stream continues, and files on disk stay."""
         self._ring.reset()
         self.storage.clear()
         self._marks.clear()

@@ -1,7 +1,7 @@
-"""Storage in the memory of an accelerator: arrays of jax, read and written inside a jit by two pure functions.
+"""Storage in an accelerator's memory: JAX arrays, read and written inside a jit by two pure functions.
 
-A jit that updates the agent may take `DeviceStorage.arrays` as a donated argument, `write` the latents of the update
-before, `gather` the next batch, and return the arrays, which then are put back; slots come from
+A jit that updates the agent may take `DeviceStorage.arrays` as a donated argument, `write` the latents of the previous
+update, `gather` the next batch, and return the arrays, which then go back into the buffer; slots come from
 `Replay.slots` and `Replay.write_slots`, so the numbers are those of the other storages.
 """
 
@@ -31,16 +31,16 @@ def gather(arrays: Arrays, slots: jax.Array) -> Arrays:
 def write(arrays: Arrays, slots: jax.Array, values: Mapping[str, Any]) -> Arrays:
     """The arrays with `values` (*slots.shape, ...) of some fields at `slots`; slots beyond the end are left out.
 
-    Slots within must be distinct.
+    Slots before the end must be distinct.
     """
     changed = {name: arrays[name].at[slots].set(value, mode="drop") for name, value in values.items()}
     return arrays | changed
 
 
 class DeviceStorage(SlotStorage):
-    """Fields as arrays of jax (N * rows, ...) on the default device.
+    """Fields as JAX arrays (N * rows, ...) on the default device.
 
-    ReplayError if a field has a dtype that jax would narrow.
+    ReplayError if a field has a dtype that JAX would narrow.
     """
 
     arrays: Arrays
@@ -61,7 +61,7 @@ class DeviceStorage(SlotStorage):
         index = self._padded(slots)
         padded = {}
         for name, value in values.items():
-            # A copy: jax may go on reading an array it was given, and the caller may go on writing it.
+            # A copy: JAX may still read an array that it was given while the caller writes to it.
             padded[name] = np.zeros((len(index), *self.fields[name].shape), self.fields[name].dtype)
             padded[name][: len(slots)] = value
         self.arrays = _compiled_write()(self.arrays, index, padded)

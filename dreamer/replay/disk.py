@@ -1,13 +1,13 @@
-"""Storage on disk, mapped into memory: the buffer is its own save, and a restart reads next to nothing back.
+"""Storage on disk, mapped into memory: the buffer is its own save, and a restart reads almost nothing.
 
-What never changes lies in *segments*, files with a stretch of rows of every environment each: the newest grows in
-memory and is written when it is complete, and as it is at each save. All other fields lie in `versions.py`. A segment
-leaves when every row in it was overwritten and no kept checkpoint refers to it (`prune`), so the disk holds a few more
-steps than the capacity. Where it has no room, segments wait in memory, and training goes on.
+Fields that never change are in *segments*, files that each have a stretch of rows of every environment. The newest
+grows in memory and is written when it is complete, and in its current state at each save. All other fields are in
+`versions.py`. A segment is removed once every row in it was overwritten and no kept checkpoint refers to it (`prune`),
+so the disk holds a few more steps than the capacity. If the disk is full, segments wait in memory.
 
-The kernel keeps what a process that is killed has written, and files that a save refers to are never written again.
-After a power loss the newest save is whole if the disk keeps what it has confirmed; to notice where it does not, the
-sizes of all files are checked on loading, and checksums of the newest segments and of all lists of places.
+The kernel keeps what a killed process has written, and files that a save refers to are never written again. After a
+power loss the newest save is whole if the disk keeps what it has confirmed; in case it does not, loading checks the
+sizes of all files, and the checksums of the newest segments and of all lists of places.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from dreamer.replay.persistence import Place, read_chunks
 from dreamer.replay.ring import ReplayError, Ring
 from dreamer.replay.versions import VersionedRows
 
-#: A segment holds this share of all rows at least, and so many bytes.
+#: A segment holds at least this share of all rows, and at least this many bytes.
 SEGMENTS = 32
 SEGMENT_BYTES = 32 * 2**20
-#: Bytes of segments, the newest first, whose checksums are compared on loading.
+#: Bytes of segments, from the newest on, whose checksums are compared on loading.
 VERIFIED_BYTES = 256 * 2**20
 
 Values = Mapping[str, np.ndarray]
@@ -39,7 +39,7 @@ Values = Mapping[str, np.ndarray]
 class DiskStorage:
     """Fields of the rings in files of `folder`, which no other live buffer may use.
 
-    writable  Or only to load a save and read it, also while another buffer uses the folder.
+    writable  False: only to load a save and read it, even while another buffer uses the folder.
     """
 
     def __init__(self, fields: Fields, mutable: Sequence[str], ring: Ring, folder: Path, writable: bool = True):
@@ -51,9 +51,9 @@ class DiskStorage:
         self._rows = min(max(-(-ring.rows // SEGMENTS), smallest, 1), ring.rows)
         self._segments: dict[int, Block] = {}
         self._stored: dict[int, tuple[list[int], StoredFile]] = {}  # ends of the rows in a segment's file, the file
-        self._spare: Block | None = None  # memory that the next segment can have
-        self._first = np.zeros(ring.num_envs, np.int64)  # oldest row of each environment that segments hold
-        self._marked = np.zeros(ring.num_envs * ring.rows, bool)  # made last ones later on
+        self._spare: Block | None = None  # memory that the next segment can reuse
+        self._first = np.zeros(ring.num_envs, np.int64)  # oldest row of each environment in the segments
+        self._marked = np.zeros(ring.num_envs * ring.rows, bool)  # marked as last later on
         self._versions = VersionedRows(self._folder, {name: fields[name] for name in self._mutable}, ring, writable)
         if writable:
             remove_open(self._folder)
@@ -74,7 +74,7 @@ class DiskStorage:
         self._versions.put(self._ring.slots(env, row), values)
 
     def mark_last(self, env: int, rows: np.ndarray) -> None:
-        # Not in the segment: earlier saves know these steps as they were.
+        # Not in the segment: earlier saves hold these steps as they were.
         self._marked[self._ring.slots(env, rows)] = True
 
     def gather(self, env: np.ndarray, row: np.ndarray, length: int) -> dict[str, np.ndarray]:
@@ -103,7 +103,7 @@ class DiskStorage:
 
     def save(self, folder: Path) -> dict[str, Any]:
         if folder.resolve() != self._folder.resolve():
-            raise ReplayError(f"expected to save disk storage where it lies, {self._folder}, got {folder}")
+            raise ReplayError(f"expected to save disk storage in its own folder, {self._folder}, got {folder}")
         self._drop_dead()
         entries = [self._save_segment(index) for index in sorted(self._segments)]
         latents = self._versions.save()
@@ -142,22 +142,22 @@ class DiskStorage:
             array[where] = values[name]
 
     def _drop_dead(self) -> None:
-        """Let go of segments in which every row was overwritten."""
+        """Drop segments in which every row was overwritten."""
         for index in [i for i in self._segments if ((i + 1) * self._rows <= self._ring.tail).all()]:
             self._segments.pop(index).discard()
             self._stored.pop(index, None)
 
     def _write_complete(self) -> None:
-        """Move segments that no environment adds to any more from memory to files, if there is room."""
+        """Move segments that no environment adds to any longer from memory to files, if there is room."""
         for index, block in self._segments.items():
             if block.path is None and (self._ring.head >= (index + 1) * self._rows).all():
                 try:
                     self._write(index, OPEN, sync=False)
                 except OSError:
-                    return  # the next save tries again, and tells
+                    return  # the next save tries again, and reports the error
 
     def _write(self, index: int, suffix: str, sync: bool) -> None:
-        """A segment in memory to a file; it goes on from there if it is complete."""
+        """Write a segment from memory to a file, and use that file from now on if the segment is complete."""
         block = self._segments[index]
         self._folder.mkdir(parents=True, exist_ok=True)
         stored = write_file(self._folder, _segment(index), [block.bytes], suffix, sync)
@@ -198,7 +198,7 @@ class DiskStorage:
         return {**entry, "index": index, "start": start.tolist(), "stop": stop.tolist()}
 
     def _map(self, entries: Mapping[str, Any], head: np.ndarray, tail: np.ndarray) -> None:
-        """Take the files of a save over as they are, but for what is still to grow."""
+        """Adopt the files of a save as they are, except for segments that are still growing."""
         self._rows = int(entries["rows"])
         found = {int(entry["index"]): entry for entry in entries["segments"]}
         for index in range(int(tail.min()) // self._rows, -(-int(head.max()) // self._rows)):
@@ -228,7 +228,7 @@ class DiskStorage:
             first = np.where(filled, np.minimum(first, entry["start"]), first)
             self._stored[index] = (list(entry["stop"]), file)
             self._segments[index] = block
-            if (np.array(entry["stop"]) < (index + 1) * self._rows).any():  # goes on growing, in memory
+            if (np.array(entry["stop"]) < (index + 1) * self._rows).any():  # keeps growing, in memory
                 self._segments[index] = Block.in_memory(self._layout)
                 self._segments[index].bytes[:] = block.bytes
         self._first = np.where(first > head, head, first)

@@ -1,7 +1,7 @@
-"""Episodes as files: one .npz each, written whole or not at all, and checked when they are read.
+"""Episodes as files: one .npz each, written whole or not at all, and checked on reading.
 
-An episode of k actions has k + 1 steps. A file holds, for each, everything replay stores but the latents, as arrays
-(k + 1, ...)::
+An episode of k actions has k + 1 steps. A file holds, for each step, everything that replay stores except latents, as
+arrays (k + 1, ...)::
 
     observations   by key, as the agent sees them
     actions        by key: the one chosen after seeing the observation; the last was never executed
@@ -33,12 +33,12 @@ from dreamer.types import LOG_PREFIX, TRANSITION_FIELDS, Space, Spaces, replay_f
 Episode = Mapping[str, np.ndarray]
 
 SUFFIX = ".npz"
-#: zlib's fastest: pictures of games shrink to a few percent, and reading costs little.
+#: The fastest level of zlib: pictures of games shrink to a few percent, and reading costs little.
 _COMPRESSION = 1
 
 
 class EpisodeSource(Protocol):
-    """Episodes that lie somewhere else, in the order in which they were collected."""
+    """Episodes stored elsewhere, in the order in which they were collected."""
 
     lengths: Sequence[int]
 
@@ -66,7 +66,7 @@ class EpisodeWriter:
     """Writes episodes into a folder that holds none yet, numbered in the order of the calls."""
 
     def __init__(self, folder: Path) -> None:
-        """ReplayError if there are episodes: whose would be whose, and which came twice, nobody could tell."""
+        """ReplayError if it holds episodes: nobody could tell them apart from new ones."""
         if folder.is_dir() and any(folder.glob(f"*{SUFFIX}")):
             raise ReplayError(f"expected a folder without episodes to write to, {folder} has some; name another")
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +75,7 @@ class EpisodeWriter:
         self.scores: list[float] = []
 
     def write(self, episode: Episode) -> Path:
-        """Write one episode; OSError if the disk refuses, nothing is left of the file then."""
+        """Write one episode. OSError if the disk refuses; then nothing of the file is left."""
         length, score = len(episode["reward"]), float(episode["reward"].sum(dtype=np.float64))
         path = self.folder / f"{len(self.scores):09d}_{length - 1}_{score:g}{SUFFIX}"
         with whole_file(path, sync=False) as file:
@@ -89,8 +89,8 @@ class EpisodeCutter:
     """Cuts the steps of N environments, given piece by piece, into episodes.
 
     An episode whose beginning was never given is left out. One that stops without an end, because the next step of
-    its environment is a first one, ends as cut: `is_last`, not terminal. So does one of a single step, which says
-    nothing, and is left out.
+    its environment is a first one, ends as cut: `is_last`, not terminal. An episode of a single step, which says
+    nothing, is left out.
     """
 
     def __init__(self, num_envs: int) -> None:
@@ -111,7 +111,7 @@ class EpisodeCutter:
         return done
 
     def rest(self) -> list[Episode]:
-        """Ends the episodes that still go on, as cut, and returns them."""
+        """Ends the unfinished episodes, as cut, and returns them."""
         return [episode for env in range(len(self._parts)) for episode in self._close(env)]
 
     def _close(self, env: int) -> list[Episode]:
@@ -124,7 +124,7 @@ class EpisodeCutter:
 
 
 def write_arrays(file: BinaryIO, arrays: Mapping[str, np.ndarray]) -> None:
-    """A compressed .npz file of arrays by name, which may be any: `numpy.savez` has some of its own."""
+    """A compressed .npz file of arrays by any name: `numpy.savez` reserves some names for itself."""
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED, compresslevel=_COMPRESSION) as archive:
         for key, value in arrays.items():
             with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
@@ -146,17 +146,19 @@ def read_episode(path: Path, observations: Spaces, actions: Spaces) -> dict[str,
 
 
 def check_episode(episode: Episode, observations: Spaces, actions: Spaces, name: str) -> dict[str, np.ndarray]:
-    """The episode with the dtypes that replay stores; ReplayError, naming it and the key, if it is none."""
+    """The episode with the dtypes that replay stores; ReplayError, naming it and the key, if it is not one."""
     fields = replay_fields(observations, actions, {})
     if episode.keys() != fields.keys():
         missing, unknown = sorted(fields.keys() - episode.keys()), sorted(episode.keys() - fields.keys())
         raise ReplayError(f"{name}: expected the fields {sorted(fields)} of the task, missing {missing}, got {unknown}")
     length = len(episode["reward"]) if episode["reward"].ndim else 0
-    for key, field in sorted(fields.items(), key=lambda item: item[0] != "reward"):  # whose length the others must have
+    for key, field in sorted(fields.items(), key=lambda item: item[0] != "reward"):  # the others must have its length
         value = episode[key]
         if value.shape != (length, *field.shape) or length < 2:
             wanted = ", ".join(["steps (2 or more)", *map(str, field.shape)])
-            raise ReplayError(f"{name}: expected {key!r} of shape ({wanted}), equally many in all, got {value.shape}")
+            raise ReplayError(
+                f"{name}: expected {key!r} of shape ({wanted}), the same number in all, got {value.shape}"
+            )
         if value.dtype != field.dtype and not np.can_cast(value.dtype, field.dtype, "same_kind"):
             raise ReplayError(f"{name}: expected {key!r} of dtype {field.dtype}, got {value.dtype}; convert it")
     for key, space in {**observations, **actions}.items():
@@ -169,10 +171,10 @@ def check_episode(episode: Episode, observations: Spaces, actions: Spaces, name:
 def add_episodes(replay: Replay, episodes: Iterable[Episode]) -> None:
     """Add whole episodes to the rings of a replay, as if its environments had played them.
 
-    Each environment takes the next episode when its last one is through. So no more than N are in memory at once, the
-    rings fill evenly, and where an episode ends the next step is a first one. Fields that episodes lack, the latents,
-    become zeros: what a model sees in a step it has never looked at is not known yet. Training writes them back as it
-    does those of every step. Until then a sequence that begins inside an episode starts like an agent that has
+    Each environment takes the next episode when its current one is finished. So no more than N are in memory at once,
+    the rings fill evenly, and where an episode ends the next step is a first one. Fields that episodes lack, the
+    latents, become zeros: what the model will infer at a step that it has not seen is not known yet. Training writes
+    them back as for every step. Until then a sequence that begins inside an episode starts like an agent that has
     forgotten what came before; one that begins at a first step loses nothing.
     """
     zeros = {name: np.zeros(field.shape, field.dtype) for name, field in replay.fields.items()}

@@ -1,4 +1,4 @@
-"""Files that are written once, whole or not at all, and trusted only if they are what was written."""
+"""Files that are written once, whole or not at all, and trusted only if they are unchanged since."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class StoredFile:
 
     @staticmethod
     def parse(entry: Mapping[str, Any]) -> StoredFile:
-        """From a manifest's entry, which may say more; ReplayError if the name leads out of the folder."""
+        """From a manifest's entry, which may hold more; ReplayError if the name leads out of the folder."""
         if Path(entry["file"]).name != entry["file"]:
             raise ReplayError(f"the replay manifest contradicts itself at {entry['file']!r}; use an older checkpoint")
         return StoredFile(entry["file"], entry["bytes"], entry["crc32"])
@@ -40,9 +40,9 @@ class StoredFile:
 def write_file(
     folder: Path, stem: str, pieces: Iterable[np.ndarray], suffix: str = SUFFIX, sync: bool = True
 ) -> StoredFile:
-    """Write the bytes of `pieces` one after the other; the checksum becomes part of the name.
+    """Write the bytes of `pieces` one after another; the checksum becomes part of the name.
 
-    OSError (disk full, say) leaves no trace. `make_durable` makes the name durable; without `sync` the content is not.
+    OSError (such as disk full) leaves no trace. Durable names take `make_durable`, durable contents `sync`.
     """
     crc, size = 0, 0
     nameless = folder / f"{stem}{PARTIAL}"
@@ -56,7 +56,7 @@ def write_file(
 
 
 def read_file(folder: Path, stored: StoredFile) -> np.ndarray:
-    """The file's bytes, uint8; ReplayError unless they are those that were written."""
+    """The file's bytes, uint8; ReplayError unless they are exactly those that were written."""
     path = folder / stored.file
     try:
         data = np.fromfile(path, np.uint8)
@@ -76,9 +76,10 @@ def read_file(folder: Path, stored: StoredFile) -> np.ndarray:
 
 
 def prune(folder: Path, manifests: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Remove files that none of the `manifests` (of all checkpoints that are kept) refers to, and torn ones.
+    """Remove files that none of the `manifests` (of all kept checkpoints) refers to, and incomplete files.
 
-    Not to be called between a `save` and the moment its manifest is among the kept ones. Returns the names removed.
+    Not to be called between a `save` and the time when its manifest is kept. Returns the removed
+    names.
     """
     kept = {name for manifest in manifests for name in _names(manifest)}
     if not folder.is_dir():
@@ -90,7 +91,7 @@ def prune(folder: Path, manifests: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _names(manifest: Any) -> Iterator[str]:
-    """Every file that is named anywhere in a manifest."""
+    """Every file that a manifest names."""
     if isinstance(manifest, Mapping):
         if isinstance(manifest.get("file"), str):
             yield manifest["file"]

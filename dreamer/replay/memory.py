@@ -1,4 +1,4 @@
-"""What replay costs, in bytes of memory, disk and device, against what there is: known before anything is allocated."""
+"""What replay needs, in bytes of memory, disk and device, and what is available: known before allocating anything."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Medium = Literal["memory", "disk", "device"]
 #: Share of each medium that replay may reserve; the rest is for the program itself, its weights and files.
 SHARES: dict[Medium, float] = {"memory": 0.9, "disk": 0.9, "device": 0.5}
 
-#: Checkpoints whose own values of what changes in place lie beside the newest ones.
+#: Checkpoints that keep their own values of what changes in place, beside the newest values.
 _KEPT = 2
-#: Bytes of memory per step of disk storage: where its latents lie, also for the kept checkpoints, and flags.
+#: Bytes of memory per step in disk storage: the places of its latents, also for the kept checkpoints, and flags.
 _INDEX_BYTES = 48
 
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -43,7 +43,7 @@ def machine_memory() -> int:
 
 
 def disk_space(folder: Path | None) -> int:
-    """Bytes that replay files in `folder` (which need not exist yet) may fill: free ones, and those they fill now."""
+    """Bytes that replay files in `folder` (which need not exist yet) may fill: free space, and what they fill now."""
     folder = Path(os.path.realpath(folder or Path()))
     existing = next(path for path in (folder, *folder.parents) if os.path.isdir(path))
     ours = sum(entry.stat().st_blocks * 512 for entry in os.scandir(folder)) if os.path.isdir(folder) else 0
@@ -52,11 +52,11 @@ def disk_space(folder: Path | None) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """What storage of a kind needs per step, and what this machine has.
+    """What a kind of storage needs per step, and what this machine has.
 
-    needs  Bytes per step in each medium. Under "disk" are also the checkpoints of what lies elsewhere.
-    has    Bytes there are in each medium.
-    holds  The media without whose room the storage cannot work.
+    needs  Bytes per step in each medium. "disk" includes the checkpoints of what is kept elsewhere.
+    has    Bytes available in each medium.
+    holds  The media in which the storage must have room.
     """
 
     kind: Kind
@@ -83,15 +83,15 @@ class Budget:
 
 
 def latents_of(fields: Fields) -> tuple[str, ...]:
-    """The fields that updates write anew."""
+    """The fields that updates rewrite."""
     return tuple(name for name, field in fields.items() if field.latent)
 
 
 def budget(kind: Kind, fields: Fields, folder: Path | None = None, device: int | None = None) -> Budget:
-    """What `kind` of storage needs and finds. `device`: free bytes of its own, if any.
+    """What this `kind` of storage needs and finds. `device`: free bytes of its own, if any.
 
-    Images and all else that never changes lie on disk once, however many checkpoints are kept; what changes in
-    place lies there once more for each of them.
+    Images and everything else that never changes are on disk once, however many checkpoints are kept; what changes in
+    place is there once more for each of them.
     """
     step, changing = bytes_per_step(fields), bytes_per_step({name: fields[name] for name in latents_of(fields)})
     disk = step + _KEPT * changing
@@ -101,7 +101,7 @@ def budget(kind: Kind, fields: Fields, folder: Path | None = None, device: int |
         "device": {"memory": 0, "disk": disk, "device": step},
     }
     holds: dict[Kind, tuple[Medium, ...]] = {"host": ("memory",), "disk": ("memory", "disk"), "device": ("device",)}
-    if kind == "device" and device is None:  # of the processor: its memory is the machine's
+    if kind == "device" and device is None:  # a CPU: its memory is the machine's
         needs["device"], holds["device"] = needs["host"], holds["host"]
     has: dict[Medium, int] = {"memory": machine_memory(), "disk": disk_space(folder), "device": device or 0}
     return Budget(kind, needs[kind], has, holds[kind])

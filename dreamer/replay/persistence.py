@@ -1,14 +1,14 @@
 """Replay on disk: immutable files, and a manifest that says which of them, in which order, make up a buffer.
 
-A *chunk* holds a stretch of rows of every environment as they were when it was written, raw and without a header: for
-each field in sorted order, for each environment in order, its rows in C order. A *patch* holds later values of the
-fields that change in place (latents), of single rows: environments (int32), rows (int64), then the fields in sorted
+A *chunk* holds a stretch of rows of every environment as they were at the time of writing, raw and without a header:
+for each field in sorted order, for each environment in order, its rows in C order. A *patch* holds later values of the
+fields that change in place (latents), for single rows: environments (int32), rows (int64), then the fields in sorted
 order. A save writes chunks of the rows that are new, and patches of the rows in chunks that were rewritten since they
-were last saved; loading reads the chunks, then applies the patches in order, so it yields the moment of the save.
-When patches outgrow the latents themselves, one set of patches with all of them takes their place.
+were last saved; loading reads the chunks, then applies the patches in order, so it yields the state at the save. When
+patches outgrow the latents themselves, they are replaced by one set of patches with all latents.
 
-A file is named after its rows and its checksum, so a name never changes its content, and several checkpoints, also of
-runs that were resumed from an older one, share a folder. Files leave the manifest when every row in them was
+A file is named after its rows and its checksum, so a name always means the same contents, and several checkpoints can
+share a folder, even if a run was resumed from an older one. Files leave the manifest once all of their rows were
 overwritten, and the folder through `prune`.
 """
 
@@ -27,13 +27,13 @@ from dreamer.replay.files import StoredFile, read_file, write_file
 from dreamer.replay.memory import Fields, bytes_per_step
 from dreamer.replay.ring import ReplayError, Ring
 
-#: A file has at most about this many bytes (one row of each environment at least).
+#: A file has at most about this many bytes (but at least one row of each environment).
 CHUNK_BYTES = 64 * 2**20
 
 _ADDRESS_BYTES = 4 + 8  # environment and row of a patched step
 
 Values = Mapping[str, np.ndarray]
-#: Gives one field (M, ...) of rows (M,) of an environment.
+#: Returns one field (M, ...) of rows (M,) of an environment.
 Take = Callable[[str, int, np.ndarray], np.ndarray]
 #: Receives values (M, ...) of steps: their environments and rows, (M,) each.
 Place = Callable[[np.ndarray, np.ndarray, Values], None]
@@ -41,7 +41,7 @@ Place = Callable[[np.ndarray, np.ndarray, Values], None]
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:
-    """`start`, `stop` (N,): the rows of each environment in it are [start, stop)."""
+    """`start`, `stop` (N,): it has rows [start, stop) of each environment."""
 
     stored: StoredFile
     start: tuple[int, ...]
@@ -63,7 +63,7 @@ class Chunk:
 
 @dataclasses.dataclass(frozen=True)
 class Patch:
-    """`stop` (N,): all its rows of each environment lie below."""
+    """`stop` (N,): all its rows of each environment are below this."""
 
     stored: StoredFile
     stop: tuple[int, ...]
@@ -78,7 +78,7 @@ class Patch:
 
 
 class ChunkLog:
-    """The files that hold one buffer. Knows what is on disk already.
+    """The files that hold one buffer. Knows what is already on disk.
 
     mutable  Fields that change in place.
     """
@@ -89,7 +89,7 @@ class ChunkLog:
         self._ring = ring
         self._chunks: list[Chunk] = []
         self._patches: list[Patch] = []
-        self._saved = np.zeros(ring.num_envs, np.int64)  # rows below are in chunks, or were overwritten before
+        self._saved = np.zeros(ring.num_envs, np.int64)  # rows below this are in chunks, or were overwritten before
         self._dirty = np.zeros(ring.num_envs * ring.rows, bool)  # by slot: rewritten since the last save
 
     def touch(self, slots: np.ndarray) -> None:
@@ -108,7 +108,7 @@ class ChunkLog:
         self._patches = [p for p in self._patches if (np.array(p.stop) > tail).any()]
         files = [*(c.stored.file for c in self._chunks), *(p.stored.file for p in self._patches)]
         if not present.issuperset(files):
-            # Another folder than last time, or somebody removed files: what is missing cannot be referred to.
+            # A different folder than last time, or files were removed: what is missing cannot be referred to.
             self._chunks, self._patches, self._saved = [], [], np.zeros_like(self._saved)
         self._patch(folder, take)
         start = np.maximum(self._saved, tail)
@@ -144,7 +144,7 @@ class ChunkLog:
         return Chunk(stored, tuple(start.tolist()), tuple(stop.tolist()))
 
     def _patch(self, folder: Path, take: Take) -> None:
-        """Write patches of what was rewritten; of everything, in place of the earlier ones, if that is less."""
+        """Write patches for what was rewritten; or for everything, replacing the earlier ones, if that is less."""
         step = bytes_per_step(self._mutable) + _ADDRESS_BYTES
         rows = self._rows_in_chunks(only_dirty=True)
         alive = int(np.maximum(self._saved - self._ring.tail, 0).sum())
@@ -154,7 +154,7 @@ class ChunkLog:
         count = max(1, CHUNK_BYTES // step)
         starts = range(0, len(rows), count)
         self._patches = [*earlier, *(self._write_patch(folder, take, *rows[i : i + count].T) for i in starts)]
-        self._dirty[:] = False  # rows that are in no chunk yet get there with their newest values
+        self._dirty[:] = False  # rows that are in no chunk yet will get there with their newest values
 
     def _rows_in_chunks(self, only_dirty: bool) -> np.ndarray:
         """(env, row) of live rows that chunks hold, (M, 2) int64."""
@@ -186,9 +186,9 @@ def read_chunks(
     add: Place,
     put: Place,
 ) -> tuple[list[Chunk], list[Patch]]:
-    """Hand the rows [tail, head) of each environment, (N,) each, to `add`, then later values of them to `put`.
+    """Hand the rows [tail, head) of each environment, (N,) each, to `add`, then their later values to `put`.
 
-    ReplayError if the files do not hold them, or not as they were written. Returns the files.
+    ReplayError if the files lack some of them or were changed. Returns the files.
     """
     chunks = [Chunk.parse(c, len(head), bytes_per_step(fields)) for c in entries["chunks"]]
     patches = [Patch.parse(p) for p in entries["patches"]]

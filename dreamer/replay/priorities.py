@@ -1,4 +1,4 @@
-"""Prioritised starts: a sum tree over all positions, and the rules by which a priority comes and goes.
+"""Prioritised starts: a sum tree over all positions, and the rules for setting and dropping priorities.
 
 Prioritized experience replay, https://arxiv.org/abs/1511.05952, proportional variant: P(i) = pᵢᵅ / Σₖ pₖᵅ
 """
@@ -15,12 +15,12 @@ import numpy as np
 from dreamer.replay.files import StoredFile, read_file, write_file
 from dreamer.replay.ring import ReplayError, Ring
 
-#: Children of a node. Wide nodes make few levels, and few levels make few calls of numpy.
+#: Children of a node. Wide nodes mean few levels, and few levels mean few numpy calls.
 FAN = 64
 
 
 class SumTree:
-    """Masses (M,) float64 whose sums are kept, so that drawing by mass and changing a mass cost O(log M).
+    """Masses (M,) float64 with their sums, so that drawing by mass and changing a mass cost O(log M).
 
     Every sum is recomputed from its children, never updated by differences: nothing drifts, and a tree that is
     rebuilt from its leaves equals the one that grew.
@@ -49,7 +49,7 @@ class SumTree:
         for level in reversed(self._levels):
             children = level.reshape(-1, FAN)[node]
             sums = children.cumsum(1)
-            # Rounding may leave a rest beyond the last child: then that one is meant.
+            # Rounding may leave a remainder beyond the last child: then the last child is meant.
             last = FAN - 1 - (children[:, ::-1] > 0).argmax(1)
             child = np.minimum((sums <= mass[:, None]).sum(1), last)
             before = np.where(child > 0, np.take_along_axis(sums, np.maximum(child - 1, 0)[:, None], 1)[:, 0], 0)
@@ -60,7 +60,7 @@ class SumTree:
 class Priorities:
     """A priority for every start (row of a context step) in the ring.
 
-    A start has infinite priority until `prioritize` gives it another; it is drawn before all finite ones, and not
+    A start has infinite priority until `prioritize` sets it; until then it is drawn before all finite ones, and not
     twice in one draw while others wait. Among finite ones P(i) ~ pᵢᵅ.
 
     exponent        α.
@@ -73,7 +73,7 @@ class Priorities:
         self.clear()
 
     def extend(self, ids: np.ndarray) -> None:
-        """Take note of one row that was added to each of the environments `ids` (M,)."""
+        """Note that one row was added to each of the environments `ids` (M,)."""
         head = self._ring.head[ids]
         begins = head - self._length
         valid = begins >= self._ring.tail[ids]
@@ -95,7 +95,7 @@ class Priorities:
         return self._ring.rows_at(slots)
 
     def prioritize(self, env: np.ndarray, row: np.ndarray, values: np.ndarray) -> None:
-        """Priorities (B,) of starts; the later one of equal starts counts, overwritten ones are left alone."""
+        """Set the priorities (B,) of starts; of equal starts the later one counts, overwritten ones are left alone."""
         if not np.isfinite(values).all():
             raise ReplayError(f"expected finite priorities, got {values[~np.isfinite(values)][:3].tolist()}")
         kept = np.flatnonzero(row >= self._ring.tail[env])
@@ -103,14 +103,14 @@ class Priorities:
         self._set(slots, np.maximum(values[kept][::-1][last], 0) ** self._exponent)
 
     def save(self, folder: Path) -> dict[str, Any]:
-        """pᵅ of all starts, by environment, then by row, as a file: its entry for a manifest."""
+        """Write pᵅ of all starts, by environment, then by row, to a file. Returns its entry for a manifest."""
         slots = self._starts()
         mass = np.where(self._infinite.get(slots) > 0, np.inf, self._finite.get(slots))
         stored = write_file(folder, f"priorities-{self._ring.head.max():012d}", [mass])
         return {**stored.entry(), "starts": self._ring.starts(self._length).tolist()}
 
     def load(self, folder: Path, entry: Mapping[str, Any] | None) -> None:
-        """Continue from a save; without one all are infinite. Where the ring holds fewer starts, the newest count."""
+        """Continue from a save; without one all are infinite. If the ring holds fewer starts, the newest count."""
         self.clear()
         slots = self._starts()
         if entry is None:

@@ -1,6 +1,6 @@
 """Which sequences are trained on: the online queue first, then a mixture of ways to draw among all valid starts.
 
-Selection is numpy on the host and yields positions only, so it is the same wherever the arrays lie.
+Selection is numpy on the host and yields positions only, so it is the same wherever the arrays are kept.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dreamer.config import SelectionConfig
 from dreamer.replay.priorities import Priorities
 from dreamer.replay.ring import ReplayError, Ring
 
-#: Names the random stream of selection among all that are derived from the run's seed.
+#: Identifies the random stream of selection among all that are derived from the run's seed.
 SELECTION_STREAM = 0x5E1EC7
 
 
@@ -48,12 +48,12 @@ class Selection:
 def landing(ring: Ring, selection: Selection) -> tuple[np.ndarray, int]:
     """Which of the B * T trained steps of a selection take a new value, and how many were overwritten meanwhile.
 
-    The former are distinct: of several sequences that share a step, the last in the batch counts.
+    The steps are distinct: of several sequences that share a step, the last in the batch counts.
     """
     env, rows = selection.env[:, None], selection.rows[:, 1:]
     kept = np.flatnonzero(ring.alive(env, rows))
     slots = ring.slots(env, rows).reshape(-1)[kept]
-    # unique() keeps the first of the reversed: of several values for one step the last.
+    # unique() keeps the first in reversed order: the last of several values for one step.
     return kept[::-1][np.unique(slots[::-1], return_index=True)[1]], rows.size - len(kept)
 
 
@@ -86,16 +86,16 @@ def recent_starts(
 
 
 class OnlineQueue:
-    """New data of each environment, cut into stretches of T steps that are each served once, oldest first.
+    """New data of each environment, cut into stretches of T steps; each is served once, oldest first.
 
-    A stretch is named by the row of its context step, which is the last step of the stretch before (T = 3)::
+    A stretch is identified by the row of its context step, the last step of the previous stretch (T = 3)::
 
         row      0  1  2  3  4  5  6
         first    c  t  t  t
         second            c  t  t  t
 
-    At most `limit` stretches wait: if collecting outruns training the oldest are dropped and counted in
-    `dropped`, as are stretches that were overwritten while they waited.
+    At most `limit` stretches wait: if collecting outruns training, the oldest are dropped and counted in `dropped`, as
+    are stretches that were overwritten while waiting.
     """
 
     def __init__(self, ring: Ring, stretch: int, limit: int):
@@ -110,7 +110,7 @@ class OnlineQueue:
         return len(self._queue)
 
     def update(self) -> None:
-        """Queue what became complete. Called after every addition to the ring."""
+        """Queue the stretches that became complete. Called after every addition to the ring."""
         while (ready := self._ring.head - self._cursor > self._stretch).any():
             self._queue.extend((int(env), int(self._cursor[env])) for env in np.flatnonzero(ready))
             self._cursor[ready] += self._stretch
@@ -141,7 +141,7 @@ class OnlineQueue:
         }
 
     def restore(self, state: Mapping[str, Any] | None) -> None:
-        """Continue from `state`; without one, or if it was cut to another length, start with the data to come."""
+        """Continue from `state`; without it, or if its stretches have another length, start with the data to come."""
         if state is None or state["stretch"] != self._stretch:
             self._cursor[:] = np.maximum(self._ring.head - 1, 0)
             self._queue.clear()
@@ -155,8 +155,8 @@ class OnlineQueue:
 class Selector:
     """Draws selections from its own random stream.
 
-    online_limit  Most stretches that wait in the online queue; None: no online queue.
-    config        The mixture behind the queue.
+    online_limit  Most stretches waiting in the online queue; None: no online queue.
+    config        The mixture to draw from after the queue.
     """
 
     def __init__(self, ring: Ring, length: int, seed: int, online_limit: int | None, config: SelectionConfig):
@@ -180,14 +180,14 @@ class Selector:
         self._shares = fractions / fractions.sum()
 
     def update(self, ids: np.ndarray) -> None:
-        """Take note of one step that was added to each of the environments `ids` (M,)."""
+        """Note that one step was added to each of the environments `ids` (M,)."""
         if self.queue is not None:
             self.queue.update()
         if self.priorities is not None:
             self.priorities.extend(ids)
 
     def select(self, batch: int) -> Selection:
-        """`batch` sequences; ReplayError if there is none in the ring."""
+        """`batch` sequences; ReplayError if the ring holds none."""
         if not self._ring.starts(self._length).any():
             raise ReplayError(
                 f"expected an environment with at least {self._length} stored steps (one context step and"
@@ -219,14 +219,14 @@ class Selector:
         return recent_starts(self._rng, self._ring, self._length, count, self._config.recency_half_life)
 
     def clear(self) -> None:
-        """Empty the queue and the priorities, after the ring was emptied."""
+        """Empty the queue and the priorities, after the ring has been emptied."""
         if self.queue is not None:
             self.queue.restore(None)
         if self.priorities is not None:
             self.priorities.clear()
 
     def save(self, folder: Path) -> dict[str, Any]:
-        """Generator and queue, and the name of a file of priorities: JSON-able. OSError if the disk fails."""
+        """Generator, queue, and the name of a file of priorities: JSON-able. OSError if the disk fails."""
         return {
             "generator": self._rng.bit_generator.state,
             "online": None if self.queue is None else self.queue.state(),
@@ -235,7 +235,7 @@ class Selector:
         }
 
     def load(self, folder: Path, state: Mapping[str, Any]) -> None:
-        """Continue from a save; the ring is restored before. Priorities of sequences of another length begin anew."""
+        """Continue from a save; restore the ring first. Priorities of sequences of another length start over."""
         self._rng.bit_generator.state = state["generator"]
         if self.queue is not None:
             self.queue.restore(state["online"])

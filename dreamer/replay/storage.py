@@ -1,7 +1,7 @@
-"""Where the steps lie: the protocol of storages, and the one in host memory.
+"""Where the steps are kept: the protocol of storages, and the storage in host memory.
 
-A storage is a set of arrays, addressed by environment and row. Which rows are valid, and which are drawn, is the
-matter of `ring.py` and `selection.py`, the same for all storages.
+A storage is a set of arrays, addressed by environment and row. Which rows are valid, and which are drawn, is up to
+`ring.py` and `selection.py`, the same for all storages.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Storage(Protocol):
         """Set `is_last` of stored steps of one environment, rows (M,)."""
 
     def gather(self, env: np.ndarray, row: np.ndarray, length: int) -> dict[str, np.ndarray]:
-        """`length` steps from each row on: fresh, contiguous arrays (B, length, ...), never handed out again.
+        """`length` steps starting at each row: fresh, contiguous arrays (B, length, ...), never handed out again.
 
-        jax may alias a numpy array that it was given, so none of them is ever reused.
+        JAX may alias a numpy array that it was given, so none of them is ever reused.
         """
 
     def take(self, name: str, env: int, rows: np.ndarray) -> np.ndarray:
@@ -48,17 +48,17 @@ class Storage(Protocol):
         """
 
     def load(self, folder: Path, entries: Mapping[str, Any], head: np.ndarray, tail: np.ndarray) -> None:
-        """Hold the rows [tail, head) of each environment, (N,) each, of a save; ReplayError if that cannot be.
+        """Hold the rows [tail, head) of each environment, (N,) each, of a save; ReplayError if that is impossible.
 
         The ring's counters are not set yet.
         """
 
     def clear(self) -> None:
-        """Hold nothing. What is saved stays on disk."""
+        """Drop all contents. What is saved stays on disk."""
 
 
 class SlotStorage:
-    """A storage addressed by flat slots, that is saved as chunks and patches. Where its arrays lie is left open."""
+    """A storage addressed by flat slots and saved as chunks and patches. Subclasses hold its arrays."""
 
     def __init__(self, fields: Fields, mutable: Sequence[str], ring: Ring):
         self.fields = dict(fields)
@@ -82,7 +82,7 @@ class SlotStorage:
         self.touch(slots)
 
     def touch(self, slots: np.ndarray) -> None:
-        """Take note that mutable fields of these slots are rewritten."""
+        """Note that mutable fields of these slots are rewritten."""
         self._log.touch(slots)
 
     def mark_last(self, env: int, rows: np.ndarray) -> None:
@@ -111,7 +111,7 @@ class SlotStorage:
 class HostStorage(SlotStorage):
     """Fields as numpy arrays (N * rows, ...) in host memory.
 
-    Pages that were never written cost no memory: the kernel hands out zeroed pages at the first touch.
+    Pages that were never written cost no memory: the kernel hands out zeroed pages on first use.
     """
 
     def __init__(self, fields: Fields, mutable: Sequence[str], ring: Ring):
@@ -128,7 +128,7 @@ class HostStorage(SlotStorage):
 
 
 def make_storage(kind: Kind, fields: Fields, ring: Ring, folder: Path | None) -> Storage:
-    """Empty storage. folder: of disk storage."""
+    """An empty storage. folder: for disk storage."""
     mutable = latents_of(fields)
     if kind == "host":
         return HostStorage(fields, mutable, ring)

@@ -1,14 +1,14 @@
-"""Latents on disk: rows that change in place, while the saves that are kept still see what they were.
+"""Latents on disk: rows that change in place, while the kept saves still see the old values.
 
 Each step has a *place* in a few mapped files. The first rewrite of a step after a save goes to a free place, since the
-save refers to the old one; later rewrites stay there. A save is thus one list of places, and a place is free again
-when neither the buffer nor any list that is left in the folder refers to it::
+save refers to the old one; later rewrites stay there. A save is thus one list of places, and a place is free again when
+neither the buffer nor any list still in the folder refers to it::
 
     save 1  step 7 -> place 3          places: 3 holds step 7 as it was at save 1
     write   step 7 -> place 9                  9 holds what it is now; the next rewrite goes there, too
     save 2  step 7 -> place 9                  3 is free as soon as `prune` has removed the list of save 1
 
-Places that a save refers to are never written, so a run that is killed leaves every save as it was.
+Places that a save refers to are never written, so a killed run leaves every save as it was.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dreamer.replay.files import SUFFIX, StoredFile, read_file, write_file
 from dreamer.replay.memory import Fields, bytes_per_step
 from dreamer.replay.ring import Ring
 
-#: A file has room for this share of all steps at least, and for so many bytes.
+#: A file has room for at least this share of all steps, and for at least this many bytes.
 EXTENTS = 16
 EXTENT_BYTES = 32 * 2**20
 
@@ -35,14 +35,14 @@ _STEM = "places"
 class VersionedRows:
     """Some fields of the steps in the rings, addressed by flat slots, kept in `folder`.
 
-    writable  Or only to be read.
+    writable  False: only to be read.
     """
 
     def __init__(self, folder: Path, fields: Fields, ring: Ring, writable: bool = True):
         self._folder, self._fields, self._ring, self._writable = folder, dict(fields), ring, writable
         slots = ring.num_envs * ring.rows
         smallest = EXTENT_BYTES // max(bytes_per_step(fields), 1)
-        self._size = min(max(-(-slots // EXTENTS), smallest, 1), slots)  # places of a file
+        self._size = min(max(-(-slots // EXTENTS), smallest, 1), slots)  # places in a file
         self._place = np.full(slots, -1, np.int32)
         self._extents: dict[int, Block] = {}
         self._references = np.zeros(0, np.uint16)  # by place: how many saves refer to it
@@ -96,7 +96,7 @@ class VersionedRows:
         return {"size": self._size, "extents": files, "places": stored.entry()}
 
     def load(self, entries: Mapping[str, Any], head: np.ndarray, tail: np.ndarray, first: np.ndarray) -> None:
-        """Hold rows [tail, head) of each environment as a save, which had rows [first, head), knew them."""
+        """Hold rows [tail, head) of each environment as they were in a save, which had rows [first, head)."""
         self.clear()
         self._size = int(entries["size"])
         for entry in entries["extents"]:
@@ -112,7 +112,7 @@ class VersionedRows:
         self._collect(self._place[self._place >= 0])
 
     def clear(self) -> None:
-        """Hold nothing; files that were not saved are removed."""
+        """Drop all contents; files that were not saved are removed."""
         for block in self._extents.values():
             block.discard()
         self._extents, self._saves = {}, {}
@@ -124,7 +124,7 @@ class VersionedRows:
         return {name: ((self._size, *field.shape), field.dtype) for name, field in sorted(self._fields.items())}
 
     def _by_extent(self, place: np.ndarray) -> list[tuple[int, np.ndarray | slice]]:
-        """(extent, where in `place` it is meant) of each extent."""
+        """(extent, which entries of `place` are in it) of each extent."""
         if not len(place):
             return []
         extent = place // self._size
@@ -155,7 +155,7 @@ class VersionedRows:
         self._saves[name] = places
 
     def _drop_saves(self) -> bool:
-        """Saves whose list of places was removed need theirs no more. Whether there were any."""
+        """Release the places of saves whose list was removed. Returns whether there were any."""
         gone = [name for name in self._saves if not (self._folder / name).exists()]
         for name in gone:
             self._references[self._saves.pop(name)] -= 1

@@ -1,6 +1,6 @@
-"""Between other programs and a trained agent: their observations, checked, as ours; its actions as theirs.
+"""Adapters between other programs and a trained agent: their observations, checked, to ours; its actions to theirs.
 
-Whatever does not fit is refused with a ValueError before anything of it is remembered.
+What does not fit is refused with a ValueError before the agent remembers any of it.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class Adapter(Protocol):
     tuples: bool
 
     def to_agent(self, observation: Any) -> dict[str, np.ndarray]:
-        """One observation by name, of the agent's spaces. ValueError for what is none."""
+        """One observation by name, in the agent's spaces. ValueError if it does not fit."""
 
     def from_agent(self, action: Mapping[str, np.ndarray]) -> Any:
-        """One action as the other program has it."""
+        """One action in the form of the other program."""
 
 
 class NamedAdapter:
-    """For a program that speaks as the agent does: a mapping by names of training, or the bare value if there is only
+    """For a program that uses the agent's own form: a mapping by the names of training, or a bare value for a single
     one."""
 
     tuples = False
@@ -77,7 +77,7 @@ class EnvAdapter:
     """For a program that plays a Gymnasium environment, alone or in a vector of them."""
 
     def __init__(self, env: Any, observations: Spaces, actions: Spaces) -> None:
-        """ValueError if `env` is no Gymnasium environment, or one with other spaces than those of training."""
+        """ValueError if `env` is not a Gymnasium environment, or if its spaces are not those of training."""
         see, act = spaces_of(env)
         self._observation_space, self._action_space, self._spaces = see, act, dict(observations)
         self._see, self._act = observation_leaves(see), action_leaves(act)
@@ -101,20 +101,20 @@ class EnvAdapter:
 
 
 def spaces_of(env: Any) -> tuple[gs.Space, gs.Space]:
-    """(observation space, action space) of an environment, of a single one in a vector. ValueError for what is none."""
+    """(observation space, action space) of an environment, or of one in a vector. ValueError for anything else."""
     prefix = "single_" if isinstance(env, VectorEnv) else ""
     see, act = (getattr(env, f"{prefix}{name}_space", None) for name in ("observation", "action"))
     if isinstance(env, type) or not isinstance(see, gs.Space) or not isinstance(act, gs.Space):
         got = env.__name__ if isinstance(env, type) else repr(env) if isinstance(env, str) else type(env).__name__
         raise ValueError(
-            f"expected an environment of Gymnasium with spaces of gymnasium.spaces, got {got}; make one with "
+            f"expected a Gymnasium environment with spaces of gymnasium.spaces, got {got}; make one with "
             "gymnasium.make(...), or leave env out and act on observations by the names of training"
         )
     return see, act
 
 
 def checked(spaces: Spaces, named: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Values of the right shapes in the spaces' dtypes. ValueError, naming the place, for one that is outside them."""
+    """Values of the right shapes in the spaces' dtypes. ValueError, naming the place, for a value outside them."""
     result = {}
     for key, space in spaces.items():
         value = named[key]
@@ -130,7 +130,7 @@ def checked(spaces: Spaces, named: Mapping[str, np.ndarray]) -> dict[str, np.nda
 
 
 def _inside(space: Space, value: np.ndarray, ours: np.ndarray) -> tuple[np.ndarray, str]:
-    """Which numbers of a value lie in its space, and which do, in words. ours: the value in the space's dtype."""
+    """Which numbers of a value are in its space, and what the space allows, in words. ours: the value in its dtype."""
     if space.kind == "vector":
         return np.isfinite(ours), "finite numbers (float32)"
     if space.classes is None:
@@ -144,7 +144,7 @@ def _inside(space: Space, value: np.ndarray, ours: np.ndarray) -> tuple[np.ndarr
 
 
 def mapped(function: Callable[..., Any], *nests: Any) -> Any:
-    """`function` of the leaves of alike nests of mappings and tuples."""
+    """Applies `function` to the leaves of equally nested mappings and tuples."""
     first = nests[0]
     if isinstance(first, Mapping):
         return {key: mapped(function, *(nest[key] for nest in nests)) for key in first}
@@ -154,7 +154,7 @@ def mapped(function: Callable[..., Any], *nests: Any) -> Any:
 
 
 def rows(observations: Any, tuples: bool) -> tuple[list[Any], bool]:
-    """(N observations, whether they came stacked: as one whose leaves have a leading axis N). ValueError for none.
+    """(N observations, whether they came stacked: as one whose leaves have a leading axis N). ValueError if N is 0.
 
     tuples: whether a tuple is a nested observation, not a sequence of them.
     """
@@ -180,11 +180,11 @@ def stack(actions: Sequence[Any]) -> Any:
     return mapped(lambda *leaves: np.stack(leaves), *actions)
 
 
-# --- Looking, with words for what else it may be -----------------------------------------------
+# --- Reading, with words for what else it may be -----------------------------------------------
 
 
 def read_observation(adapter: Adapter, observation: Any) -> dict[str, np.ndarray]:
-    """One observation by name. ValueError for what is none, which says what it seems to be."""
+    """One observation by name. ValueError for anything else, saying what it seems to be."""
     try:
         seen = adapter.to_agent(observation)
     except ValueError as error:
@@ -197,8 +197,8 @@ def read_observation(adapter: Adapter, observation: Any) -> dict[str, np.ndarray
 
 
 def read_batch(adapter: Adapter, observations: Any) -> tuple[list[dict[str, np.ndarray]], bool]:
-    """(N observations by name, whether they came stacked; see `rows`). ValueError, naming the environment, if one is
-    none."""
+    """(N observations by name, whether stacked; see `rows`). ValueError names the environment that does not
+    fit."""
     seen: list[dict[str, np.ndarray]] = []
     found: list[Any] = []
     try:
@@ -213,7 +213,7 @@ def read_batch(adapter: Adapter, observations: Any) -> tuple[list[dict[str, np.n
 
 
 def _returned(value: Any) -> str | None:
-    """What to say of something that looks like all that Gymnasium's reset or step returns; None: it does not."""
+    """What to say about something that looks like the whole return value of Gymnasium's reset or step; else None."""
     if not isinstance(value, tuple) or len(value) not in _RETURNED or not isinstance(value[-1], Mapping):
         return None
     what, how = _RETURNED[len(value)]
@@ -221,7 +221,7 @@ def _returned(value: Any) -> str | None:
 
 
 def _count(adapter: Adapter, observation: Any) -> int:
-    """How many observations there are in something that is no single one; 0: it is no batch either."""
+    """The number of observations in something that is not a single one; 0: it is not a batch either."""
     try:
         found, _ = rows(observation, adapter.tuples)
         return len(found) if _is_one(adapter, found[0]) else 0
@@ -246,7 +246,7 @@ def _array(key: Any, value: Any) -> np.ndarray:
 
 
 def _converts(value: np.ndarray, dtype: np.dtype) -> bool:
-    """Whether the numbers keep their meaning: whole ones of any width, not an image of floats or booleans as bytes."""
+    """Whether the numbers keep their meaning: integers of any width do; floats or booleans as bytes do not."""
     if dtype == np.uint8 or value.dtype.kind in "iu":
         return value.dtype.kind in "iu"
     return np.can_cast(value.dtype, dtype, "same_kind")

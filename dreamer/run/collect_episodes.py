@@ -24,9 +24,9 @@ from dreamer.run.signals import StopRequest
 from dreamer.terminal import Console
 from dreamer.types import ACTION_MASK, TRANSITION_FIELDS, masks_actions, visible
 
-#: Names the random stream of `random_steps` among all that are derived from the run's seed.
+#: Identifies the random stream of `random_steps` among all that are derived from the run's seed.
 RANDOM_STREAM = 0x7A9D0
-#: Steps of an environment that make an episode: it has a first and a last one.
+#: Fewest steps of an episode: a first and a last one.
 _FEWEST = 2
 
 
@@ -36,9 +36,9 @@ def collect_episodes(config: Config, out: Path | str, steps: int, policy: str, c
     steps   Counted as in training, over all environments, rounded up to a multiple of their number.
     policy  "random": uniform over the actions; "sample" or "mode": the agent that `config.logdir` holds.
 
-    Episodes that still go on at the end are closed as cut: `is_last`, not terminal. So are those of environments that
-    fail, which is told. A request to stop is such an end too. Returns the exit code. EnvError if environments fail too
-    often, ConfigError if `out` holds episodes already, TaskError if the agent was trained with other spaces.
+    Unfinished episodes at the end, or at a request to stop, are closed as cut: `is_last`, not terminal. So are those of
+    environments that fail, which is reported. Returns the exit code. EnvError if environments fail too often,
+    ConfigError if `out` holds episodes already, TaskError if the agent was trained with other spaces.
     """
     console = console or Console()
     fewest = _FEWEST * config.env.num_envs
@@ -78,7 +78,7 @@ def collect_episodes(config: Config, out: Path | str, steps: int, policy: str, c
 
 
 def random_steps(envs: VectorEnv, seed: int) -> Iterator[Batch]:
-    """Transitions (N, ...) with the actions that were taken, uniform over those allowed, for ever."""
+    """Transitions (N, ...) with the actions that were taken, uniform over those allowed, without end."""
     rng = np.random.default_rng([seed, RANDOM_STREAM])
     keys = (*visible(envs.observation_spaces), *TRANSITION_FIELDS)
     seen = envs.reset()

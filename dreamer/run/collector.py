@@ -57,8 +57,8 @@ class Collector:
         on_fault: Callable[[Fault], None] | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
-        """sample: False takes the most likely actions. on_fault: told of every environment that failed and begins a
-        new episode now; None: a failure is an EnvError. state: go on from there, the environments from theirs.
+        """sample: False takes the most likely actions. on_fault: called for every environment that failed and now
+        begins a new episode; None: a failure is an EnvError. state: continue from there, environments included.
         """
         self.envs = envs
         self._agent = agent
@@ -84,9 +84,9 @@ class Collector:
         self._account()
 
     def state(self) -> dict[str, Any]:
-        """Everything the next action and the running statistics depend on, host arrays in plain containers.
+        """Everything that the next action and the running statistics depend on: host arrays in plain containers.
 
-        A recording begins again with the next episode.
+        A recording starts over with the next episode.
         """
         return {
             "counter": self.counter,
@@ -108,7 +108,7 @@ class Collector:
         self._log_sum, self._log_max = dict(state["log_sum"]), dict(state["log_max"])
 
     def act(self, params: Any) -> Batch:
-        """Choose actions and start stepping; what replay stores, as `send`."""
+        """Choose actions and start stepping; returns what replay stores, as `send`."""
         return self.send(*transfer.read(self.choose(params)))
 
     def choose(self, params: Any) -> tuple[Any, Any]:
@@ -126,7 +126,7 @@ class Collector:
         """Start stepping with what was chosen. Returns what replay stores: transition, action and policy extras."""
         seen = self.seen
         self.counter += 1
-        # An observation that is not finite shows in the action a step later at the earliest.
+        # The policy's outputs show an observation that is not finite a step later at the earliest.
         if not_finite({**seen, **action, **extras}):
             raise NonFiniteActionError(self.counter * self.envs.num_envs, {**seen, **action, **extras})
         if self._recording:
@@ -135,7 +135,7 @@ class Collector:
         return {**{k: self._obs[k] for k in (*self._visible, *TRANSITION_FIELDS)}, **action, **extras}
 
     def wait(self) -> list[Episode]:
-        """Take the next observations; returns the episodes that have ended with them."""
+        """Take the next observations; returns the episodes that ended with them."""
         self._obs = self.envs.step_wait()
         for fault in self.envs.take_faults():
             if fault.env == 0 and self._recording:
@@ -194,9 +194,9 @@ def _refuse(fault: Fault) -> None:
 def run_episodes(
     collector: Collector, params: Any, count: int, on_step: Callable[[], bool] | None = None
 ) -> list[Episode]:
-    """Play `count` episodes, fewer if `on_step`, called after each step, gives True to stop.
+    """Play `count` episodes, fewer if `on_step`, called after each step, returns True to stop.
 
-    Every environment owes the same number, so short episodes are not over-represented.
+    Every environment plays the same number, so short episodes are not over-represented.
     """
     envs = collector.envs.num_envs
     owed = [count // envs + (i < count % envs) for i in range(envs)]

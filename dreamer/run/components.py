@@ -42,7 +42,7 @@ from dreamer.run.learner import Learner
 from dreamer.run.resume import (
     ENVIRONMENTS,
     Progress,
-    can_be_put_back,
+    can_be_restored,
     changed_surroundings,
     pack_progress,
     read_progress,
@@ -68,7 +68,7 @@ class RunComponents:
         startup: StartupTimer | None = None,
         step: int | None = None,
     ) -> None:
-        """agent, display, startup: those of runs beside this one, to share. step: of the checkpoint to go on from;
+        """agent, display, startup: shared with the runs beside this one. step: of the checkpoint to continue from;
         None: the newest."""
         self.config, self.logdir, self.console, self._make_env = config, Path(config.logdir), console, make_env
         self.checkpointer = Checkpointer(self.logdir, config.run.checkpoint_keep, config.run.checkpoint_milestones)
@@ -79,7 +79,7 @@ class RunComponents:
         else:
             check_source(config)
             check_place(config)
-        # Environments that go on from their states need no new seeds.
+        # Environments that continue from their states need no new seeds.
         self.restarts = 0 if found is None else found["restarts"] + (not found["exact"])
         self.startup = startup or StartupTimer()
         self.envs = training_envs(config, self.restarts, make_env)
@@ -87,7 +87,7 @@ class RunComponents:
         try:
             evaluates = config.run.final_eval or config.run.eval_every is not None
             if evaluates and isinstance(self.envs, InlineVectorEnv):
-                # Now, not hours later, an error if evaluation could not have environments of its own beside these.
+                # Raise now, not hours later, if evaluation could not have environments of its own beside these.
                 evaluation_envs(config, make_env, 1).close()
             self._build(agent, display)
         except BaseException:
@@ -111,7 +111,7 @@ class RunComponents:
         self.system = SystemMeter(self.logdir)
         self.agent_steps = self.updates = 0
         self.failed: str | None = None
-        self._unsaved = False  # whether it was told that the environments' states cannot be saved
+        self._unsaved = False  # whether it was reported that the environments' states cannot be saved
         self.dream_video: Path | None = None
         self.metrics, self.watch = Aggregator(), Stopwatch()
         self.faults = FaultBudget(config.env)
@@ -123,7 +123,7 @@ class RunComponents:
         self.learner = Learner(self.agent, state, self.replay, share(config.run.batch_size), self.watch)
         self.evaluator = Evaluator(config, self.agent, run_key, self._make_env, self._evaluation_fault)
         self.evaluator.rounds = meta.get("evaluations", 0)
-        collecting = None if progress is None else self._go_on(progress)
+        collecting = None if progress is None else self._continue_from(progress)
         self.collector: Collector | None = None
         if config.run.collect:
             self.collector = Collector(
@@ -149,13 +149,13 @@ class RunComponents:
         return Steps(self.agent_steps, frames, self.updates)
 
     def _training_fault(self, fault: Fault) -> None:
-        """An environment failed and begins a new episode: the one that was cut is stored as abandoned."""
+        """An environment failed and begins a new episode: the cut episode is stored as abandoned."""
         self.replay.abandon([fault.env])
         self._evaluation_fault(fault)
 
     def _evaluation_fault(self, fault: Fault) -> None:
         self.metrics.add({"env/failures_sum": 1})
-        text = f"environment {fault.env} {fault.kind} and was started anew: {fault.message}\n{fault.traceback}"
+        text = f"environment {fault.env} {fault.kind} and was restarted: {fault.message}\n{fault.traceback}"
         self.console.print(Text(self.config.task, "bold red"), text)
         try:
             self.faults.add(fault)
@@ -189,14 +189,14 @@ class RunComponents:
             self.try_saving(lambda: self.checkpointer.save(self.agent_steps, state, meta, replay, files))
 
     def _tell_unsaved(self, error: EnvError) -> None:
-        """Once in a run."""
+        """Reports it, once in a run."""
         if not self._unsaved:
             text = f"a resume begins new episodes: the environments' states cannot be saved, {error}"
             self.console.print(Text(self.config.task, "bold red"), text)
         self._unsaved = True
 
     def try_saving(self, save: Callable[[], object]) -> None:
-        """A disk that refuses is reported, training goes on, and the checkpoint is tried again soon."""
+        """If the disk refuses, reports it; training goes on, and the checkpoint is tried again soon."""
         try:
             save()
         except CheckpointError as error:
@@ -204,16 +204,15 @@ class RunComponents:
             self.due_save.failed()
 
     def _begin(self, preload: Preload | None) -> tuple[Any, dict[str, Any], None]:
-        """(fresh training state, no meta data, no progress); what an attempt that left no checkpoint has recorded is
-        forgotten."""
+        """(fresh training state, no meta data, no progress); removes records of an attempt that left no checkpoint."""
         self.logger.truncate(dict.fromkeys(self.logger.offsets(), 0), self.steps)
         if preload is not None:
-            self.console.print(f"data to begin with: {preload.fill(self.replay)}")
+            self.console.print(f"preloaded data: {preload.fill(self.replay)}")
         state = warm_start(self.config, self.agent, self.agent.init(seed_key(self.config.seed)))
         return self.agent.devices.place_state(state), {}, None
 
     def _restore(self) -> tuple[Any, dict[str, Any], Progress]:
-        """(training state, meta data, progress) of the newest checkpoint; counters, replay and log files go on from
+        """(training state, meta data, progress) of the newest checkpoint; counters, replay and log files continue from
         there."""
         template, first = jax.eval_shape(self.agent.init, 0), jax.process_index() == 0
         found: list[Progress] = []
@@ -234,16 +233,16 @@ class RunComponents:
             self.console.print(told, f"(last digits may differ): {'; '.join(surroundings)}")
         return self.agent.devices.place_state(from_first(state, template)), meta, found[0]
 
-    def _go_on(self, progress: Progress) -> Mapping[str, Any] | None:
-        """Learner, statistics and environments go on from a checkpoint. Returns the collector's state, or None where
-        the environments begin anew: then the episodes that were cut are stored as abandoned."""
+    def _continue_from(self, progress: Progress) -> Mapping[str, Any] | None:
+        """Learner, statistics and environments continue from a checkpoint. Returns the collector's state, or None where
+        the environments start over: then the cut episodes are stored as abandoned."""
         self.learner.restore(progress.loop["learner"])
         self.metrics.restore(progress.loop["metrics"])
         saved = progress.environments
-        if saved is not None and can_be_put_back(self.envs) and self._put_back(saved["training"]):
+        if saved is not None and can_be_restored(self.envs) and self._restore_environments(saved["training"]):
             self.evaluator.restore(saved["evaluation"])
             return progress.loop["collector"]
-        if saved is not None:  # They could be saved then, but not put back now: same seeds would repeat themselves.
+        if saved is not None:  # They could be saved then, but not restored now: the same seeds would repeat themselves.
             self.envs.close()
             self.restarts += 1
             self.envs = training_envs(self.config, self.restarts, self._make_env)
@@ -251,19 +250,19 @@ class RunComponents:
             self.replay.close_open_episodes()
         return None
 
-    def _put_back(self, states: list[bytes] | None) -> bool:
-        """Whether the training environments, if there are any, go on from these states."""
+    def _restore_environments(self, states: list[bytes] | None) -> bool:
+        """Whether the training environments, if there are any, continue from these states."""
         try:
             if states is not None:
                 self.envs.set_state(states)
         except EnvError as error:
-            text = f"the environments could not be put back, and begin new episodes: {error}"
+            text = f"the environments could not be restored, and begin new episodes: {error}"
             self.console.print(Text(self.config.task, "bold red"), text)
             return False
         return True
 
     def close(self) -> None:
-        """Give everything back."""
+        """Release everything."""
         self.try_saving(self.checkpointer.wait)
         self.logger.close()
         self.envs.close()

@@ -1,4 +1,4 @@
-"""Which device a run computes on, and the settings JAX and the C library need before its first computation."""
+"""Which device a run computes on, and the settings that JAX and the C library need before the first computation."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _BACKENDS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
 
 
 class DeviceError(RuntimeError):
-    """The wanted device is not there; the message says what is and what to install."""
+    """The requested device is missing; the message says which exist and what to install."""
 
 
 def find_devices(platform: str) -> list[jax.Device]:
-    """All devices of the asked kind ("auto": the fastest kind present), those of other processes included.
+    """All devices of the requested kind ("auto": the fastest kind present), those of other processes included.
 
     DeviceError if there is none, or none that JAX itself would compute on.
     """
@@ -30,24 +30,24 @@ def find_devices(platform: str) -> list[jax.Device]:
     try:
         found = jax.devices()
         return found if platform == "auto" else jax.devices(_BACKENDS[platform])
-    except (RuntimeError, AssertionError, ValueError) as error:  # each is what JAX raises for some missing device
+    except (RuntimeError, AssertionError, ValueError) as error:  # JAX raises each of these for some missing device
         raise DeviceError(_not_there(platform, found, error)) from error
 
 
 def _not_there(platform: str, found: list[jax.Device], error: Exception) -> str:
-    """What was asked for, what is there, and how to get on."""
+    """What was asked for, what there is, and what to do."""
     wanted = "a device" if platform == "auto" else f"a device of kind {platform!r} (--run.platform)"
     kinds = sorted({device.platform for device in found}) or "none"
     reason = f" ({str(error).splitlines()[0]})" if not found and str(error) else ""
     settings = {name: jax.config.values.get(name.lower()) for name in ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")}
     told = " and ".join(f"{name}={value}" for name, value in settings.items() if value)
-    extra = "install the extra for it, pip install 'dreamer[cuda12]' say"
+    extra = "install the extra for it, for example pip install 'dreamer[cuda12]'"
     remedy = f"JAX was told {told}: unset that, or {extra}" if told else f"{extra}, or use --run.platform auto"
     return f"expected {wanted}, found {kinds}{reason}; {remedy}"
 
 
 def choose_device(platform: str) -> jax.Device:
-    """The first device of the asked kind that is this process's own, made JAX's default."""
+    """The first device of the requested kind that belongs to this process, made JAX's default."""
     device = next(device for device in find_devices(platform) if device.process_index == jax.process_index())
     jax.config.update("jax_default_device", device)
     return device
@@ -62,7 +62,7 @@ def compute_dtype(config: RunConfig, device: jax.Device) -> Any:
 
 
 def keep_compiled_programs() -> None:
-    """Keep compiled programs in the user's cache folder, unless JAX was told another place or there is none.
+    """Keep compiled programs in the user's cache folder, unless JAX was given another place or there is none.
 
     A second start of the same configuration then takes seconds instead of the compile time.
     """
@@ -80,16 +80,16 @@ def keep_compiled_programs() -> None:
 # --- What the C library does with the memory of updates on a CPU -----------------------------------
 
 
-#: JAX names the seconds of every compilation so.
+#: JAX's name for the event that reports the seconds of a compilation.
 _COMPILED = "/jax/core/compile/backend_compile_duration"
-#: A compilation that took this many seconds is worth a clean-up, which takes about 0.3.
+#: A compilation that took this many seconds is worth a clean-up, which takes about 0.3 s.
 _LONG = 5.0
-#: Chunks that a compilation has freed, from the first size to the last in bytes, slow every later search for memory.
+#: Sizes in bytes, from and to, of chunks that a compilation frees and that slow every later search for memory.
 _LARGEST, _SMALLEST = 2**28, 2**10
 
 
 class _Usage(ctypes.Structure):
-    """`struct mallinfo2`: sizes in bytes; `keepcost` is what lies free at the top of the heap."""
+    """`struct mallinfo2`: sizes in bytes; `keepcost` is what is free at the top of the heap."""
 
     _fields_ = [
         (name, ctypes.c_size_t)
@@ -101,10 +101,10 @@ class _Usage(ctypes.Structure):
 def reuse_freed_memory() -> None:
     """Let the C library keep large freed blocks for the next update instead of handing them back to the kernel.
 
-    On a CPU the temporary memory of an update comes from malloc. Past 32 MB, glibc maps it anew for every update, and
-    the kernel clears each page: a quarter of the time of a small update. One arena for all threads, because other
+    On a CPU the temporary memory of an update comes from malloc. Above 32 MB, glibc maps it again for every update, and
+    the kernel clears each page: a quarter of the time of a small update. All threads get one arena, because other
     arenas hand back what they hold; and what compiling leaves in it is retired, so that updates find their memory at
-    once. Before JAX's first computation, which starts the threads. Without glibc, nothing.
+    once. Call it before JAX's first computation, which starts the threads. Without glibc it does nothing.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -141,7 +141,7 @@ def retire_fragments() -> int:
         if chunk is not None and chunk < top:
             retired += size
         else:
-            # Nothing this large is left below: this one is from the top.
+            # Nothing this large is left below: this chunk is from the top.
             libc.free(chunk)
             size = int(size * 0.93)
     return retired

@@ -1,8 +1,8 @@
-"""One run over several processes, each with devices, environments and a share of the replay of its own.
+"""One run over several processes, each with its own devices, environments and share of the replay.
 
-`jax.distributed` connects them. All run the same loop and make the same updates together; what may differ between them
-(a request to stop, an environment that failed, the clock) is agreed on once in each step. Process 0 records, evaluates
-and saves the weights; the others save their share in DIR/process_1, DIR/process_2, ...
+`jax.distributed` connects them. All run the same loop and make the same updates together; they agree once per step on
+what may differ between them (a request to stop, a failed environment, the clock). Process 0 records, evaluates and
+saves the weights; the others save their share in DIR/process_1, DIR/process_2, ...
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from dreamer.terminal import Console
 
 #: `run.coordinator` of a cluster that tells its processes about each other: SLURM, Open MPI, Kubernetes, TPU pods.
 AUTO = "auto"
-#: Newest checkpoints that processes compare.
+#: Number of newest checkpoints that processes compare.
 _COMPARED = 64
 
 
 def join(run: RunConfig) -> None:
-    """Become one of the processes that the options speak of; nothing where they speak of none.
+    """Become one of the processes that the options describe; does nothing if they describe none.
 
-    Before JAX's first computation. ConfigError if the options are incomplete, DeviceError if the others are not found.
+    Call it before JAX's first computation. ConfigError if the options are incomplete, DeviceError if peers are missing.
     """
     named = run.processes, run.process_id
     if run.coordinator is None:
@@ -50,7 +50,7 @@ def join(run: RunConfig) -> None:
         )
     if jax.distributed.is_initialized():
         return
-    # A signal to stop is the loop's affair, see `StopRequest`.
+    # Signals to stop are for the loop, see `StopRequest`.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(None if run.coordinator == AUTO else run.coordinator, *named)
@@ -62,7 +62,7 @@ def join(run: RunConfig) -> None:
 
 
 def own_part(config: Config) -> Config:
-    """The configuration of this process: of all but process 0 one that records nothing, in a folder of its own.
+    """The configuration of this process: for all but process 0 one that records nothing, in a folder of its own.
 
     ConfigError if the processes cannot share the run equally.
     """
@@ -75,7 +75,7 @@ def own_part(config: Config) -> Config:
     if not config.logdir:
         raise ConfigError("expected --logdir with several processes: they save in one place, or each in its own")
     if run.checkpoint_keep < 2:
-        raise ConfigError("expected run.checkpoint_keep 2 or more with several processes, got 1: one may be cut off")
+        raise ConfigError("expected run.checkpoint_keep 2 or more with several processes, got 1: one may be incomplete")
     if run.seeds is not None:
         raise ConfigError("expected run.seeds null with several processes; start one run for each seed")
     if process == 0:
@@ -90,12 +90,12 @@ def own_part(config: Config) -> Config:
 
 
 def everyone(values: np.ndarray) -> np.ndarray:
-    """What each process gives, int32 (...), as (P, ...). All must ask in the same step."""
+    """What each process passes, int32 (...), as (P, ...). All must call it in the same step."""
     return np.asarray(multihost_utils.process_allgather(values.astype(np.int32))).reshape(-1, *values.shape)
 
 
 def common_step(logdir: str) -> int | None:
-    """The newest agent step of which every process has an intact checkpoint; None: nothing was saved yet."""
+    """The newest agent step for which every process has an intact checkpoint; None: nothing was saved yet."""
     checkpoints = Checkpointer(logdir, read_only=True)
     own = np.full(_COMPARED, -1)
     newest = checkpoints.steps()[-_COMPARED:]
@@ -120,11 +120,11 @@ class NonFiniteElsewhereError(NonFiniteError):
     """A number in another process was not finite."""
 
     def __init__(self, process: int) -> None:
-        super().__init__(f"process {process} met numbers that are not finite, and says which", "elsewhere", {})
+        super().__init__(f"process {process} met numbers that are not finite; its output says which", "elsewhere", {})
 
 
 class Agreement(StopRequest):
-    """What the processes of a run have agreed on, a request to stop among it."""
+    """What the processes of a run have agreed on, including a request to stop."""
 
     def __init__(self, request: StopRequest) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ class Agreement(StopRequest):
         return self.stop
 
     def reach(self, failed: bool, broken: bool, save: bool) -> None:
-        """Tell the others about this process and hear about them. save: process 0's word counts."""
+        """Tell the others about this process and hear about them. save: process 0 decides."""
         told = everyone(np.array([bool(self._request), failed, broken, save and jax.process_index() == 0]))
         self.stop, self.failed, _, self.save = np.any(told, axis=0).tolist()
         self.broken = int(told[:, 2].argmax()) if told[:, 2].any() else None
@@ -174,7 +174,7 @@ class SharedRun(Run):
     def act(self) -> None:
         try:
             super().act()
-        except NonFiniteActionError as error:  # The others go on to an update, which takes all processes.
+        except NonFiniteActionError as error:  # The others continue with an update, which needs all processes.
             self._trouble = error
             self.agent_steps += self.stride
 
@@ -195,6 +195,6 @@ class SharedRun(Run):
         super().settle()
 
     def _written(self) -> None:
-        """The newest checkpoint is on every disk: only then may the next one replace older ones."""
+        """Waits until the newest checkpoint is on every disk: only then may the next one replace older ones."""
         self.try_saving(self.checkpointer.wait)
         everyone(np.zeros(1))

@@ -1,4 +1,4 @@
-"""How good an agent is: episodes in environments of their own, by a run in progress or from its logdir."""
+"""How good an agent is: episodes in separate environments, during a run or from its logdir."""
 
 from __future__ import annotations
 
@@ -36,40 +36,40 @@ class Evaluator:
         make_env: MakeEnv | None,
         on_fault: Callable[[Fault], None] | None = None,
     ) -> None:
-        """on_fault: told of environments that failed; their episodes do not count. None: a failure is an EnvError."""
+        """on_fault: called for failed environments, whose episodes do not count. None: a failure is an EnvError."""
         self._config, self._agent, self._key, self._make_env = config, agent, run_key, make_env
         self._on_fault = on_fault
         self._envs: VectorEnv | None = None
         self._states: list[bytes] | None = None
-        #: Evaluations so far; each draws actions of its own.
+        #: Evaluations so far; each draws different actions.
         self.rounds = 0
 
     def __call__(self, params: Any, on_step: Callable[[], bool] | None = None) -> list[Episode]:
-        """Play `run.eval_episodes` episodes with these weights; fewer if `on_step` gives True to stop.
+        """Play `run.eval_episodes` episodes with these weights; fewer if `on_step` returns True to stop.
 
-        EnvError or TaskError if environments cannot be made, or not be made anew after they failed.
+        EnvError or TaskError if environments cannot be made, or not recreated after they failed.
         """
         run = self._config.run
         if self._envs is None:
             self._envs = evaluation_envs(self._config, self._make_env, min(run.eval_envs, run.eval_episodes))
             if self._states is not None and len(self._states) == self._envs.num_envs:
-                with contextlib.suppress(EnvError):  # A new episode begins in what could not be put back.
+                with contextlib.suppress(EnvError):  # A new episode begins in environments that could not be restored.
                     self._envs.set_state(self._states)
         sample = run.eval_policy == "sample"
         collector = Collector(self._agent, self._envs, self._key, "eval", sample, self._on_fault)
-        # Rounds draw different actions; a million steps each keep their counters apart.
+        # Rounds draw different actions; a million counts for each keep them apart.
         collector.counter = self.rounds * 1_000_000
         self.rounds += 1
         return run_episodes(collector, params, run.eval_episodes, on_step)
 
     def state(self) -> list[bytes] | None:
-        """State of each environment; None: there are none yet, or they cannot say."""
+        """State of each environment; None: there are none yet, or they cannot save it."""
         if self._envs is None:
             return self._states
         return self._envs.get_state() if self._envs.restorable else None
 
     def restore(self, states: list[bytes] | None) -> None:
-        """Let the environments, when they are made, go on from these states."""
+        """Let the environments, when they are made, continue from these states."""
         self._states = states
 
     def close(self) -> None:
@@ -78,7 +78,7 @@ class Evaluator:
 
 
 def as_evaluation(config: Config, scores: list[float], logs: Sequence[Mapping[str, float]] = ()) -> Evaluation:
-    """Scores beside what is known of the task: nothing of a user's own environment. logs: of the same episodes."""
+    """Scores with what is known about the task (nothing for a user's own environment). logs: of the same episodes."""
     further: Mapping[str, float] = {}
     try:
         further = summary(config.task, logs)
@@ -99,7 +99,7 @@ def evaluate_run(
     make_env: MakeEnv | None = None,
     console: Console | None = None,
 ) -> int:
-    """`dreamer eval`: load weights, play, print a table, write a video if asked. Returns the exit code."""
+    """`dreamer eval`: load weights, play, print a table, write a video if asked to. Returns the exit code."""
     console = console or Console()
     config = run_config(logdir)
     picture = None if video is None else absolute(video)

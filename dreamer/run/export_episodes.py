@@ -1,4 +1,4 @@
-"""`dreamer export`: the episodes in a run's newest checkpoint, as files; also while the run goes on."""
+"""`dreamer export`: the episodes in a run's newest checkpoint, as files; also while the run is going on."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dreamer.saves.checkpoint import Checkpointer, CheckpointError
 from dreamer.terminal import Console
 from dreamer.types import Field, replay_fields
 
-#: Rows of an environment that are taken out of the replay at a time.
+#: Rows of an environment that are read from the replay at a time.
 _ROWS = 256
 
 
@@ -71,13 +71,13 @@ def written(writer: EpisodeWriter) -> str:
 def stored_episodes(replay: Replay, meta: Mapping[str, Any], unfinished: bool) -> Iterator[Episode]:
     """The episodes of a replay, roughly in the order in which they ended, without latents.
 
-    meta: of its checkpoint. Those whose beginning was overwritten are left out; so are, unless `unfinished`, those
-    that go on.
+    meta: of its checkpoint. Those whose beginning was overwritten are left out; unless `unfinished`, those that go on
+    too.
     """
     names = _episode_fields(meta)
     head, tail = (np.array(meta["replay"][name], np.int64) for name in ("head", "tail"))
     cutter = EpisodeCutter(replay.num_envs)
-    # All environments from as many rows before their newest step: rows of the same moment, where they step together.
+    # All environments from the same number of rows before their newest step: the same moment, where they step together.
     for back in range(int((head - tail).max()), 0, -_ROWS):
         for env in range(replay.num_envs):
             start = max(int(head[env]) - back, int(tail[env]))
@@ -91,7 +91,7 @@ def stored_episodes(replay: Replay, meta: Mapping[str, Any], unfinished: bool) -
 
 
 def _episode_fields(meta: Mapping[str, Any]) -> dict[str, Field]:
-    """What an episode file holds of a step."""
+    """What an episode file holds for a step."""
     observations, actions = (spaces_from_json(meta[name]) for name in ("observations", "actions"))
     return replay_fields(observations, actions, {})
 

@@ -30,7 +30,7 @@ from dreamer.types import Space, Spaces, replay_fields, visible
 #: What a run has in its logdir: folders, and files of records.
 _FOLDERS = ("checkpoints", "best", "replay", "tensorboard", "videos", "reports")
 _RECORDS = ("metrics.jsonl", "scores.jsonl")
-#: Characters of a task, its last ones, in the name of a folder that nobody has named.
+#: Number of characters, the last ones, of a task in the automatic name of a folder.
 _NAME_LENGTH = 80
 
 
@@ -44,8 +44,8 @@ def resolve_logdir(config: Config) -> Config:
 
 
 def prepare_logdir(logdir: Path) -> None:
-    """Makes the folder of a run. PathError if nothing can be written there, or if what it holds is no run's: its
-    records would be cut off."""
+    """Makes the folder of a run. PathError if nothing can be written there, or if it holds files that are not a run's:
+    they would be truncated."""
     make_folder(logdir)
     if os.path.isdir(logdir / CONFIG_FILE):
         raise PathError(f"expected the folder of a run, got {str(logdir)!r}, where {CONFIG_FILE} is a folder itself")
@@ -62,33 +62,33 @@ def prepare_logdir(logdir: Path) -> None:
             )
 
 
-#: The task of a run whose environments come from a function of the user's, unless the user gave it a name.
+#: The task of a run whose environments come from a user's function, unless the user gave it a name.
 OWN_TASK = "make_env"
 
 
 def is_listed(task: str) -> bool:
-    """Whether the task's name is one of a suite of ours."""
+    """Whether the task's name belongs to one of our suites."""
     return task.partition("_")[0] in list_suites()
 
 
 def name_own_task(config: Config) -> Config:
-    """The configuration for a user's own environment, which must not go by the name of one of ours.
+    """The configuration for a user's own environment, which must not have the name of one of ours.
 
-    Its frames count as those of a Gymnasium environment do: agent steps times `env.gym.repeat`.
+    Its frames count like those of a Gymnasium environment: agent steps times `env.gym.repeat`.
     """
     return dataclasses.replace(config, task=OWN_TASK) if is_listed(config.task) else config
 
 
-#: What the start-up summary says of a resume, by whether the environments can be put back.
+#: What the start-up summary says about a resume, by whether the environments can be restored.
 RESUME = {
-    True: "exact: the environments can be put back",
-    False: "the environments cannot be put back: episodes under way are closed as abandoned, new ones begin",
+    True: "exact: the environments can be restored",
+    False: "the environments cannot be restored: episodes under way are closed as abandoned, new ones begin",
 }
 
 
 def training_envs(config: Config, restarts: int, make_env: MakeEnv | None) -> VectorEnv:
-    """The training environments of this process; each process and each restart of the run gives them other seeds, or
-    they would repeat themselves."""
+    """The training environments of this process; each process and each restart of the run gives them different seeds,
+    or they would repeat themselves."""
     seed = own_seed(config.seed, restarts)
     return make_vector_env(config.task, config.env, share(config.env.num_envs), seed, training=True, make=make_env)
 
@@ -99,8 +99,8 @@ def evaluation_envs(config: Config, make_env: MakeEnv | None, count: int, seed: 
 
 
 def make_agent(config: Config, observations: Spaces, actions: Spaces, devices: Sequence[jax.Device] = ()) -> Agent:
-    """The agent on the chosen device, or on as many of these `devices` as the options say; ConfigError if they do not
-    fit, or if the networks cannot be built for these spaces."""
+    """The agent on the chosen device, or on as many of these `devices` as the options say; ConfigError if the devices
+    do not fit, or if the networks cannot be built for these spaces."""
     device = choose_device(config.run.platform)
     try:
         return Agent(observations, actions, config, compute_dtype(config.run, device), devices)
@@ -113,7 +113,7 @@ _WEIGHT_BYTES = 12
 
 
 def check_networks_fit(config: Config, agent: Agent) -> None:
-    """ConfigError if the training state of one agent is more than all memory of the devices that hold it."""
+    """ConfigError if the training state of one agent exceeds the memory of the devices that hold it."""
     weights = sum(leaf.size for leaf in jax.tree.leaves(agent.shapes))
     stats = _memory_stats(choose_device(config.run.platform))
     room = machine_memory() if stats is None else stats["bytes_limit"] * agent.devices.shape[1]
@@ -126,14 +126,14 @@ def check_networks_fit(config: Config, agent: Agent) -> None:
 
 
 def replay_limit(config: Config, step_bytes: int = 1) -> int:
-    """Most steps that the options have room for. step_bytes: of one step, if the room is given in gigabytes."""
+    """Most steps that the options allow. step_bytes: of one step, if the limit is given in gigabytes."""
     size = config.replay.gigabytes
     return config.replay.capacity if size is None else int(size * 1e9) // step_bytes
 
 
 def replay_capacity(config: Config, preloaded: int = 0, step_bytes: int = 1) -> int:
-    """Steps to make room for: never more than the run collects or begins with (`preloaded`), a little more than one
-    sequence per environment. step_bytes: see `replay_limit`."""
+    """Steps to make room for: never more than the run collects or begins with (`preloaded`), and at least a little more
+    than one sequence per environment. step_bytes: see `replay_limit`."""
     envs, length = share(config.env.num_envs), config.run.batch_length + 1
     collected = share(config.run.agent_steps + config.env.num_envs) if config.run.collect else 0
     limit = share(replay_limit(config, step_bytes))
@@ -142,8 +142,8 @@ def replay_capacity(config: Config, preloaded: int = 0, step_bytes: int = 1) -> 
 
 
 def make_replay(config: Config, agent: Agent, preloaded: int = 0) -> Replay:
-    """An empty replay with room for `preloaded` steps too; ConfigError if it cannot fit into this machine, or is too
-    small for training to begin."""
+    """An empty replay with room for `preloaded` steps too; ConfigError if it does not fit this machine, or is too small
+    for training to begin."""
     fields = replay_fields(agent.observations, agent.actions, agent.extras)
     step_bytes = bytes_per_step(fields)
     check_gigabytes(config, replay_limit(config, step_bytes), step_bytes)
@@ -151,7 +151,7 @@ def make_replay(config: Config, agent: Agent, preloaded: int = 0) -> Replay:
     folder, free = Path(config.logdir) / "replay", free_device_bytes(choose_device(config.run.platform))
     kind = config.replay.storage
     if agent.devices.shape != (1, 1):
-        free = None  # batches come from the host, each device's part straight to it
+        free = None  # batches come from the host, each part straight to its device
         if kind == "device":
             raise ConfigError(
                 "expected replay.storage auto, host or disk with several devices, got device; or compute on one: "
@@ -177,7 +177,7 @@ def make_replay(config: Config, agent: Agent, preloaded: int = 0) -> Replay:
 
 
 def _memory_stats(device: jax.Device) -> dict[str, int] | None:
-    """What an accelerator tells of its memory; None: it has none of its own, or does not tell."""
+    """What an accelerator reports about its memory; None: it has none of its own, or does not report it."""
     return device.memory_stats() if device.platform != "cpu" else None
 
 
@@ -194,7 +194,7 @@ def module_sizes(params: Mapping[str, Any]) -> dict[str, int]:
 
 
 def mesh_rows(agent: Agent) -> list[Row]:
-    """How many devices share the work; nothing if it is one."""
+    """How many devices share the work; nothing if there is only one."""
     data, model = agent.devices.shape
     if data * model == 1:
         return []
@@ -203,7 +203,7 @@ def mesh_rows(agent: Agent) -> list[Row]:
 
 
 def summary_rows(config: Config, agent: Agent, state: TrainState, replay: Replay, envs: VectorEnv) -> list[Row]:
-    """What will run."""
+    """The lines of the start-up summary."""
     device = jax.tree.leaves(state["params"])[0].devices().pop()
     found = versions()
     needs, has, stored = replay.budget.needs, replay.budget.has, replay.capacity

@@ -1,4 +1,4 @@
-"""How batches come to the device and latents back into replay: from the host's memory, or on the device itself."""
+"""How batches get to the device and latents back into replay: from the host's memory, or on the device itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from dreamer.records.meters import Stopwatch
 from dreamer.replay import DeviceStorage, Replay, Selection, device
 
-#: Beside the latents, for the host wherever they go.
+#: Comes beside the latents, and always goes to the host.
 _PRIORITY = "priority"
 
 
@@ -35,15 +35,15 @@ class Feed(Protocol):
         """What the host must have of an update's latents before they can land."""
 
     def land(self, selections: list[Selection], latents: dict[str, Any]) -> None:
-        """Have latents (K, B, T, ...), of a single update (B, T, ...), in replay before the next batch is gathered,
-        those of each update over those of the one before."""
+        """Have latents (K, B, T, ...), of a single update (B, T, ...), in replay before the next batch is gathered;
+        later updates overwrite earlier ones."""
 
     def settle(self) -> None:
-        """Everything that has landed is written."""
+        """Write everything that has landed."""
 
 
 class HostFeed:
-    """Replay lies on the host: batches are gathered there and sent, latents are read and written there."""
+    """Replay is on the host: batches are gathered there and sent, latents are read and written there."""
 
     def __init__(self, replay: Replay, place: Callable[[dict[str, np.ndarray]], Any], watch: Stopwatch) -> None:
         self._replay, self._place, self._watch = replay, place, watch
@@ -66,8 +66,7 @@ class HostFeed:
 
 
 class DeviceFeed:
-    """Replay lies on the device: one compiled exchange writes the latents that have landed and gathers batches; nothing
-    but indices crosses over."""
+    """Replay is on the device: one compiled exchange writes landed latents and gathers batches; only indices cross."""
 
     def __init__(self, replay: Replay, storage: DeviceStorage, watch: Stopwatch) -> None:
         self._replay, self._storage, self._watch = replay, storage, watch
@@ -97,7 +96,7 @@ class DeviceFeed:
             self._exchanged([])
 
     def _exchanged(self, selections: list[Selection]) -> list[Drawn]:
-        """The steps of the selections, after the latents that have landed were written."""
+        """The steps of the selections, after writing the latents that have landed."""
         landing, self._landing = self._landing, None
         slots = [self._replay.slots(selection) for selection in selections]
         self._storage.arrays, batches = self._exchange(self._storage.arrays, landing, slots)
@@ -105,14 +104,14 @@ class DeviceFeed:
 
 
 def make_feed(replay: Replay, place: Callable[[dict[str, np.ndarray]], Any], watch: Stopwatch) -> Feed:
-    """place: a batch of host arrays on the device; watch: books the time under replay and transfer."""
+    """place: puts a batch of host arrays on the device; watch: books the time under replay and transfer."""
     if isinstance(replay.storage, DeviceStorage):
         return DeviceFeed(replay, replay.storage, watch)
     return HostFeed(replay, place, watch)
 
 
 def _of_update(latents: Mapping[str, Any], index: int, count: int) -> Mapping[str, Any]:
-    """Of latents (K, B, T, ...), of a single update (B, T, ...), those of update `index`."""
+    """The latents of update `index`, out of (K, B, T, ...) or, for a single update, (B, T, ...)."""
     return latents if count == 1 else {name: values[index] for name, values in latents.items()}
 
 

@@ -1,4 +1,4 @@
-"""Feeding the train step: batches out of replay to the device, fresh latents back, and a watch on finiteness."""
+"""Feeds the train step: batches from replay to the device, fresh latents back, and a check for finite numbers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dreamer.run.nonfinite import NonFiniteUpdateError
 class _Dispatched:
     """K updates that the device may still be working on. `latents` become None when they have landed.
 
-    arrived: whether the host has of them what it needs, and they were found sound.
+    arrived: whether the host has what it needs of them, and found them finite.
     """
 
     drawn: list[Drawn]
@@ -36,8 +36,8 @@ class Learner:
     """The training state and the batches that change it.
 
     While dispatch u of K updates runs, the batches of u+1 are gathered and on their way to the device. Latents of u are
-    in the buffer before the batches of u+2 are gathered, always: numbers do not depend on how fast the device is, nor
-    on where the buffer lies, which its feed alone knows.
+    always in the buffer before the batches of u+2 are gathered: numbers do not depend on how fast the device is, nor on
+    where the buffer is, which only the feed knows.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Learner:
         self._state = state
 
     def lend(self, lender: Callable[[], TrainState]) -> None:
-        """From now on the training state is kept, and changed, by somebody else, who gives it when asked."""
+        """From now on somebody else keeps and changes the training state, and returns it when asked."""
         self._state, self._lender = None, lender
 
     @property
@@ -74,18 +74,18 @@ class Learner:
 
     @property
     def batch(self) -> Mapping[str, Any] | None:
-        """The batch of the newest update (B, T+1, ...), where it was gathered, for reports."""
+        """The batch of the newest update (B, T+1, ...), in the memory where it was gathered, for reports."""
         return None if self._newest is None else self._newest.drawn[-1].batch
 
     @property
     def metrics(self) -> Mapping[str, Any]:
-        """Of the newest dispatch, for reports; none after a resume, until the next."""
+        """Metrics of the newest dispatch, for reports; none after a resume, until the next dispatch."""
         return {} if self._newest is None else self._newest.metrics
 
     def update(self, count: int = 1, following: int = 1) -> Mapping[str, jax.Array]:
         """Dispatch `count` updates in one program; returns their metrics, () or (count,), still on the device.
 
-        following: updates of the dispatch after this one, whose batches are gathered meanwhile.
+        following: number of updates in the next dispatch, whose batches are gathered meanwhile.
         """
         batches = self.take(count)
         with self._watch.section("update"):
@@ -104,7 +104,7 @@ class Learner:
         return [one.device for one in self._taken]
 
     def dispatched(self, latents: Mapping[str, Any], metrics: Mapping[str, Any], finite: Any, following: int) -> None:
-        """The updates on the batches that were taken are on their way, with these outputs; prepare for the next."""
+        """The updates on the taken batches are on their way, with these outputs; prepare for the next."""
         self._newest = _Dispatched(self._taken, latents, metrics, finite)
         transfer.begin(self._needed(self._newest))
         self._pending.append(self._newest)
@@ -113,11 +113,11 @@ class Learner:
         self._draw(following)
 
     def under_way(self) -> list[Any]:
-        """What the host needs of updates that it has heard nothing of yet: for the read that brings the actions too."""
+        """What the host needs of updates that it has not read yet: for the same read as the actions."""
         return [self._needed(done) for done in self._pending if not done.arrived]
 
     def arrived(self, values: list[Any]) -> None:
-        """What was `under_way` has been read. NonFiniteUpdateError, naming the loss terms, unless it was sound."""
+        """What was `under_way` has been read. NonFiniteUpdateError, naming the loss terms, if it is not finite."""
         waiting = [done for done in self._pending if not done.arrived]
         for done, found in zip(waiting, values, strict=True):
             self._arrive(done, *found)
@@ -130,7 +130,7 @@ class Learner:
 
     def progress(self) -> dict[str, Any]:
         """What is on its way, as host arrays in plain containers: the newest updates, their latents if they have not
-        landed, and the batches that wait. NonFiniteUpdateError if an update that is under way turns out unsound.
+        landed, and the batches that wait. NonFiniteUpdateError if an update under way turns out not to be finite.
         """
         newest = None
         if self._newest is not None:
@@ -140,7 +140,7 @@ class Learner:
         return {"newest": newest, "waiting": _on_host(self._waiting)}
 
     def restore(self, progress: Mapping[str, Any]) -> None:
-        """Go on from `progress`: the numbers that follow are those of a run that was never stopped."""
+        """Continue from `progress`: the numbers that follow are those of a run that was never stopped."""
         newest = progress["newest"]
         if newest is not None:
             drawn = [Drawn(Selection(**one["selection"]), one["batch"], None) for one in newest["drawn"]]
@@ -150,7 +150,7 @@ class Learner:
         self._waiting = [self._send(Selection(**one["selection"]), one["batch"]) for one in progress["waiting"]]
 
     def _draw(self, count: int) -> None:
-        """Have `count` batches waiting."""
+        """Ensure that `count` batches are waiting."""
         with self._watch.section("replay"):
             selections = [self.replay.select(self._batch_size) for _ in range(count - len(self._waiting))]
         self._waiting += self._feed.draw(selections)
@@ -168,7 +168,7 @@ class Learner:
         done.latents = None
 
     def _needed(self, done: _Dispatched) -> tuple[Any, dict[str, Any]]:
-        """What the host needs of a dispatch: whether it was sound, and what goes into replay from there."""
+        """What the host needs of a dispatch: whether it was finite, and what goes into replay from there."""
         return done.finite, self._feed.needed(done.latents or {})
 
     def _arrive(self, done: _Dispatched, finite: np.ndarray, latents: Mapping[str, np.ndarray]) -> None:
@@ -176,7 +176,7 @@ class Learner:
         done.latents, done.arrived = {**(done.latents or {}), **latents}, True
 
     def _fetch(self, done: _Dispatched) -> None:
-        """Have on the host what it needs of a dispatch."""
+        """Read what the host needs of a dispatch."""
         if not done.arrived:
             with self._watch.section("update"):
                 found = transfer.read(self._needed(done))

@@ -1,4 +1,4 @@
-"""Trained weights in somebody else's program: load a logdir, act on observations."""
+"""Trained weights in other programs: load a logdir, act on observations."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ class Agent:
                 done = terminated or truncated
 
     It remembers the episode so far and cannot see from an observation that another one began: call `reset`, or pass
-    ``first=True``. So one `Agent` acts in one environment. For another one take `copy.copy(agent)`, which shares its
+    ``first=True``. So one `Agent` acts in one environment. For another one use `copy.copy(agent)`, which shares its
     weights and compiled programs, or act in all of them at once with `act_batch`.
 
-    Threads may take turns with it, but not act at the same time; a copy belongs to whoever made it. A process loads
-    its own: there is no pickling, and JAX does not work in a fork.
+    Threads may take turns with it, but not act at the same time; give each a copy of its own. Each process loads its
+    own: an agent cannot be pickled, and JAX does not work in a fork.
     """
 
     def __init__(
@@ -76,26 +76,25 @@ class Agent:
         self._key = jax.jit(lambda n: core.stream_key(key, "eval", n)) if sample else None
         self._count = 0
         self._process, self._lock = os.getpid(), threading.Lock()
-        #: Of N environments, None before the first observation; and which of them (N,) begin an episode next.
+        #: For N environments, None before the first observation; and which of them (N,) begin an episode next.
         self._carry: dict[str, jax.Array] | None = None
         self._first = np.ones(0, bool)
 
     @classmethod
     def load(cls, logdir: str | Path, env: gymnasium.Env | VectorEnv | None = None, sample: bool = False) -> Agent:
-        """The best evaluated weights of a run, or its newest. ConfigError if the folder is not of a run,
+        """The best evaluated weights of a run, or its newest. ConfigError if the folder is not that of a run,
         CheckpointError if it has no weights yet.
 
-        env: a Gymnasium environment with the spaces of training, or a vector of such; then `act` takes its
-        observations and gives its actions as they are, nested and within their own bounds. ValueError if its spaces
-        are others.
+        env: a Gymnasium environment with the spaces of training, or a vector of such; then `act` takes its observations
+        and returns its actions as they are, nested and within their own bounds. ValueError if its spaces differ.
         """
         return cls(*load_agent(run_config(logdir)), env=env, sample=sample)
 
     def reset(self, ended: Any = None) -> None:
         """Forget the episode; the next observation is the first of a new one.
 
-        ended: bool (N,), forget only these environments of `act_batch`. Without it all are forgotten, and the next
-        call may have another number of them.
+        ended: bool (N,), forget only these environments of `act_batch`. Without it all are forgotten, and the next call
+        may have a different number of them.
         """
         with self._alone():
             if ended is None:
@@ -106,9 +105,9 @@ class Agent:
     def act(self, observation: Any, first: bool = False) -> Any:
         """The action for one observation, without batch axis. first: it begins an episode.
 
-        Loaded with an environment, both are as that environment has them. Without one, observation is a mapping by
-        the names of training, or the bare array where there is only one; the answer is the bare action where there
-        is only one, a class index or a vector in [-1, 1], else a mapping by name.
+        Loaded with an environment, both are in that environment's form. Without one, the observation is a mapping by
+        the names of training, or the bare array if there is only one; the action is bare if there is only one, a class
+        index or a vector in [-1, 1], else a mapping by name.
 
         ValueError, and nothing is remembered, if names, shapes or kinds of numbers differ from those of training, or
         numbers are not finite or out of range. RuntimeError if another thread is acting with the same agent.
@@ -122,15 +121,15 @@ class Agent:
     def act_batch(self, observations: Any, first: Any = None) -> Any:
         """The actions for one observation of each of N environments, chosen at once.
 
-        observations  stacked, as vectors of Gymnasium have them: like one of `act`, every array with a leading axis
-                      N; the answer is then stacked too. Or a list of N, answered with a list of N
-        first         bool (N,): which of them begin an episode; at the beginning, and after `reset`, they all do
+        observations  stacked, as in Gymnasium's vectors: like one of `act`, every array with a leading axis N; the
+        answer is then stacked too. Or a list of N, answered with a list of N first         bool (N,): which of them
+        begin an episode; at the beginning, and after `reset`, they all do
 
         Each environment has a memory of its own, in this order, and N stays the same until `reset`. The most likely
-        actions are those of N agents, up to rounding. Sampled ones are drawn together: the same N and the same calls
-        give the same draws, other N give others. Each N is compiled once. Errors are those of `act`; one that
-        concerns a single environment names its index. An `action_mask` may forbid everything, as in a final
-        observation, whose action nobody executes; then any may come.
+        actions are those of N separate agents, up to rounding. Sampled ones are drawn together: the same N and the same
+        calls give the same draws, a different N gives others. Each N is compiled once. Errors are those of `act`; one
+        that concerns a single environment names its index. An `action_mask` may forbid everything, as in a final
+        observation, whose action nobody executes; then any action may come.
         """
         seen, stacked = read_batch(self._adapter, observations)
         begins = np.zeros(len(seen), bool) if first is None else _mask("first", first, len(seen))
@@ -138,7 +137,7 @@ class Agent:
         return stack(actions) if stacked else actions
 
     def _choose(self, seen: Sequence[dict[str, np.ndarray]], first: np.ndarray) -> list[Any]:
-        """Actions for checked observations, one for each environment that is remembered."""
+        """Actions for checked observations, one for each remembered environment."""
         with self._alone():
             carry, begins = self._carry, first
             if carry is None:
@@ -148,7 +147,7 @@ class Agent:
             else:
                 raise ValueError(
                     f"expected {len(self._first)} observations, one for each environment that is remembered, got "
-                    f"{len(seen)}; call reset() before acting in another number of them"
+                    f"{len(seen)}; call reset() before acting in a different number of them"
                 )
             batch = {key: np.stack([one[key] for one in seen]) for key in seen[0]} | {"is_first": begins}
             key = None if self._key is None else self._key(self._count)
@@ -159,7 +158,7 @@ class Agent:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Holds the memory. RuntimeError if somebody else does: two environments would mix in it."""
+        """Holds the memory. RuntimeError if another thread holds it: two environments would mix in it."""
         if os.getpid() != self._process:
             raise RuntimeError(
                 "expected the process that loaded this agent, got a fork of it, in which JAX does not work; load the "
@@ -184,7 +183,7 @@ class Agent:
         return twin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Agent:
-        """As a copy: weights never change."""
+        """The same as a copy: weights never change."""
         return self.__copy__()
 
     def __reduce__(self) -> NoReturn:

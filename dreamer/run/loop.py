@@ -27,13 +27,13 @@ from dreamer.run.signals import StopRequest
 
 
 class Loop(abc.ABC):
-    """The training loop. What each of its steps is says who loops: one run, the runs of many seeds at once, or one of
-    the processes that share a run."""
+    """The training loop. Subclasses say what each of its steps is: for one run, for the runs of many seeds at once, or
+    for one of the processes that share a run."""
 
     display: Display
 
     def loop(self, stop: StopRequest) -> None:
-        """Until `run.agent_steps`, a request to stop, or too many failures of environments."""
+        """Runs until `run.agent_steps`, a request to stop, or too many failures of environments."""
         self.begin(stop)
         with self.display:
             while self.agree():
@@ -50,7 +50,7 @@ class Loop(abc.ABC):
 
     @abc.abstractmethod
     def agree(self) -> bool:
-        """Whether there is another step, for all who take part in it."""
+        """Whether there is another step, the same answer for all who take part in it."""
 
     @abc.abstractmethod
     def act(self) -> None:
@@ -62,7 +62,7 @@ class Loop(abc.ABC):
 
     @abc.abstractmethod
     def wait(self) -> None:
-        """Take the next observations and the episodes that have ended."""
+        """Take the next observations and the episodes that ended."""
 
     @abc.abstractmethod
     def saves(self) -> bool:
@@ -70,19 +70,19 @@ class Loop(abc.ABC):
 
     @abc.abstractmethod
     def record(self, save: bool) -> None:
-        """Log, report and evaluate where it is time for it; save if asked to."""
+        """Log, report and evaluate when it is time to; save if asked to."""
 
     @abc.abstractmethod
     def settle(self) -> None:
-        """After the last step: everything is written down."""
+        """After the last step: write everything down."""
 
     @abc.abstractmethod
     def finish(self) -> None:
-        """What a person wants to see at the end, unless the run ended before."""
+        """Show what a person wants to see at the end, unless the run ended early."""
 
 
 class Run(RunComponents, Loop):
-    """One run: the loop over its parts."""
+    """One run: the loop over its components."""
 
     def begin(self, stop: StopRequest) -> None:
         self.console.print(self.summary)
@@ -105,7 +105,7 @@ class Run(RunComponents, Loop):
     def act(self) -> None:
         if self.collector is not None:
             with self.watch.section("act"):
-                # The actions wait for the newest weights; the rest of what those updates gave comes along.
+                # The actions wait for the newest weights; what else those updates returned is read with them.
                 chosen = self.collector.choose(self.learner.params)
                 (action, extras), arrived = transfer.read((chosen, self.learner.under_way()))
                 self.learner.arrived(arrived)
@@ -115,7 +115,7 @@ class Run(RunComponents, Loop):
         self.agent_steps += self.stride
 
     def store(self, step: Batch) -> None:
-        """Into replay, what the collector gave."""
+        """Put what the collector returned into replay."""
         with self.watch.section("replay"):
             self.replay.add(step)
         self.watch.count(policy=self.stride)
@@ -127,7 +127,7 @@ class Run(RunComponents, Loop):
         try:
             with self.watch.section("env"):
                 episodes = collector.wait()
-        except EnvError as error:  # An environment that could not be made anew, time after time.
+        except EnvError as error:  # An environment could not be recreated, time after time.
             self.failed = str(error)
             return
         with self.watch.section("log"):
@@ -175,7 +175,7 @@ class Run(RunComponents, Loop):
         return self.replay.starts >= share(self.config.run.batch_size) * self.config.run.batch_length
 
     def updated(self, count: int, metrics: Mapping[str, Any] | Packed) -> None:
-        """So many updates are on their way, with these metrics."""
+        """`count` updates are on their way, with these metrics."""
         self.metrics.add(metrics, "train/")
         self.updates += count
         if told := self.startup.finish("first update"):
@@ -199,7 +199,7 @@ class Run(RunComponents, Loop):
         self.logger.scalars(self.steps, {**self.metrics.result(), **stats, **times, **system})
 
     def report(self) -> None:
-        """Write how good the world model is: numbers, dream videos, the page of its health."""
+        """Record how good the world model is: numbers, dream videos, the health page."""
         batch, log = self.learner.batch, self.config.log
         if batch is None:
             return
@@ -217,7 +217,7 @@ class Run(RunComponents, Loop):
     def evaluate(self) -> list[float]:
         """Play evaluation episodes, log them, keep the weights if they are the best so far.
 
-        Returns the scores; none if the run was asked to stop meanwhile, or the environments failed for good.
+        Returns the scores; none if the run was asked to stop meanwhile, or if the environments failed for good.
         """
         with self.watch.section("eval"):
             self.learner.settle()
@@ -240,7 +240,7 @@ class Run(RunComponents, Loop):
         return scores
 
     def _evaluating(self) -> bool:
-        """Between two steps of an evaluation; whether to give it up."""
+        """Called between two steps of an evaluation; returns whether to abort it."""
         self.display.update(self.steps, "evaluating")
         return bool(self.stop)
 

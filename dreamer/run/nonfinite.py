@@ -1,4 +1,4 @@
-"""NaN and infinity: a run stops at them, says where they are, and leaves what gave them behind."""
+"""NaN and infinity: a run stops at them, says where they are, and leaves behind what produced them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dreamer.replay.episodes import write_arrays
 
 
 class NonFiniteError(RuntimeError):
-    """Something was not finite. `arrays`: what gave it, for a closer look; `dump` writes them."""
+    """Something was not finite. `arrays`: what produced it, for a closer look; `dump` writes them."""
 
     def __init__(self, message: str, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         super().__init__(message)
@@ -31,7 +31,7 @@ class NonFiniteError(RuntimeError):
 
 
 class NonFiniteUpdateError(NonFiniteError):
-    """An update of the weights gave NaN or infinity; the message names the terms and the update."""
+    """An update of the weights produced NaN or infinity; the message names the terms and the update."""
 
     def __init__(self, update: int, terms: Mapping[str, float], batch: Mapping[str, np.ndarray]) -> None:
         bad = ", ".join(f"{name} = {value}" for name, value in terms.items()) or "the weights"
@@ -42,7 +42,7 @@ class NonFiniteUpdateError(NonFiniteError):
 
 
 class NonFiniteActionError(NonFiniteError):
-    """The policy gave NaN or infinity; the message names the parts of its step that have it."""
+    """The policy produced NaN or infinity; the message names the parts of its step that have it."""
 
     def __init__(self, agent_steps: int, step: Mapping[str, np.ndarray]) -> None:
         """step: observations, actions and policy extras, (N, ...) each."""
@@ -55,6 +55,6 @@ class NonFiniteActionError(NonFiniteError):
 
 def not_finite(arrays: Mapping[str, np.ndarray]) -> Sequence[str]:
     """Names of the arrays with NaN or infinity in them."""
-    # To numpy, bfloat16 is of kind "V", and yet a float.
+    # To numpy, bfloat16 is of kind "V", although it is a float.
     floats = {key: value for key, value in arrays.items() if value.dtype.kind in "fV"}
     return [key for key, value in floats.items() if not np.isfinite(value).all()]

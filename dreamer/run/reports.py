@@ -1,4 +1,4 @@
-"""Reports: imagination held against reality, as videos, as the page of the world model's health, and as numbers."""
+"""Reports: imagination compared with reality, as videos, as the health page of the world model, and as numbers."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from dreamer.records.health import Arrays, measure
 from dreamer.records.health_page import draw
 from dreamer.records.video import dream_grid
 
-#: Fields of a batch that tell what happened.
+#: Fields of a batch that say what happened.
 _HAPPENED = ("reward", "is_first", "is_last", "is_terminal")
-#: Of the newest sequences, what is used of `Agent.report`.
+#: What is used of `Agent.report` for the newest sequences.
 _OF_NEWEST = ("value", "dream_reward", "dream_cont")
-#: Predicted probabilities to continue, which are compared with the discount in them.
+#: Predicted probabilities to continue, compared with the discount included.
 _CONTINUES = ("cont", "open_cont", "dream_cont")
 _GRADIENTS = "opt/module_grad_norm/"
 
 
 class Report(NamedTuple):
-    """Numbers, and what draws the pictures, which takes a while: videos (T, H, W, 3) by name, a page (H, W, 3)."""
+    """Numbers, and functions that draw the pictures (slow): videos (T, H, W, 3) by name, a page (H, W, 3)."""
 
     scalars: dict[str, float]
     videos: dict[str, Callable[[], np.ndarray]]
@@ -39,7 +39,7 @@ def make_report(
     """
     key = stream_key(state["key"], "report", state["updates"])
     params = state["params"]
-    # Both are on their way before the first is waited for.
+    # Start both before waiting for the first.
     views = agent.report(params, dict(batch), key)
     recent = None if newest is None else agent.report(params, dict(newest), key)
     views, happened = jax.device_get((dict(views), {name: batch[name] for name in _HAPPENED}))

@@ -1,8 +1,8 @@
-"""What a checkpoint holds beside weights and replay, so that a run goes on as if it had never been stopped.
+"""What a checkpoint holds beside weights and replay, so that a run continues as if it had never been stopped.
 
 Two files of each snapshot: the loop (batches on their way, the policy's carry, running statistics), which is plain
-data, and the environments' states, which are pickles. Only a run that resumes reads the latter, and only its own
-user's: a pickle can do whatever a program can.
+data, and the environments' states, which are pickles. Only a resuming run reads the latter, and only files of its own
+user: a pickle can do whatever a program can.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def pack_progress(
     """The files, by name.
 
     collector   None for a run that does not collect.
-    on_unsaved  Told why the environments' states are not among them, although they could be saved at first.
+    on_unsaved  Called with the reason if the environments' states are missing although they could be saved at first.
     """
     loop = {
         "learner": learner.progress(),
@@ -52,7 +52,7 @@ def pack_progress(
         "metrics": metrics.state(),
     }
     files = {LOOP: serialization.msgpack_serialize(loop)}
-    if can_be_put_back(envs):
+    if can_be_restored(envs):
         try:
             states = {"training": envs.get_state() if collector else None, "evaluation": evaluator.state()}
             files[ENVIRONMENTS] = serialization.msgpack_serialize(states)
@@ -61,8 +61,8 @@ def pack_progress(
     return files
 
 
-def can_be_put_back(envs: VectorEnv) -> bool:
-    """Whether the environments can be put back now; environments that were given up cannot."""
+def can_be_restored(envs: VectorEnv) -> bool:
+    """Whether the environments can be restored now; environments that were given up cannot."""
     try:
         return envs.restorable
     except EnvError:
@@ -84,7 +84,7 @@ def read_progress(folder: Path) -> Progress:
 
 
 def changed_surroundings(stored: Mapping[str, str]) -> list[str]:
-    """What is another now than when the checkpoint was saved, and may change the last digits of all numbers."""
+    """What has changed since the checkpoint was saved, and may change the last digits of all numbers."""
     return [
         f"{name}: {stored.get(name, 'unknown')} -> {now}" for name, now in versions().items() if stored.get(name) != now
     ]

@@ -12,12 +12,12 @@ from typing import Any
 class UpdateSchedule:
     """How many updates are due: ``train_ratio / (B * T)`` per agent step, counted from the step training started at.
 
-    Counted in exact fractions from two integers, so it never drifts, also not over resumes, and training that
-    starts late has no debt to work off.
+    Counted in exact fractions from two integers, so it never drifts, not even across resumes, and training that starts
+    late has no backlog to work off.
     """
 
     def __init__(self, train_ratio: float, batch_size: int, batch_length: int, dispatch: int = 1) -> None:
-        """dispatch: updates that go to the device together, where at least as many are due; others go one by one."""
+        """dispatch: updates that go to the device together, where at least this many are due; others go one by one."""
         self._rate = fractions.Fraction(repr(train_ratio)) / (batch_size * batch_length)
         self._dispatch = dispatch
         self._start: int | None = None
@@ -32,12 +32,12 @@ class UpdateSchedule:
         self._start = agent_steps
 
     def due(self, agent_steps: int) -> int:
-        """Updates owed at this step and not done yet."""
+        """Updates that are owed at this step and not done yet."""
         return 0 if self._start is None else int((agent_steps - self._start) * self._rate) - self._updates
 
     def dispatches(self, agent_steps: int, stride: int) -> Iterator[tuple[int, int]]:
-        """For each dispatch of updates that are owed, which it marks as done: its updates, and those of the dispatch
-        after it, then or at one of the steps agent_steps + stride, + 2 stride, ..."""
+        """For each dispatch of owed updates, which it marks as done: its number of updates, and that of the dispatch
+        after it, now or at one of the steps agent_steps + stride, + 2 stride, ..."""
         while due := self.due(agent_steps):
             count = self._together(due)
             self.done(count)
@@ -59,14 +59,14 @@ class UpdateSchedule:
         return {"start": self._start, "updates": self._updates}
 
     def restore(self, state: dict[str, Any], agent_steps: int, rate_changed: bool) -> None:
-        """Go on from a checkpoint taken at `agent_steps`; with another train ratio, count anew from there."""
+        """Continue from a checkpoint taken at `agent_steps`; with another train ratio, count again from there."""
         self._start, self._updates = state["start"], state["updates"]
         if rate_changed and self.started:
             self._start, self._updates = agent_steps, 0
 
 
 class Every:
-    """True once each `interval` agent steps; an interval of None never comes. The first is one interval in."""
+    """True once every `interval` agent steps, first after one interval; never for an interval of None."""
 
     def __init__(self, interval: int | None, agent_steps: int = 0) -> None:
         self._interval = interval
@@ -92,12 +92,12 @@ class SaveTimer:
         minutes: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """agent_steps: where the run is now. interval: agent steps; None: by the clock only."""
+        """agent_steps: the current step of the run. interval: agent steps; None: by the clock only."""
         self._due, self._seconds, self._clock = Every(interval, agent_steps), 60 * minutes, clock
         self._next = clock() + self._seconds
 
     def __call__(self, agent_steps: int) -> bool:
-        """Whether to save now; the time to the next save begins anew."""
+        """Whether to save now; the time to the next save starts over."""
         due = self._due(agent_steps) or self._clock() >= self._next
         if due:
             self._next = self._clock() + self._seconds

@@ -1,7 +1,7 @@
 """Many seeds at once: independent agents in one process, trained by one update that is mapped over all of them.
 
-Everything but the two mapped programs is the runs' own: environments, replay, records, checkpoints. A run of the group
-can be evaluated, plotted or gone on with alone.
+Everything but the two mapped programs belongs to the single runs: environments, replay, records, checkpoints. A run of
+the group can be evaluated, plotted or continued alone.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def seed_configs(config: Config) -> list[Config]:
 
 
 def common_step(folders: list[Path]) -> int | None:
-    """The newest step of which every run has a checkpoint; None: nothing was saved yet.
+    """The newest step for which every run has a checkpoint; None: nothing was saved yet.
 
-    Runs save one after the other, so a group that was killed may hold newer ones of some of them.
+    Runs save one after another, so a group that was killed may have newer checkpoints for some of them.
     """
     steps = [set(Checkpointer(folder, read_only=True).steps()) for folder in folders]
     if not any(steps):
@@ -54,7 +54,7 @@ def common_step(folders: list[Path]) -> int | None:
     if not common:
         found = ", ".join(f"{folder.name}: {sorted(have)}" for folder, have in zip(folders, steps, strict=True))
         raise CheckpointError(
-            f"expected a checkpoint of the same step in every run, found {found}; go on with each run alone: "
+            f"expected a checkpoint of the same step in every run, found {found}; continue each run alone: "
             f"dreamer train --logdir {shlex.quote(brief(folders[0]))}"
         )
     return max(common)
@@ -165,7 +165,7 @@ class SeedRuns(Loop):
             run.wait()
 
     def saves(self) -> bool:
-        return any([run.saves() for run in self.runs])  # each is asked: their timers go on together
+        return any([run.saves() for run in self.runs])  # ask each: their timers run together
 
     def record(self, save: bool) -> None:
         for run in self.runs:
@@ -181,7 +181,7 @@ class SeedRuns(Loop):
             run.finish()
 
     def act(self) -> None:
-        """The actions of all seeds come from one program."""
+        """One program chooses the actions of all seeds."""
         for run in self.runs:
             run.agent_steps += run.envs.num_envs
         collectors = [run.collector for run in self.runs if run.collector is not None]
@@ -205,7 +205,7 @@ class SeedRuns(Loop):
         first.startup.mark("first action", once=True)
 
     def update(self) -> None:
-        """The updates of all seeds are one program. All begin together."""
+        """One program updates all seeds. All begin together."""
         runs = self.runs
         if not runs[0].schedule.started and all(run.filled for run in runs):
             for run in runs:
@@ -227,5 +227,5 @@ class SeedRuns(Loop):
             run.close()
 
     def close(self) -> None:
-        """Give everything back."""
+        """Release everything."""
         self._undo.close()

@@ -13,7 +13,7 @@ from typing import Any
 
 from dreamer.process import STOP_SIGNALS, unfailing_output
 
-#: Seconds that threads have for ending by themselves once everything else is done.
+#: Seconds that threads have to end by themselves once everything else is done.
 GRACE = 5.0
 _FROM_THE_KEYBOARD = (signal.SIGINT, signal.SIGQUIT)
 
@@ -41,7 +41,7 @@ class StopRequest:
         self.signal = None
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
-                # What is ignored (SIGHUP under nohup) or means something else to the program around stays so.
+                # Signals that are ignored (SIGHUP under nohup) or mean something else to the program around us stay so.
                 if number in (signal.SIGTERM, signal.SIGINT) or signal.getsignal(number) is signal.SIG_DFL:
                     self._former[number] = signal.signal(number, self._handle)
         return self
@@ -52,7 +52,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _take_back(self) -> None:
-        """The signals from handlers that an environment or a library has put in place of ours meanwhile."""
+        """Takes the signals back from handlers that an environment or a library has installed in place of ours."""
         for number in self._former:
             if signal.getsignal(number) != self._handle:
                 signal.signal(number, self._handle)
@@ -64,8 +64,8 @@ class StopRequest:
 
 
 def end_without(threads: Sequence[threading.Thread], code: int) -> None:
-    """When the main thread has ended, wait no longer than `GRACE` for these, which environments have left running, but
-    end the process with this exit code. Python itself would wait for ever."""
+    """When the main thread has ended, wait at most `GRACE` seconds for these threads, which environments left running,
+    then end the process with this exit code. Python itself would wait forever."""
     waited_for = [one for one in threads if not one.daemon]
     if waited_for:
         threading.Thread(target=_end, args=(waited_for, code), daemon=True).start()

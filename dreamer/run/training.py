@@ -35,10 +35,10 @@ STOPPED = Text("stopped:", "bold red")
 def train(config: Config, make_env: MakeEnv | None = None, begun: float | None = None) -> int:
     """Run, or resume, the training that `config` describes; returns the exit code.
 
-    make_env: ``(index, seed) -> environment``, a Gymnasium or `dreamer.envs.Env` one, instead of `config.task`.
-    begun: when the program was started, by `time.time`, for the account of the time to the first update; None: now.
+    make_env: ``(index, seed) -> environment``, of Gymnasium or a `dreamer.envs.Env`, instead of `config.task`.
+    begun: when the program was started, by `time.time`, to report the time to the first update; None: now.
     0: reached the end or was asked to stop (a checkpoint is saved); 3: a loss or an action was not finite; 4:
-    environments failed too often (a checkpoint is saved). PathError if the logdir cannot be one.
+    environments failed too often (a checkpoint is saved). PathError if the logdir cannot be used.
     """
     startup = StartupTimer(begun)
     startup.mark("imports")
@@ -76,5 +76,5 @@ def train(config: Config, make_env: MakeEnv | None = None, begun: float | None =
         if stop:
             again = f"dreamer train --logdir {shlex.quote(brief(logdir))}"
             alone = make_env is None and jax.process_count() == 1
-            console.print(f"\nstopped; go on with: {again if alone else 'the same call'}")
+            console.print(f"\nstopped; resume with: {again if alone else 'the same call'}")
     return 0

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: which there are, which are kept, and how writing overlaps with training.
+"""Checkpoints of a run: which exist, which are kept, and how writing overlaps with training.
 
 Layout of a logdir::
 
@@ -7,7 +7,7 @@ Layout of a logdir::
     replay/                      chunk files of the replay, shared by all checkpoints
 
 `save` copies the state before it returns (the next update may donate its buffers) and writes it in one
-background thread; what goes wrong there surfaces at the next call as a CheckpointError.
+background thread; errors there surface at the next call as a CheckpointError.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 #: Step, tree of arrays, meta data.
 Restored = tuple[int, Any, dict[str, Any]]
 _NAME = re.compile(r"(\d{12})(?:\.(\d+))?")
-#: Times a read-only checkpointer looks again when a live run has deleted what it was reading.
+#: How often a read-only checkpointer tries again when a live run has deleted what it was reading.
 _LOOKS = 5
 
 
@@ -63,7 +63,7 @@ class Checkpointer:
     """Saves and restores a run's state under its logdir.
 
     Open it for writing only while holding the logdir's lock. With `read_only` nothing is written, renamed
-    or deleted, and a run that is still training may go on writing beside it.
+    or deleted, and a run that is still training may keep writing meanwhile.
     """
 
     def __init__(
@@ -105,10 +105,10 @@ class Checkpointer:
     ) -> None:
         """Saves `state` (pytree of arrays) and `meta` (JSON values, numpy arrays) as the checkpoint of `step`.
 
-        files: further contents by name; `check` of `restore` is where to read them (`snapshot.read_file`).
-        Returns when the state is copied and the replay's new transitions are written; the rest goes on in the
-        background. Waits for a save that is still running; if that one failed, its CheckpointError is raised once
-        this save is under way. The manifest of the replay comes back from `restore` as `meta["replay"]`.
+        files: further contents by name; read them in the `check` of `restore` (`snapshot.read_file`).
+        Returns when the state is copied and the replay's new transitions are written; the rest happens in the
+        background. Waits for a save that is still running; if that one failed, its CheckpointError is raised once this
+        save is under way. The manifest of the replay comes back from `restore` as `meta["replay"]`.
         """
         failure = self._begin()
         leaves = snapshot.to_host(state)
@@ -121,20 +121,20 @@ class Checkpointer:
         self._start(f"checkpoint {step}", lambda: self._write(step, leaves, meta, files), failure)
 
     def save_best(self, score: float, params: Any, meta: Mapping[str, Any]) -> None:
-        """Saves the weights of the best evaluation so far in place of the former best ones. As `save`."""
+        """Saves the weights of the best evaluation so far in place of the previous best. As `save`."""
         failure = self._begin()
         leaves, meta = snapshot.to_host(params), {**meta, "score": float(score)}
         self._start(f"best weights (score {score:g})", lambda: self._write_best(leaves, meta), failure)
 
     def poll(self) -> bool:
-        """Whether no save is running; raises the CheckpointError of one that failed. Never waits."""
+        """Whether no save is running; raises the CheckpointError of a failed one. Never waits."""
         if self._thread is not None and self._thread.is_alive():
             return False
         self.wait()
         return True
 
     def wait(self) -> None:
-        """Waits until everything is on disk; raises the CheckpointError of a save that failed."""
+        """Waits until everything is on disk; raises the CheckpointError of a failed save."""
         if (failure := self._settle()) is not None:
             raise failure
 
@@ -149,7 +149,7 @@ class Checkpointer:
     # Finding and restoring
 
     def steps(self) -> list[int]:
-        """Agent steps of the checkpoints there are, oldest first, damaged ones included."""
+        """Agent steps of all checkpoints, oldest first, damaged ones included."""
         return sorted({entry.step for entry in _entries(self._folder)})
 
     def latest(self) -> int | None:
@@ -165,9 +165,9 @@ class Checkpointer:
     ) -> Restored:
         """The newest intact checkpoint, or that of `step`: (agent step, tree of numpy arrays, meta).
 
-        template  Tree with the structure, shapes and dtypes expected; None: nested dicts as saved.
+        template  Tree with the expected structure, shapes and dtypes; None: nested dicts as saved.
         parts     Top-level keys of the state to read; None: all.
-        check     Called with the meta data and the snapshot's folder, to load the replay say; if it raises
+        check     Called with the meta data and the snapshot's folder, to load the replay for example; if it raises
                   ReplayError, OSError or DamagedCheckpointError, this checkpoint counts as damaged.
 
         Damaged checkpoints are skipped with a CheckpointWarning and, unless read-only, set aside under another
@@ -198,7 +198,7 @@ class Checkpointer:
         return snapshot.read_meta(entries[-1].folder)["score"] if entries else None
 
     def forget_best_after(self, agent_steps: int) -> None:
-        """Sets aside best weights of a later step: the run goes on from before them."""
+        """Sets aside best weights of a later step: the run continues from before them."""
         self.wait()
         for entry in _entries(self._best_folder):
             if snapshot.read_meta(entry.folder).get("agent_steps", 0) > agent_steps:
@@ -247,7 +247,7 @@ class Checkpointer:
         return self._settle()
 
     def _settle(self) -> CheckpointError | None:
-        """Waits for the save that is running; what went wrong with it, once."""
+        """Waits for the running save; returns its error, if any, once."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -258,7 +258,7 @@ class Checkpointer:
         def work() -> None:
             try:
                 write()
-            except BaseException as error:  # Whatever it is belongs to the thread that asked for the save.
+            except BaseException as error:  # Any error belongs to the thread that asked for the save.
                 self._error = CheckpointError(self._failure(what, error))
                 self._error.__cause__ = error
 
@@ -295,7 +295,7 @@ class Checkpointer:
             snapshot.remove(entry.folder)
 
     def _prune(self) -> None:
-        """Deletes the checkpoints that need not be kept, then the replay files that none of the others names."""
+        """Deletes the checkpoints that need not be kept, then the replay files that none of the others name."""
         latest = {entry.step: entry for entry in _entries(self._folder)}
         keep = set(sorted(latest)[-self._keep :]) | self._milestones(latest)
         for entry in _entries(self._folder):
@@ -304,7 +304,7 @@ class Checkpointer:
         try:
             manifests = [snapshot.read_meta(latest[step].folder).get("replay") for step in sorted(keep)]
         except DamagedCheckpointError:
-            return  # Which files that one needs is unknown, so all of them stay.
+            return  # Which files this checkpoint needs is unknown, so all of them stay.
         if manifests[-1] is None:
             return  # Saved without the replay, which says nothing about its files.
         prune(self.replay_folder, [manifest for manifest in manifests if manifest is not None])
@@ -340,7 +340,7 @@ def _entries(folder: Path) -> list[_Entry]:
 
 
 def _set_aside(folder: Path, why: str) -> str:
-    """Renames a snapshot that must not be found any more; it is left for a person to delete."""
+    """Renames a snapshot that must no longer be found; it is left for a person to delete."""
     name, number = f"{why}-{folder.name}", 1
     while (folder.parent / name).exists():
         number += 1

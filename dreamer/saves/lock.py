@@ -21,7 +21,7 @@ class LogdirInUseError(RuntimeError):
 class LogdirLock:
     """Holds LOGDIR/.lock, which names the holder; the kernel releases it when the process ends, however it ends.
 
-    A context manager. The file itself stays: deleting it could free a lock that somebody has just taken.
+    A context manager. The file itself stays: deleting it could free a lock that another process has just taken.
     """
 
     def __init__(self, logdir: Path | str) -> None:
@@ -36,7 +36,7 @@ class LogdirLock:
         try:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            text = f"expected a logdir of which you may write every file, got {str(self._path)!r}: {error.strerror}"
+            text = f"expected a logdir in which you may write every file, got {str(self._path)!r}: {error.strerror}"
             raise PathError(f"{text}; name another, or change the owner of its files") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -50,7 +50,7 @@ class LogdirLock:
             if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 os.close(descriptor)
                 raise
-            text = f"the file system of {self._path} has no locks; see to it that only one run uses this logdir"
+            text = f"the file system of {self._path} has no locks; make sure that only one run uses this logdir"
             warnings.warn(text, RuntimeWarning, stacklevel=3)
         started = time.strftime("%Y-%m-%d %H:%M:%S")
         self._descriptor = descriptor
@@ -60,9 +60,9 @@ class LogdirLock:
 
     def release(self) -> None:
         if self._descriptor is not None:
-            with contextlib.suppress(OSError):  # A file system without locks has none to give back.
+            with contextlib.suppress(OSError):  # A file system without locks has none to release.
                 os.truncate(self._descriptor, 0)
-                # Closing alone would leave the lock to copies of the descriptor in a process that is just starting.
+                # Closing alone would leave the lock with copies of the descriptor in a process that is just starting.
                 fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             os.close(self._descriptor)
             self._descriptor = None

@@ -1,10 +1,10 @@
-"""One checkpoint on disk: written whole or not at all, and checked byte for byte when it is read.
+"""One checkpoint on disk: written whole or not at all, and checked byte for byte on reading.
 
 A snapshot is a folder::
 
     state/           the arrays, written by orbax as one flat dict {"params.encoder.kernel": array, ...}
     meta.json        whatever else the caller wants back: counters, generator states, manifests
-    files/           further files of the caller's, bytes
+    files/           further files of the caller, bytes
     manifest.json    path, shape and dtype of every array; size and checksum of every file above,
                      and of this one
 
@@ -32,15 +32,15 @@ import orbax.checkpoint as ocp
 from dreamer.paths import make_durable
 
 FORMAT = 3
-#: Prefix of folders that are being written; one that is left over was interrupted.
+#: Prefix of folders that are being written; a leftover one was interrupted.
 PARTIAL = ".partial-"
 #: Prefix of folders that are being deleted.
 TRASH = ".trash-"
 
-#: Where programs of the same format have put what is now elsewhere: the beginning of its path, then and now.
+#: Arrays that earlier programs of the same format stored elsewhere: the beginning of their path, then and now.
 _MOVED = {("slow_value",): ("slow", "value")}
 _SHOWN_DIFFERENCES = 8
-#: Paths that orbax takes as they are: it puts its own into patterns, where [ ] * ? match other names, and into JSON.
+#: Paths that are safe for orbax: it puts them into patterns, where [ ] * ? match other names, and into JSON.
 _PLAIN = re.compile(r"[A-Za-z0-9/._+=,@:~-]+")
 
 Leaves = dict[tuple[str | int, ...], np.ndarray]
@@ -90,7 +90,7 @@ def to_host(tree: Any) -> Leaves:
                 f"expected raw uint32 key data, {_name(path)} is a typed key: use jax.random.key_data"
             )
     host = jax.device_get(list(leaves.values()))
-    # What came from an accelerator is fresh memory already; on the CPU it may still be the donated buffer itself.
+    # What came from an accelerator is already fresh memory; on the CPU it may still be the donated buffer itself.
     fresh = [isinstance(x, jax.Array) and all(d.platform != "cpu" for d in x.devices()) for x in leaves.values()]
     return {p: np.asarray(h) if f else np.array(h) for (p, f, h) in zip(leaves, fresh, host, strict=True)}
 
@@ -101,7 +101,7 @@ def write(folder: Path, leaves: Leaves, meta: Mapping[str, Any], files: Mapping[
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        # Orbax refuses arrays without elements; the manifest alone says all about them.
+        # Orbax refuses arrays without elements; the manifest alone says everything about them.
         stored = {_name(p): a for p, a in leaves.items() if a.size}
         if stored:
             with _orbax() as saver, _plainly_named(partial) as place:
@@ -128,7 +128,7 @@ def write(folder: Path, leaves: Leaves, meta: Mapping[str, Any], files: Mapping[
 
 
 def remove(folder: Path) -> None:
-    """Deletes a snapshot such that an interruption leaves no half of it under its name."""
+    """Deletes a snapshot in such a way that an interruption leaves no half of it under its name."""
     trash = folder.with_name(TRASH + folder.name)
     shutil.rmtree(trash, ignore_errors=True)
     os.rename(folder, trash)
@@ -144,9 +144,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
 
 
 def read_file(folder: Path, name: str) -> bytes | None:
-    """One of the caller's files, None if there is none of this name; to be asked for after `read` has verified it.
+    """One of the caller's files, None if there is none of this name; ask for it after `read` has verified it.
 
-    CheckpointError if it belongs to another user: what is made of it may be as powerful as a program.
+    CheckpointError if it belongs to another user: unpickling it may run any code.
     """
     path = folder / "files" / name
     try:
@@ -165,7 +165,7 @@ def read(
 ) -> tuple[Any, dict[str, Any]]:
     """Reads a snapshot: (tree of numpy arrays, meta).
 
-    manifest  What `verify` gave for it.
+    manifest  What `verify` returned for it.
     template  Tree whose structure, shapes and dtypes the snapshot must have (arrays or
               ShapeDtypeStruct); None: nested dicts as they were saved.
     parts     Top-level keys to read; None: all. A template then holds these keys only.
@@ -195,7 +195,7 @@ def _place(path: tuple) -> tuple:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The manifest of a snapshot all of whose files are as they were written; DamagedCheckpointError otherwise."""
+    """The manifest of a snapshot whose files are all as written; DamagedCheckpointError otherwise."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         version, files = manifest["format"], manifest["files"]
@@ -223,7 +223,7 @@ def _digest(manifest: Mapping[str, Any]) -> int:
 
 
 def _orbax() -> ocp.Checkpointer:
-    """Writes and reads for this process alone: where there are others, it does not wait for them."""
+    """Writes and reads for this process alone: if there are others, it does not wait for them."""
     process = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
     return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=alone), multiprocessing_options=alone)
@@ -231,7 +231,7 @@ def _orbax() -> ocp.Checkpointer:
 
 @contextlib.contextmanager
 def _plainly_named(folder: Path) -> Iterator[Path]:
-    """The folder from the root under a path that orbax can take: its own one, or a link for the time being."""
+    """An absolute path of the folder that orbax can take: its own, or that of a temporary link."""
     folder = folder.absolute()
     if _PLAIN.fullmatch(str(folder)):
         yield folder

@@ -1,4 +1,4 @@
-"""Trained weights of a run that is over, or of another one: to play with, or to start from."""
+"""Trained weights of a finished run, or of another run: to play with, or to start from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from dreamer.presets import diff, stored_config
 from dreamer.saves.checkpoint import Checkpointer, CheckpointError
 from dreamer.saves.snapshot import flatten
 
-#: Where the parameters lie that `from_checkpoint_parts` names.
+#: Where the parameters that `from_checkpoint_parts` names are in the tree.
 PARTS = {
     "world_model": ("world_model",),
     "actor": ("actor_critic", "policy"),
@@ -31,7 +31,7 @@ def load_params(checkpointer: Checkpointer, template: Mapping[str, Any] | None =
 
 
 def check_source(config: Config) -> None:
-    """CheckpointError if the configuration names a folder of weights in which there are none. Reads none of them."""
+    """CheckpointError if the configuration names a folder without weights. Does not read the weights."""
     if config.from_checkpoint is not None:
         source = Checkpointer(config.from_checkpoint, read_only=True)
         if source.best_score() is None and source.latest() is None:

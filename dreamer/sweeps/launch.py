@@ -81,7 +81,7 @@ def run_sweep(request: Request, program: Sequence[str] = TRAIN, poll_seconds: fl
             backend.close()
         if stop:
             again = f"dreamer sweep {shlex.quote(request.file)} --logdir {shlex.quote(brief(folder))}"
-            console.print(f"stopped: {counts(scheduler.entries)}; go on with: {again}")
+            console.print(f"stopped: {counts(scheduler.entries)}; resume with: {again}")
             return 0
         return tell(sweep, folder, scheduler.entries, console)
 

@@ -134,7 +134,7 @@ def test_what_goes_on_when_collecting_ends_is_cut(tmp_path):
 
 
 def test_random_play_takes_what_is_allowed_and_outlives_failures(tmp_path, capsys):
-    """Each life of the environment is two episodes of 4 steps and 2 steps of a third; one of 10 steps begins anew."""
+    """Each life of the environment is two episodes of 4 steps and 2 steps of a third; one of 10 steps starts over."""
     line = ["collect", "gym_Masked-v0", str(tmp_path), "--steps", "30", "--env.num_envs", "1"]
     assert main([*line, "--env.restart_seconds", "0"]) == 0
     source = EpisodeFolder(tmp_path, OBSERVATIONS | {"action_mask": Space("discrete", (5,), (2,) * 5)}, ACTIONS)

@@ -398,7 +398,7 @@ def test_the_old_package_is_recognised():
 
 
 def test_later_failures_are_no_mistakes_of_the_user():
-    """Whoever has taken one good step is made anew when it returns garbage."""
+    """Whoever has taken one good step is recreated when it returns garbage."""
 
     class Later(Raw):
         steps = 0

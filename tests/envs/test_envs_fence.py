@@ -358,7 +358,7 @@ def test_streams_that_are_closed_are_opened_again(tmp_path):
     assert (tmp_path / "file").read_text() == ""
 
 
-def test_options_of_jax_are_put_back_and_refused():
+def test_options_of_jax_are_restored_and_refused():
     def make(index: int, seed: int) -> Rounds:
         jax.config.update("jax_enable_x64", True)
         return Rounds()
@@ -450,7 +450,7 @@ def test_a_proof_leaves_the_only_object_alone():
     env.close()
 
 
-# Asking whether it can be put back
+# Asking whether it can be restored
 
 
 def test_an_error_behind_restorable_is_no_yes():
@@ -601,6 +601,6 @@ def test_states_that_are_not_given_or_taken_back_cost_their_episodes(tmp_path, m
     assert Checkpointer(tmp_path, read_only=True).restore(parts=())[2]["exact"]
     capsys.readouterr()
     assert train(tiny_config(logdir=str(tmp_path), run__agent_steps=40, **QUICK), make) == 0
-    assert "could not be put back, and begin new episodes" in " ".join(capsys.readouterr().out.split())
+    assert "could not be restored, and begin new episodes" in " ".join(capsys.readouterr().out.split())
     scores = [json.loads(line)["episode/score"] for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     assert scores == [7.0] * 4

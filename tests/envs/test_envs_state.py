@@ -1,4 +1,4 @@
-"""Environments are put back exactly: what follows a restored state is what followed the saved one, to the bit."""
+"""Environments are restored exactly: what follows a restored state is what followed the saved one, to the bit."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_crafter_s_picture_takes_no_random_numbers():
 
 
 @pytest.mark.parametrize("game", ["breakout", "qbert"])
-def test_an_emulator_is_put_back_at_any_step(game):
+def test_an_emulator_is_restored_at_any_step(game):
     """Also where what the last frame left on the console's pins decides what the next one does: after a reset, or in
     the middle of a paddle's turn, once in some hundred steps."""
     config = EnvConfig(atari=AtariConfig(sticky=0.25, noops=0, size=(42, 32)))

@@ -1,4 +1,4 @@
-"""Gymnasium environments are put back exactly where a trial shows that they can be, and are known where they cannot."""
+"""Gymnasium environments are restored exactly where a trial shows that they can be, and are known where they cannot."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ def test_a_way_is_found(make, way):
         (ForgetfulMethods, ["by its methods: 'reward'", "by its attributes"]),
     ],
 )
-def test_what_cannot_be_put_back_is_known(make, words):
+def test_what_cannot_be_restored_is_known(make, words):
     env = gym_env(make)
     assert not restorable(env)
     assert all(word in env.why_not_restorable for word in words), env.why_not_restorable

@@ -131,7 +131,7 @@ def test_bsuite_catch_as_its_rules_say():
 
 
 @pytest.mark.parametrize("experiment", [name for name in EXPERIMENTS if not name.startswith("mnist")])
-def test_bsuite_experiments_can_be_put_back(experiment):
+def test_bsuite_experiments_can_be_restored(experiment):
     assert restore_failure(maker(f"bsuite_{experiment}/{EXPERIMENTS[experiment] - 1}"), bounded=False) is None
 
 
@@ -182,12 +182,12 @@ def test_minigrid_goal_is_terminal_and_the_time_limit_is_not():
 
 
 @pytest.mark.parametrize("world", ["DoorKey-8x8-v0", "Dynamic-Obstacles-6x6-v0", "ObstructedMaze-1Dlhb-v0"])
-def test_minigrid_can_be_put_back(world):
+def test_minigrid_can_be_restored(world):
     assert restore_failure(maker(f"minigrid_{world}"), bounded=False) is None
 
 
 @pytest.mark.slow
-def test_every_minigrid_world_can_be_made_and_put_back():
+def test_every_minigrid_world_can_be_made_and_restored():
     found = {task: restore_failure(maker(task), bounded=False) for task in list_tasks()["minigrid"]}
     assert {task: why for task, why in found.items() if why is not None} == {}
 
@@ -229,7 +229,7 @@ def test_vizdoom_time_limit_is_not_terminal():
     env.close()
 
 
-def test_vizdoom_can_be_put_back():
+def test_vizdoom_can_be_restored():
     assert restore_failure(maker("vizdoom_take_cover"), bounded=False) is None
 
 
@@ -263,7 +263,7 @@ def test_vizdoom_killed_leaves_no_engine_no_shared_memory_and_no_files(tmp_path)
 # --- Memory Maze -------------------------------------------------------------------------------
 
 
-def test_memory_maze_can_be_put_back(tmp_path, monkeypatch, caplog):
+def test_memory_maze_can_be_restored(tmp_path, monkeypatch, caplog):
     """The whole check takes a minute and is among the slow tests; this goes back in one and the same instance.
 
     Its libraries say nothing at each reset, on the screen or in files.
@@ -320,12 +320,12 @@ def test_procgen_has_every_game_and_knows_its_clock():
 
 @needs_procgen
 @pytest.mark.parametrize("game", TIME_LIMITS)
-def test_procgen_games_can_be_put_back(game):
+def test_procgen_games_can_be_restored(game):
     assert restore_failure(maker(f"procgen_{game}"), bounded=False) is None
 
 
 @needs_procgen
-def test_procgen_large_pictures_can_be_put_back():
+def test_procgen_large_pictures_can_be_restored():
     one, two = (make_env("procgen_heist", EnvConfig(procgen={"size": (96, 96)}), seed) for seed in (1, 2))
     play(one, [7, 1, 5])
     two.reset()

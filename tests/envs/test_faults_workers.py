@@ -92,7 +92,7 @@ def hurry(env: ProcessVectorEnv, seconds: float) -> None:
 
 
 def check_fault(workers: str, trouble: str, undisturbed: list[Batch], patience: float | None = None) -> Fault:
-    """One environment gets into trouble: it begins anew, with a fresh seed, and the others notice nothing."""
+    """One environment gets into trouble: it starts over, with a fresh seed, and the others notice nothing."""
     env = vector_env(workers)
     env.reset()
     if patience is not None:
@@ -242,7 +242,7 @@ def test_it_waits_longer_and_longer(workers, waits):
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_what_cannot_be_made_anew_ends_the_run(workers, waits):
+def test_what_cannot_be_recreated_ends_the_run(workers, waits):
     seed_of_first, who = first_seed(), WHO
 
     def make(index: int, seed: int) -> Any:
@@ -331,7 +331,7 @@ def test_the_budget_counts_within_its_minutes():
 @pytest.mark.parametrize("later", WORKERS)
 @pytest.mark.parametrize("before", WORKERS)
 def test_states_continue_to_the_bit(before, later):
-    """With an environment that was made anew before, and one that is made anew after: its seed is the third."""
+    """With an environment that was recreated before, and one that is recreated after: its seed is the third."""
     first = vector_env(before)
     assert first.restorable
     first.reset()
@@ -353,7 +353,7 @@ def test_states_continue_to_the_bit(before, later):
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_what_cannot_be_put_back_says_so(workers, undisturbed):
+def test_what_cannot_be_restored_says_so(workers, undisturbed):
     class Sealed(Faulty):
         restorable = False
 
@@ -367,7 +367,7 @@ def test_what_cannot_be_put_back_says_so(workers, undisturbed):
     env = vector_env(workers, lambda index, seed: Sealed(seed))
     env.reset()
     assert not env.restorable
-    with pytest.raises(EnvError, match="expected an environment that can be put back, got a Sealed"):
+    with pytest.raises(EnvError, match="expected an environment that can be restored, got a Sealed"):
         env.get_state()
     assert same(play(env, actions()), undisturbed, [0, 1, 2])
     env.close()
@@ -389,7 +389,7 @@ def good_state() -> bytes:
         env.close()
 
 
-def test_native_environments_cannot_be_put_back():
+def test_native_environments_cannot_be_restored():
     env = make_vector_env("atari_pong", EnvConfig(atari={"native": True}), 2, 0, True)
     assert not env.restorable and env.take_faults() == []
     for attempt in (env.get_state, lambda: env.set_state([b"", b""])):

@@ -228,7 +228,7 @@ def test_a_file_system_that_cannot_reserve_gets_zeros(tmp_path, monkeypatch):
 
 
 def test_disk_storage_is_saved_where_it_lies(tmp_path):
-    with pytest.raises(ReplayError, match="save disk storage where it lies"):
+    with pytest.raises(ReplayError, match="save disk storage in its own folder"):
         build("disk", tmp_path / "a").save(tmp_path / "b")
     with pytest.raises(ReplayError, match="expected a folder for disk storage"):
         Replay(FIELDS, 1, 10, 3, 0, storage="disk")

@@ -60,7 +60,7 @@ def test_a_failing_environment_costs_an_episode(trouble, workers, said, runs, tm
     make = lambda index, seed: Failing(trouble, tmp_path / "once") if index == 1 else Rounds()  # noqa: E731
     assert train(config, make) == 0
     text = capsys.readouterr().out
-    assert "environment 1" in text and "started anew" in text and said in text
+    assert "environment 1" in text and "restarted" in text and said in text
     assert sum(row.get("env/failures_sum", 0) for row in lines(logdir / "metrics.jsonl")) == 1
     steps = stored_steps(runs[0].replay)
     healthy, failed = ({name: array[env] for name, array in steps.items()} for env in (0, 1))
@@ -86,7 +86,7 @@ def test_an_environment_that_always_fails_stops_the_run_with_a_checkpoint(runs, 
     assert np.flatnonzero(stored_steps(runs[0].replay)["is_last"][0]).tolist() == [7, 10, 18, 21, 29, 32]
 
 
-def test_an_environment_that_cannot_be_made_anew_stops_the_run_with_a_checkpoint(runs, tmp_path, capsys, monkeypatch):
+def test_an_environment_that_cannot_be_recreated_stops_the_run_with_a_checkpoint(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("dreamer.envs.faults.TRIES", 3)
     config = tiny_config(
         logdir=str(tmp_path), env__num_envs=1, env__restart_seconds=0.0, env__failure_limit=None, run__agent_steps=1000,
@@ -106,7 +106,7 @@ def test_an_environment_that_cannot_be_made_anew_stops_the_run_with_a_checkpoint
     assert (step, meta["exact"]) == (11, False)
 
 
-def test_a_failing_evaluation_environment_is_made_anew(runs, tmp_path):
+def test_a_failing_evaluation_environment_is_recreated(runs, tmp_path):
     config = tiny_config(
         logdir=str(tmp_path / "run"), env__num_envs=1, env__restart_seconds=0.0, run__agent_steps=20,
         run__eval_every=20, run__eval_episodes=3, run__eval_envs=1, run__final_eval=False,

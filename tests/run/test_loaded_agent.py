@@ -183,7 +183,7 @@ def test_batches_that_are_refused(observations, words):
 
 @pytest.mark.parametrize("env", ["CartPole-v1", Nested, object(), {"observation_space": 1}])
 def test_what_is_no_environment(env):
-    with pytest.raises(ValueError, match="expected an environment of Gymnasium"):
+    with pytest.raises(ValueError, match="expected a Gymnasium environment"):
         EnvAdapter(env, VECTOR, CHOICE)
 
 

@@ -124,7 +124,7 @@ def end_after(stopped: Stopped, steps: int) -> tuple[str, str]:
 
 def test_sigterm_saves_and_says_how_to_go_on(stopped):
     assert stopped.code == 0, stopped.output
-    assert f"go on with: dreamer train --logdir {shlex.quote(str(stopped.logdir))}" in stopped.output
+    assert f"resume with: dreamer train --logdir {shlex.quote(str(stopped.logdir))}" in stopped.output
     step, state, meta = checkpoint(stopped.logdir)
     assert step == meta["agent_steps"]
     # A stop changes no record: what was averaged since the last line is averaged further after the resume.
@@ -175,12 +175,12 @@ def test_replay_goes_on(stopped, copy, resume):
 
 @pytest.fixture
 def forgetful(monkeypatch):
-    """Environments that could be saved when the run was stopped cannot be put back now."""
+    """Environments that could be saved when the run was stopped cannot be restored now."""
     monkeypatch.setattr(InlineVectorEnv, "restorable", False)
 
 
 @pytest.mark.usefixtures("forgetful")
-def test_environments_that_cannot_be_put_back_begin_anew(stopped, copy, resume):
+def test_environments_that_cannot_be_restored_begin_anew(stopped, copy, resume):
     step = checkpoint(stopped.logdir)[0]
     begun = resume(copy, *end_after(stopped, 40))
     # What they were in the middle of is over, but not terminal.

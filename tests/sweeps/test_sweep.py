@@ -232,7 +232,7 @@ def test_ctrl_c_stops_all_runs_cleanly_and_the_same_command_goes_on(place, numbe
     sweep.send_signal(number)
     assert sweep.wait(30) == 0
     out = place.output.read_text()
-    assert "go on with: dreamer sweep" in out and "is asked to stop" in out
+    assert "resume with: dreamer sweep" in out and "is asked to stop" in out
     assert place.status(NAMES[1]) == "waiting" and 20 <= place.steps(NAMES[1]) < 100
     before = {name: place.steps(name) for name in NAMES}
     assert place.run() == 0

@@ -192,7 +192,7 @@ def test_the_tiny_sweep_survives_ctrl_c_and_a_kill(tmp_path):
     until(lambda: steps_of(first) >= 40 or steps_of(second) >= 40, 600, "steps", sweep)
     sweep.send_signal(signal.SIGINT)
     assert sweep.wait(300) == 0
-    assert "go on with: dreamer sweep tiny" in (tmp_path / "output.txt").read_text()
+    assert "resume with: dreamer sweep tiny" in (tmp_path / "output.txt").read_text()
     stopped = [run for run in (first, second) if load_state(run).status == "waiting"]
     assert stopped and steps_of(stopped[0]) < 200
     assert all(list((run / "checkpoints").iterdir()) for run in stopped if steps_of(run) >= 40)

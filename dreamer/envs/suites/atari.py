@@ -2,7 +2,7 @@
 
 The suites ``atari`` and ``atari100k`` are this same code; their protocols differ in ``env.atari.*`` (see the presets).
 One agent step is `repeat` emulator frames with one action. The observation is the maximum of the last `pooling` raw RGB
-frames, resized with Pillow (bilinear), then gray if asked. Rewards are the emulator's, summed, neither clipped nor
+frames, resized with Pillow (bilinear), then gray if asked. Rewards come from the emulator, summed, not clipped or
 discounted.
 """
 
@@ -22,7 +22,7 @@ from dreamer.envs.suites.atari_scores import SCORES
 from dreamer.types import Space
 from dreamer.values import suggestion
 
-#: Shares of red, green and blue in gray, in thousandths: whole numbers, so that every machine rounds alike (down).
+#: Shares of red, green and blue in gray, in thousandths: whole numbers, so that every machine rounds the same way.
 GRAY = np.array([299, 587, 114], np.int32)
 
 
@@ -92,8 +92,8 @@ class Atari:
     def _remember(self, action: Any) -> None:
         """Note the state before the last frame and the action taken there.
 
-        The pins of the console's sockets and switches are not part of the emulator's state, and for one frame more the
-        game reads what the last one left on them. To put it back exactly, that frame is played again.
+        The pins of the console's sockets and switches are not part of the emulator's state, and for one more frame the
+        game reads what the last frame left on them. To restore it exactly, that frame is played again.
         """
         self._before = self._ale.cloneState(include_rng=self.config.sticky > 0), action
 

@@ -1,7 +1,7 @@
 """Scores of random play and of a human tester on the 57 Atari games.
 
-Means over episodes that start with up to 30 no-ops and last at most 108,000 frames; the table that the literature
-shares since Mnih et al. 2015 and Wang et al. 2016. Names are ALE's.
+Means over episodes that start with up to 30 no-ops and last at most 108,000 frames; the table that the literature has
+shared since Mnih et al. 2015 and Wang et al. 2016. Names are ALE's.
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class NativeAtariVectorEnv:
         if self._waiting:
             self.step_wait()
         observation, info = self._open().reset(seed=self._seeds)
-        self._seeds = None  # later resets go on with the same random numbers
+        self._seeds = None  # later resets continue the same random stream
         zeros = np.zeros(self.num_envs, bool)
         return self._batch(observation, info, zeros, zeros, zeros, first=~zeros)
 
@@ -108,11 +108,11 @@ class NativeAtariVectorEnv:
         raise _no_state()
 
     def take_faults(self) -> list[Fault]:
-        """None: what fails in here fails for good."""
+        """No faults: what fails in here fails for good."""
         return []
 
     def close(self) -> None:
-        """Ends the threads, which go with the emulators."""
+        """Ends the threads together with the emulators."""
         if self._env is not None and self._waiting:
             self.step_wait()
         self._env = None
@@ -131,7 +131,7 @@ class NativeAtariVectorEnv:
         truncated: np.ndarray,
         first: np.ndarray,
     ) -> Batch:
-        """One batch; ale-py allocates the memory of every observation anew, in the order of the environments."""
+        """One batch; ale-py allocates new memory for every observation, in the order of the environments."""
         lives = np.array(info["lives"])
         lost = (lives < self._lives) & ~first if self._life_loss else np.zeros(self.num_envs, bool)
         self._lives = lives
@@ -154,7 +154,7 @@ def make(name: str, config: EnvConfig, seeds: Sequence[int]) -> NativeAtariVecto
 
 def _no_state() -> EnvError:
     return EnvError(
-        "expected environments that can be put back, got ale-py's own, which cannot; "
+        "expected environments that can be restored, got ale-py's own, which cannot; "
         "pass --env.atari.native false for runs that resume exactly"
     )
 

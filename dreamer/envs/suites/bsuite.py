@@ -1,8 +1,8 @@
-"""BSuite: small experiments that each ask for one ability. Tasks are bsuite's ids: ``catch/0``, ``deep_sea/10``.
+"""BSuite: small experiments that each test one ability. Tasks are bsuite's ids: ``catch/0``, ``deep_sea/10``.
 
-The observation is flattened to one vector. What bsuite's own log files hold of an episode is under ``log/`` at every
-step instead, so ``scores.jsonl`` has what its scoring needs. An experiment is defined over a number of episodes, with
-one environment: ``log/episodes_left`` counts down to 0; afterwards the environment simply goes on.
+The observation is flattened to one vector. What bsuite's own log files record about an episode is under ``log/`` at
+every step instead, so ``scores.jsonl`` has what its scoring needs. An experiment is defined over a number of episodes,
+with one environment: ``log/episodes_left`` counts down to 0; afterwards the environment simply goes on.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ EXPERIMENTS: dict[str, int] = {
     "umbrella_distract": 23,
     "umbrella_length": 23,
 }
-#: The attribute by which a wrapper holds what it wraps.
+#: The attribute in which a wrapper holds what it wraps.
 INSIDE = "_env"
 #: Attributes that never change: the pictures of the mnist experiments.
 CONSTANT = {"_images", "_labels"}
 
 
 class BSuite:
-    """One experiment: the environment, in the noise or scale wrapper that some have around it."""
+    """One experiment: the environment, for some of them in a noise or scale wrapper."""
 
     def __init__(self, name: str, seed: int) -> None:
         import bsuite.bsuite
@@ -118,7 +118,7 @@ def _layers(env: Any) -> list[Any]:
 
 
 def _changing(layer: Any) -> dict[str, Any]:
-    """Attributes of a layer that are its state. Functions are left out: they read the state where they are."""
+    """Attributes of a layer that are its state. Functions are left out: they read the state from the layer itself."""
     return {
         key: value
         for key, value in vars(layer).items()

@@ -19,8 +19,8 @@ PARTS = ("_world", "_player", "_step", "_episode", "_seed", "_last_health", "_un
 class Crafter:
     """One world. An episode ends by death (terminal) or after 10,000 steps (a time limit).
 
-    Beside the image there are log keys: how often each of the 22 achievements was reached so far in the episode, and
-    the reward (of use when the agent gets none).
+    Beside the image there are log keys: how often each of the 22 achievements has been reached in the episode, and the
+    reward (useful when the agent gets none).
     """
 
     def __init__(self, reward: bool, config: CrafterConfig, seed: int) -> None:
@@ -49,7 +49,7 @@ class Crafter:
         return transition(observation, reward, is_last=bool(over), is_terminal=info["discount"] == 0)
 
     def get_state(self) -> dict[str, Any]:
-        # One pickle, because the creatures, the player and the world hold one another; the textures stay outside.
+        # One pickle, because the creatures, the player and the world refer to one another; the textures stay outside.
         parts = {name: getattr(self._env, name) for name in PARTS}
         return {"env": pickle.dumps(parts), "image": self._image.copy()}
 
@@ -61,7 +61,7 @@ class Crafter:
         self._image = state["image"].copy()
 
     def render(self) -> np.ndarray:
-        """The last observation: at night, drawing another one would take random numbers from the world."""
+        """The last observation: at night, drawing another would consume random numbers of the world."""
         return self._image.copy()
 
     def close(self) -> None:
@@ -76,7 +76,7 @@ def _make_reproducible(env: Any) -> None:
     """Let equal seeds give equal worlds.
 
     Crafter keeps the creatures of a chunk in a set, whose order follows memory addresses, and draws one of them by
-    index to despawn. Sorting them by place takes nothing from its rules.
+    index to despawn. Sorting them by place changes none of its rules.
     """
     balance = env._balance_chunk
     env._balance_chunk = lambda chunk, creatures: balance(chunk, sorted(creatures, key=lambda one: tuple(one.pos)))
@@ -91,7 +91,7 @@ def tasks() -> Sequence[str]:
 
 
 def summary(episodes: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The Crafter score of at least one episode, from the maxima of their achievement counts, in percent.
+    """The Crafter score of one or more episodes, from the maxima of their achievement counts, in percent.
 
     exp(mean(ln(1 + sᵢ))) - 1 over the 22 achievements, sᵢ the percentage of episodes in which i was reached.
     """

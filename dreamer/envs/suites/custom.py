@@ -1,4 +1,4 @@
-"""Environments of other people's code, without an edit of this project.
+"""Third-party environments, without an edit to this project.
 
 By a Python path: ``py_my_package.my_module:MyEnv`` or ``py_folder/my_file.py:MyEnv`` names a class or a function. By an
 entry point: a package with::
@@ -6,10 +6,10 @@ entry point: a package with::
     [project.entry-points."dreamer.envs"]
     mygames = "my_package.envs:make"
 
-brings the suite ``mygames``, and ``mygames_maze`` calls ``make`` for the name ``maze``.
+adds the suite ``mygames``, and ``mygames_maze`` calls ``make`` for the name ``maze``.
 
-A class of Gymnasium is called with ``env.gym.kwargs``; anything else also with those of ``name``, ``config`` (our
-`EnvConfig`) and ``seed`` that its parameters name. It gives a ``gymnasium.Env``, to which ``env.gym.*`` apply, a
+A Gymnasium class is called with ``env.gym.kwargs``; anything else also with those of ``name``, ``config`` (our
+`EnvConfig`) and ``seed`` that it has parameters for. It returns a ``gymnasium.Env``, to which ``env.gym.*`` apply, a
 ``dm_env.Environment``, or an environment with our own interface (`dreamer.envs.interface.Env`).
 """
 
@@ -46,7 +46,7 @@ _places: dict[str, Path] = {}
 
 @functools.cache
 def plugins() -> Mapping[str, EntryPoint]:
-    """The suites that installed packages bring, by name."""
+    """The suites that installed packages add, by name."""
     return {entry.name: entry for entry in entry_points(group=GROUP)}
 
 
@@ -103,7 +103,7 @@ class _Recipe:
 
     def __call__(self, config: EnvConfig, seed: int) -> Any:
         target = find(self.name) if self.suite == "py" else load_plugin(self.suite)
-        kwargs = copy.deepcopy(self.kwargs)  # theirs to change
+        kwargs = copy.deepcopy(self.kwargs)  # they may change it
         if isinstance(target, type) and issubclass(target, gymnasium.Env):
             accepted = inspect.signature(target).parameters
             if "render_mode" in accepted and "rgb_array" in render_modes(target):
@@ -131,7 +131,7 @@ class _Again:
 
 
 def build(recipe: _Recipe, config: EnvConfig, seed: int) -> Env:
-    """The environment behind our interface. TaskError if what comes is none."""
+    """The environment behind our interface. TaskError if the recipe makes something else."""
     made = adopted(recipe(config, seed))
     if isinstance(made, gymnasium.Env):
         return GymEnv(made, config.gym, seed, _Again(recipe, repr(config), config))
@@ -153,8 +153,8 @@ def _callable(target: Any, place: str) -> Callable[..., Any]:
 
 
 def _found(name: str) -> Path:
-    """The file of a name or, where a relative one leads nowhere now, the file that it led to before: an environment
-    may have changed the working folder since. PathError if there is none, and no working folder either."""
+    """The file of a name or, where a relative name leads nowhere now, the file that it led to before: an environment
+    may have changed the working folder since. PathError if there is neither a file nor a working folder."""
     try:
         path = Path(os.path.realpath(absolute(name)))
     except PathError:
@@ -167,7 +167,7 @@ def _found(name: str) -> Path:
 
 
 def _file_module(place: str) -> Any:
-    """The module of a file, imported once; its neighbours can be imported by it."""
+    """The module of a file, imported once; it can import its neighbours."""
     path = _found(place)
     name = f"{path.stem}_{zlib.crc32(str(path).encode()):08x}"
     if name in sys.modules:

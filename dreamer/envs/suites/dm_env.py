@@ -1,8 +1,9 @@
 """Any `dm_env.Environment`, from a user's function, a Python path or an entry point.
 
-A LAST step with discount 0 is terminal, with another discount a time limit; discounts in between are not used. Nested
-specs become flat keys joined by ``/``; a single observation is called ``image``, ``vector`` or ``discrete``, a single
-action ``action``. The environment's randomness is seeded by whoever makes it. It cannot be put back.
+A LAST step with discount 0 is terminal, with any other discount a time limit; the discounts of other steps are not
+used. Nested specs become flat keys joined by ``/``; a single observation is called ``image``, ``vector`` or
+``discrete``, a single action ``action``. Whoever makes the environment seeds it. It cannot be
+restored.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dreamer.types import Space
 if TYPE_CHECKING:
     import dm_env
 
-#: What declares the observation, in messages.
+#: What messages call the declaration of an observation.
 SPEC = "observation_spec"
 #: Path inside the spec, our space, and the conversion of a value: theirs to ours (observations), or back (actions).
 Leaf = tuple[Path, Space, Callable[[Any], Any]]
@@ -94,7 +95,7 @@ def _walk(spec: Any, path: Path) -> Iterator[tuple[Path, Any]]:
 
 
 def _built(spec: Any, path: Path, values: Mapping[Path, Any]) -> Any:
-    """Values in the nesting of the spec."""
+    """Values nested as in the spec."""
     if isinstance(spec, Mapping):
         return {key: _built(part, (*path, key), values) for key, part in spec.items()}
     if isinstance(spec, list | tuple):

@@ -143,7 +143,7 @@ def _load_suite(pixels: bool) -> Any:
         os.environ["MUJOCO_GL"] = found[0] if found else "disabled"
     try:
         from dm_control import suite
-    except Exception as error:  # a library that is there but does not start
+    except Exception as error:  # a library that exists but does not start
         if pixels or chosen:
             raise TaskError(NO_RENDERER.format(backend=os.environ.get("MUJOCO_GL"), cause=error)) from error
         os.environ["MUJOCO_GL"] = "disabled"
@@ -162,11 +162,11 @@ def tasks() -> Sequence[str]:
 # --- State -----------------------------------------------------------------------------------------
 #
 # Complete to the bit, in four parts: the physics (MuJoCo's integration state, warm start of the constraint solver
-# included), what the task has changed in the model at the start of the episode (targets, terrain, gains), the task's
+# included), what the task changed in the model at the start of the episode (targets, terrain, gains), the task's
 # own attributes with its random stream, and the environment's step count. All else in MuJoCo's data follows from these.
 
 
-#: Beginnings of the names of model arrays that are large and that no task changes: geometry, textures, texts.
+#: Prefixes of the names of large model arrays that no task changes: geometry, textures, texts.
 FIXED = ("mesh_", "tex_", "skin_", "flex", "bvh_", "oct_", "name", "text_", "paths", "plugin")
 
 

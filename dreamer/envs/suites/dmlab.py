@@ -1,9 +1,9 @@
 """DeepMind Lab: the 30 training levels of DMLab-30. A task is the level's name, ``rooms_watermaze`` for example.
 
 One agent step is 4 frames with one of 15 actions; the end of a level, by its time or by its goal, is terminal (the
-interface does not tell them apart). Levels whose names begin with ``language`` also give their instruction.
+interface does not distinguish the two). Levels whose names begin with ``language`` also give their instruction.
 
-Written against the documented Python interface of deepmind_lab and tested with a stand-in of it, not with the
+Written against the documented Python interface of deepmind_lab and tested with a stand-in for it, not with the
 simulator itself.
 """
 
@@ -57,7 +57,7 @@ ACTIONS: list[dict[str, int]] = [
     {"fire": 1},
 ]
 
-#: An instruction is seen as its first words, each a fixed random vector chosen by the word's checksum.
+#: The agent sees the first words of an instruction, each as a fixed random vector chosen by the word's checksum.
 WORDS, WORD_WIDTH, VOCABULARY = 32, 32, 2**16
 
 
@@ -93,7 +93,7 @@ class DMLab:
     def step(self, action: Mapping[str, np.ndarray]) -> Transition:
         reward = self._lab.step(self._commands[int(action["action"])], num_steps=self._repeat)
         over = not self._lab.is_running()
-        if not over:  # a level that has ended shows nothing: the last picture stays
+        if not over:  # a level that has ended shows nothing: keep the last picture
             self._look()
         return transition(self._seen, float(reward), is_last=over, is_terminal=over)
 

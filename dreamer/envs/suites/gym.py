@@ -29,20 +29,20 @@ from dreamer.types import ACTION_MASK, Space, Spaces, mask_space
 class GymEnv:
     """A Gymnasium environment behind our interface. ``terminated`` is terminal, ``truncated`` a time limit.
 
-    again  Makes another one like `env`, to prove on it that it can be put back; None: it counts as one that cannot.
-           Equal values stand for equal environments.
+    again  Makes another environment like `env`, on which to try whether it can be restored; None: it counts as not
+    restorable. Equal values stand for equal environments.
     """
 
     def __init__(
         self, env: gymnasium.Env, config: GymConfig, seed: int, again: Callable[[], gymnasium.Env] | None = None
     ) -> None:
         if env.render_mode == "rgb_array":
-            # Pictures go to arrays: SDL, which many environments draw with, need not look for a screen.
+            # Pictures go to arrays, so SDL, which many environments draw with, need not look for a screen.
             os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
         self._env = env
         self._config = config
         self._again = again
-        self.way: str | None = None  # the one of `WAYS` to save it; None: the one that is proven
+        self.way: str | None = None  # which of `WAYS` saves it; None: the one found by trying
         self._seed: int | None = seed % 2**31
         self._first_observation = True
         self._images: dict[str, np.ndarray] = {}
@@ -66,7 +66,7 @@ class GymEnv:
 
     def reset(self) -> Transition:
         observation, info = parts_of("reset", RESET, self._env.reset(seed=self._seed))
-        self._seed = None  # later episodes go on with the environment's own random stream
+        self._seed = None  # later episodes continue the environment's own random stream
         return transition(self._observe(observation, info), is_first=True)
 
     def step(self, action: Mapping[str, np.ndarray]) -> Transition:
@@ -82,7 +82,7 @@ class GymEnv:
 
     @property
     def restorable(self) -> bool:
-        """Whether it can be put back: tried on environments made for it, once in a process, for up to some seconds."""
+        """Whether it can be restored: tried on environments made for this, once per process, for a few seconds."""
         return self._proven()[0] is not None
 
     @property
@@ -93,7 +93,7 @@ class GymEnv:
     def get_state(self) -> dict[str, Any]:
         way, reason = self._proven() if self.way is None else (self.way, "")
         if way is None:
-            raise EnvError(f"expected an environment that can be put back, got one that cannot: {reason}")
+            raise EnvError(f"expected an environment that can be restored, got one that cannot: {reason}")
         return {
             "way": way,
             "env": WAYS[way].save(self._env),
@@ -110,7 +110,9 @@ class GymEnv:
         """The first image observation, else the environment's own picture if it can make one."""
         for image in self._images.values():
             return as_rgb(image)
-        kind = type(self._env.unwrapped).__module__.rpartition(".")[0]  # a package of environments draws in one way
+        kind = type(self._env.unwrapped).__module__.rpartition(".")[
+            0
+        ]  # all environments of a package draw in the same way
         if self._env.render_mode != "rgb_array" or kind in _dark:
             return None
         try:
@@ -127,7 +129,7 @@ class GymEnv:
         self._env.close()
 
     def _proven(self) -> tuple[str | None, str]:
-        """(the first of the `WAYS` that puts it back exactly, or None; why none does)."""
+        """(the first of the `WAYS` that restores it exactly, or None; why none does)."""
         if self._again is None:
             return None, "a second one to try it on cannot be made"
         key = self._again, repr(self._config)
@@ -222,7 +224,7 @@ def _check_reset(env: gymnasium.Env) -> None:
     for layer in layers(env):
         try:
             taken = inspect.signature(layer.reset).parameters
-        except (TypeError, ValueError):  # a function of C's tells nothing
+        except (TypeError, ValueError):  # a C function has no signature to read
             continue
         if "seed" not in taken and all(one.kind is not inspect.Parameter.VAR_KEYWORD for one in taken.values()):
             raise TaskError(
@@ -240,7 +242,7 @@ def _info_mask_space(actions: Spaces) -> Space:
 
 
 def _info_mask(info: Mapping[str, Any] | None, space: Space) -> np.ndarray:
-    """int32 (actions,), 1 where info["action_mask"] is not 0. TransitionError if it is missing or of another length."""
+    """int32 (actions,), 1 where info["action_mask"] is not 0. TransitionError if it is missing or of wrong length."""
     mask = np.asarray((info or {}).get(ACTION_MASK, ()))
     if mask.shape != space.shape:
         raise TransitionError(
@@ -252,7 +254,7 @@ def _info_mask(info: Mapping[str, Any] | None, space: Space) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class _Again:
-    """Makes the environment of an id; equal ones make equal environments."""
+    """Makes the environment of an id; equal instances make equal environments."""
 
     name: str
     kwargs: dict[str, Any] = dataclasses.field(compare=False)
@@ -262,15 +264,15 @@ class _Again:
         return gymnasium.make(self.name, disable_env_checker=True, **self.kwargs)
 
 
-#: Packages whose environments failed to draw in this process; OpenGL libraries may end it when that is tried again.
+#: Packages whose environments failed to draw in this process; OpenGL libraries may crash it on another try.
 _dark: set[str] = set()
-#: What proofs found, by (again, options): the way that puts such an environment back, or None, and why not.
+#: Results of the trials, by (again, options): the way that restores such an environment, or None, and why not.
 _proofs: dict[Any, tuple[str | None, str]] = {}
 
 
 def make(name: str, config: EnvConfig, seed: int) -> GymEnv:
     """`name` is a Gymnasium id; with ``module:id`` the module is imported first, which registers the id."""
-    kwargs = copy.deepcopy(config.gym.kwargs)  # theirs to change
+    kwargs = copy.deepcopy(config.gym.kwargs)  # the environment may change them
     try:
         if "rgb_array" in _render_modes(name):
             kwargs.setdefault("render_mode", "rgb_array")
@@ -292,14 +294,14 @@ def _render_modes(name: str) -> Sequence[str]:
 
 
 def old_gym(made: Any) -> str:
-    """The end of an error message about something that is no environment: what to do if it is one of the old gym's."""
+    """The end of an error message about something that is no environment: what to do if it is one of the old gym."""
     if all(base.__module__.partition(".")[0] != "gym" for base in type(made).__mro__):
         return ""
     return ", an environment of the old package gym; derive it from gymnasium.Env, or wrap it with the package shimmy"
 
 
 def render_modes(creator: Any) -> Sequence[str]:
-    """How environments of this class can draw; nothing if it does not say, or a function makes them."""
+    """The render modes of this class of environments; none if it does not say, or if a function makes them."""
     metadata = getattr(creator, "metadata", None)
     return (metadata.get("render_modes") or ()) if isinstance(metadata, Mapping) else ()
 

@@ -1,7 +1,7 @@
-"""Ways to save and restore a Gymnasium environment that knows nothing of it. None is trusted: `gym.py` proves them.
+"""Ways to save and restore a Gymnasium environment that has no such methods. None is trusted: `gym.py` tries them.
 
-An environment and its wrappers are a chain of layers. Attributes that no pickle can hold, such as a window, stay what
-they are in the environment that is restored.
+An environment and its wrappers are a chain of layers. Attributes that cannot be pickled, such as a window, stay as they
+are in the restored environment.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dreamer.envs.workers.fence import fenced
 
 #: The attribute of a wrapper that holds the layer below.
 BELOW = "env"
-#: Values that many share: finding one in two places says nothing.
+#: Values that are shared anyway: finding one in two places means nothing.
 PLAIN = (bool, int, float, complex, str, bytes, tuple, frozenset, type, types.FunctionType, type(None))
 
 
@@ -33,7 +33,7 @@ def layers(env: gymnasium.Env) -> list[gymnasium.Env]:
 
 
 class _Pickler(cloudpickle.Pickler):
-    """Takes the layers for granted, and an EzPickle object by its attributes: its own way is to be made anew."""
+    """Leaves out the layers, and saves an EzPickle object by its attributes: its own way is to be constructed again."""
 
     def __init__(self, file: io.BytesIO, chain: list[gymnasium.Env]) -> None:
         super().__init__(file)
@@ -68,13 +68,13 @@ def _dumps(value: Any, chain: list[gymnasium.Env]) -> bytes:
 
 
 def _attributes(layer: gymnasium.Env, chain: list[gymnasium.Env]) -> tuple[dict[str, Any], set[str]]:
-    """(attributes that a pickle can hold, names of those that none can)."""
+    """(attributes that can be pickled, names of those that cannot)."""
     found = {name: value for name, value in vars(layer).items() if name != BELOW}
     stay = set()
     for name, value in found.items():
         try:
             fenced(_dumps, value, chain)
-        except Exception:  # whatever an object raises that does not want to be pickled
+        except Exception:  # whatever an object raises that refuses to be pickled
             stay.add(name)
     return {name: value for name, value in found.items() if name not in stay}, stay
 
@@ -102,7 +102,7 @@ def _load_attributes(env: gymnasium.Env, saved: bytes) -> gymnasium.Env:
 
 
 def _relink(holder: Any, moved: Mapping[int, Any], depth: int = 3) -> None:
-    """What stayed, such as a renderer, shall look at the attributes that came instead of those that left."""
+    """Makes what stayed, such as a renderer, refer to the new attributes instead of the replaced ones."""
     inside = holder if isinstance(holder, dict) else getattr(holder, "__dict__", None)
     if depth == 0 or not isinstance(inside, dict) or isinstance(holder, types.ModuleType):
         return
@@ -123,11 +123,11 @@ def _load_by_methods(env: gymnasium.Env, saved: tuple[bytes, Any]) -> gymnasium.
 
 
 class Way(NamedTuple):
-    """One way.
+    """One way to save and restore an environment.
 
     fits  Whether it is worth a try.
     save  environment -> something picklable.
-    load  (environment, what was saved) -> the environment to go on with.
+    load  (environment, what was saved) -> the environment to continue with.
     """
 
     fits: Callable[[gymnasium.Env], bool]

@@ -1,4 +1,4 @@
-"""Memory Maze: find the ball of the colour that the picture's border shows, in a maze of its own each episode.
+"""Memory Maze: find the ball of the colour that the picture's border shows, in a new maze each episode.
 
 Tasks are the sizes: ``9x9`` (3 balls, 1000 steps), ``11x11`` (4, 2000), ``13x13`` (5, 3000), ``15x15`` (6, 4000). An
 episode ends at its time limit, which is not terminal. Pictures need OpenGL, as in dmc.py.
@@ -21,7 +21,7 @@ from dreamer.envs.suites.seeded import SeededEpisodes
 from dreamer.types import Space
 
 SIZES = ("9x9", "11x11", "13x13", "15x15")
-#: What makes a maze beside its seed, by the names of labmaze.
+#: What defines a maze beside its seed, by labmaze's names.
 KEPT = (
     "height",
     "width",
@@ -87,10 +87,10 @@ class MemoryMaze:
 
 
 def _quieten() -> None:
-    """Two things said at every reset, of which neither means anything here, are not said.
+    """Silences two messages of every reset, neither of which means anything here.
 
-    dm_control warns of a walker without a free joint; MuJoCo writes of a deprecated attribute to MUJOCO_LOG.TXT in the
-    working folder, so it writes no such file any more.
+    dm_control warns of a walker without a free joint; MuJoCo reports a deprecated attribute in MUJOCO_LOG.TXT in the
+    working folder, so it no longer writes that file.
     """
     import mujoco
 

@@ -2,9 +2,9 @@
 
 Twelve items on the way give 1 each when first owned in an episode, and a change of health gives 0.01 times its share
 of full health. An episode ends by death (terminal) or at a time limit. The settings are those of the DreamerV3 paper:
-25 actions; blocks break 100 times as fast, or else attacks go on for 30 steps; jumps go on for 10 and forwards.
+25 actions; blocks break 100 times as fast, or else attacks last 30 steps; jumps last 10 steps and move forwards.
 
-Written against MineRL's documented interface and tested with a stand-in of it, not with Minecraft itself.
+Written against MineRL's documented interface and tested with a stand-in for it, not with Minecraft itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dreamer.types import Space
 
 TURN = 15  # degrees
 
-#: Every key of a MineRL action when nothing is done.
+#: Every key of a MineRL action that does nothing.
 IDLE: dict[str, Any] = {
     **dict.fromkeys(("forward", "back", "left", "right", "jump", "sneak", "attack"), 0),
     **dict.fromkeys(("place", "equip", "craft", "nearbyCraft", "nearbySmelt"), "none"),
@@ -50,7 +50,7 @@ WORK: dict[str, dict[str, Any]] = {
 }
 ACTIONS = {**MOVES, **WORK}
 
-#: Items that give a reward when they are first owned, in the order in which they can be.
+#: Items that give a reward when they are first owned, in the order in which they can be obtained.
 MILESTONES = (
     *("log", "planks", "stick", "crafting_table", "wooden_pickaxe", "cobblestone", "stone_pickaxe"),
     *("iron_ore", "furnace", "iron_ingot", "iron_pickaxe", "diamond"),
@@ -65,7 +65,7 @@ class Minecraft:
     image              uint8 (H, W, 3)
     inventory(_max)    float32 (items,): how many are owned now, and the most in this episode
     equipped           which item is in the hand
-    health and others  shares of full
+    health and others  shares of the maximum
     log/item_NAME      how many of a milestone's item are owned
     """
 
@@ -116,7 +116,7 @@ class Minecraft:
         self._image = np.zeros((*self._config.size, 3), np.uint8)
 
     def _command(self, index: int) -> dict[str, Any]:
-        """MineRL's action. Attacks and jumps go on for some steps; the view keeps within the pitch limit."""
+        """MineRL's action. Attacks and jumps last for several steps; the view stays within the pitch limit."""
         command = {**IDLE, **self._commands[index]}
         if self._config.break_speed == 1:
             self._attack = self._config.sticky_attack if command["attack"] else self._attack
@@ -134,7 +134,7 @@ class Minecraft:
         return {**command, "camera": np.array([pitch, yaw], np.float32)}
 
     def _observe(self, seen: Mapping[str, Any], first: bool = False) -> tuple[dict[str, Any], float]:
-        """(observation, reward). What is owned when an episode begins gives none."""
+        """(observation, reward). Items owned when an episode begins give none."""
         owned = {item: int(count) for item, count in seen["inventory"].items()}
         owned["log"] += owned.pop("log2", 0)
         counts = np.array([owned[item] for item in self._items], np.float32)
@@ -159,7 +159,7 @@ def world(size: tuple[int, int], break_speed: float) -> Any:
     """A MineRL environment: the default world by day and night, with monsters. Starts a Java process."""
     for name, kind in {"float": float, "int": int, "bool": bool}.items():
         if name not in np.__dict__:
-            setattr(np, name, kind)  # MineRL 0.4.4 asks NumPy for names that it no longer has
+            setattr(np, name, kind)  # MineRL 0.4.4 uses names that NumPy no longer has
     from minerl.herobraine.env_spec import EnvSpec
     from minerl.herobraine.hero import handler, handlers, mc
 

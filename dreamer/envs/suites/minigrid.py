@@ -1,7 +1,7 @@
 """MiniGrid: small grid worlds seen as pictures. A task is its Gymnasium id without ``MiniGrid-``: ``DoorKey-8x8-v0``.
 
 The agent sees a picture only. The mission, a text, is left out, so the few worlds whose mission changes from episode
-to episode (Fetch, GoToDoor, GoToObject, PutNear) must be played by trying.
+to episode (Fetch, GoToDoor, GoToObject, PutNear) must be played by trial and error.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dreamer.types import Space
 from dreamer.values import suggestion
 
 PREFIX = "MiniGrid-"
-#: These read pictures that the package does not carry.
+#: These need pictures that the package does not include.
 BROKEN = re.compile("MiniGrid-WFC-")
 
 
@@ -48,14 +48,14 @@ class MiniGrid:
         return transition({"image": self._image()}, float(reward), is_last=over, is_terminal=bool(terminated))
 
     def render(self) -> np.ndarray:
-        """The whole grid, the part that the agent sees lit, whatever the agent observes."""
+        """The whole grid with the agent's view highlighted, whatever the agent observes."""
         return self._grid.get_frame(highlight=True, tile_size=16)
 
     def close(self) -> None:
         self._env.close()
 
     def _image(self) -> np.ndarray:
-        """uint8 (H, W, 3). Drawn as small as it can be without being smaller than asked for, then scaled down."""
+        """uint8 (H, W, 3). Drawn at the smallest size that is not below the one asked for, then scaled down."""
         partial = self._config.view == "partial"
         height, width = self._config.size
         rows, columns = (self._grid.agent_view_size,) * 2 if partial else (self._grid.height, self._grid.width)

@@ -1,4 +1,4 @@
-"""Modules of other people: parts of packages whose front door asks for more than the part needs, and users' own."""
+"""Third-party modules: submodules of packages whose `__init__` needs more than the submodule does, and users' own."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from types import ModuleType
 def part(package: str, module: str) -> ModuleType:
     """``package.module`` without running ``package/__init__.py``, unless somebody has run it already.
 
-    For packages that import the unmaintained `gym` there only to register themselves. ModuleNotFoundError if there is
-    no such package.
+    For packages whose `__init__` imports the unmaintained `gym` only to register themselves. ModuleNotFoundError if
+    there is no such package.
     """
     if package not in sys.modules:
         spec = importlib.util.find_spec(package)
@@ -25,9 +25,9 @@ def part(package: str, module: str) -> ModuleType:
 
 
 def own_module(name: str) -> ModuleType:
-    """A module that a task names: an installed one or, behind all of these, one of the working folder. ImportError if
+    """A module that a task names: an installed one or, failing that, one in the working folder. ImportError if
     there is none."""
-    with contextlib.suppress(FileNotFoundError):  # a working folder that is gone holds no module
+    with contextlib.suppress(FileNotFoundError):  # a deleted working folder holds no module
         if (here := os.getcwd()) not in sys.path:
             sys.path.append(here)
     return importlib.import_module(name)

@@ -1,4 +1,4 @@
-"""Procgen: 16 games whose levels are drawn anew each episode, through the package's own C++ library.
+"""Procgen: 16 games whose levels are newly drawn each episode, through the package's own C++ library.
 
 The package ends an episode and shows the next one's first picture in the same step, so the last image of an episode is
 the one before its end. An end is a time limit, not terminal, where the game's clock ran out before the level was
@@ -18,7 +18,7 @@ from dreamer.envs.options import resize
 from dreamer.envs.suites.packages import part
 from dreamer.types import Space
 
-#: game: steps after which it cuts an episode
+#: game: steps after which it cuts an episode off
 TIME_LIMITS: dict[str, int] = {
     "bigfish": 6000,
     "bossfight": 4000,

@@ -1,7 +1,6 @@
-"""Exact state for worlds that cannot save theirs: an episode told by its seed and the actions taken since.
+"""Exact state for worlds that cannot save theirs: an episode is given by its seed and the actions taken since.
 
-Going back means playing the episode again, which costs what its steps cost; nothing is said of the world that the
-world itself does not repeat.
+Going back means playing the episode again, at the cost of its steps; it is only as exact as the world is reproducible.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from dreamer.types import Spaces
 
 
 class World(Protocol):
-    """What `SeededEpisodes` plays in: an `Env` whose episodes depend on nothing but their seed and the actions."""
+    """What `SeededEpisodes` plays in: like an `Env`, with episodes that depend only on their seed and the actions."""
 
     @property
     def observation_spaces(self) -> Spaces: ...
@@ -36,7 +35,7 @@ class World(Protocol):
 
 
 class SeededEpisodes:
-    """A world as an `Env`: draws a seed for each episode, and can be put back by playing the running one again."""
+    """A world as an `Env`: draws a seed for each episode, and can be restored by playing the running one again."""
 
     def __init__(self, world: World, seed: int) -> None:
         self.world = world

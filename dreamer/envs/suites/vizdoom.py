@@ -21,7 +21,7 @@ from dreamer.envs.options import resize
 from dreamer.envs.suites.seeded import SeededEpisodes
 from dreamer.types import Space
 
-#: Starts the engine in a folder of its own, for it writes to where it is, and lets it die with the process it serves.
+#: Starts the engine in a folder of its own, since it writes to its working folder, and lets it die with its parent.
 LAUNCHER = """#!/bin/sh
 cd {folder} || exit 1
 if command -v setpriv >/dev/null; then exec setpriv --pdeathsig KILL -- {engine} "$@"; fi
@@ -93,9 +93,9 @@ def _launcher(folder: Path, engine: Path) -> str:
 
 
 def _unlink_shared_memory() -> None:
-    """Take the names of this process's engines out of /dev/shm: both sides have opened it by now.
+    """Remove the names of this process's engines from /dev/shm: both sides have opened the memory by now.
 
-    Otherwise it would stay there if this process is killed.
+    Otherwise it would stay there if this process were killed.
     """
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.exists() else []

@@ -1,1 +1,1 @@
-"""Where environments run: in the training process or in workers, fenced."""
+"""Where environments run: in the training process or in worker processes, behind a fence."""

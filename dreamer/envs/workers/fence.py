@@ -1,11 +1,11 @@
-"""Calls into the code of environments: whatever it does, this process goes on as it was.
+"""Calls into the code of environments: whatever it does, this process continues unchanged.
 
-What would end the program becomes an `EscapeError`, as harmless as any other exception. What the environment changes of
-the process is put back when the call returns: the working folder and the alarm timer (its own are there again at its
-next call), handlers of signals, the standard streams, filters that turn warnings into errors, a recursion limit that is
-too low, and how numpy treats errors.
+What would end the program becomes an `EscapeError`, as harmless as any other exception. What the environment changes in
+the process is restored when the call returns: the working folder and the alarm timer (the environment gets its own back
+at its next call), signal handlers, the standard streams, filters that turn warnings into errors, a recursion limit that
+is too low, and how numpy treats errors.
 
-A process cannot be guarded against code that hangs, crashes or calls ``os._exit`` in it: worker processes are for that.
+A process cannot guard itself against code that hangs, crashes or calls ``os._exit``: worker processes are for that.
 """
 
 from __future__ import annotations
@@ -55,22 +55,22 @@ os.register_at_fork(after_in_child=_count_generation)
 
 
 class Fence:
-    """Stands around one environment. Each call gives what the function returns, or raises an Exception.
+    """Surrounds one environment. Each call returns what the function returns, or raises an Exception.
 
-    step   For steps: a microsecond, because it looks at little.
-    reset  For what happens once in an episode: looks at the working folder, the alarm and descriptors too.
+    step   For steps: takes a microsecond, because it checks little.
+    reset  For what happens once in an episode: checks the working folder, the alarm and descriptors too.
 
-    Everything else is done by calling the object, which looks at handlers of signals as well. A run takes back the ones
-    that matter to it between two steps (`run.signals`).
+    For everything else call the object, which checks signal handlers as well. Between two steps a run restores those
+    that matter to it (`run.signals`).
     """
 
     def __init__(self) -> None:
         self._home = _folder()
-        #: The environment's own, if that is another; seconds to its alarm and between further ones, if it has set one.
+        #: The environment's own folder, if it differs; seconds to its alarm and between later ones, if it has set one.
         self._folder: str | None = None
         self._alarm: tuple[float, float] | None = None
         self._recursion_limit, self._filters = sys.getrecursionlimit(), warnings.filters[:]
-        self._context = contextvars.copy_context()  # where numpy keeps how it treats errors
+        self._context = contextvars.copy_context()  # where numpy keeps its error settings
         _keep_spares()
 
     def step(self, function: Callable[..., T], *args: Any) -> T:
@@ -87,7 +87,7 @@ class Fence:
             raise EscapeError(f"it raised {type(error).__name__}") from error
         finally:
             if generation != _generation:
-                os._exit(1)  # a child that the environment forked, and let return as if it were this process
+                os._exit(1)  # a child that the environment forked and let return as if it were this process
             sys.stdout, sys.stderr = stdout, stderr
             if getattr(stdout, "closed", False) or getattr(stderr, "closed", False):
                 _open_again()
@@ -120,20 +120,20 @@ class Fence:
         try:
             return self.reset(function, *args)
         finally:
-            _put_back_handlers(handlers)
+            _restore_handlers(handlers)
 
     def _drop_new_errors(self) -> None:
         """Filters that ignore or show warnings do no harm here, and may be meant for the environment's later calls."""
         left = [row for row in warnings.filters if row[0] != "error" or row in self._filters]
         if left != warnings.filters:
-            warnings.resetwarnings()  # says as well that filters have changed
+            warnings.resetwarnings()  # also tells the module that filters have changed
             warnings.filters[:] = left  # type: ignore[index]
         self._filters = left
 
 
 @contextlib.contextmanager
 def jax_options_kept() -> Iterator[None]:
-    """Options of JAX, if that is loaded, that change within are put back, which is a TaskError."""
+    """JAX options (if JAX is loaded) that change within are restored, which is a TaskError."""
     before, changed = _jax_options(), list[str]()
     try:
         yield
@@ -161,9 +161,9 @@ def fenced(function: Callable[..., T], *args: Any) -> T:
 
 
 def close(fence: Fence, function: Callable[[], object]) -> None:
-    """Close an environment: what that raises costs nothing, and if it takes longer than `CLOSING` seconds it is left.
+    """Close an environment: what that raises is ignored, and if it takes longer than `CLOSING` seconds it is abandoned.
 
-    Only Python's own code can be left, and only by the main thread.
+    Only Python code can be interrupted so, and only in the main thread.
     """
     with contextlib.suppress(Exception):
         fence(_in_time, function)
@@ -194,16 +194,16 @@ def _handlers() -> list[Any]:
     return [signal.getsignal(number) for number in SIGNALS]
 
 
-def _put_back_handlers(handlers: list[Any]) -> None:
+def _restore_handlers(handlers: list[Any]) -> None:
     if handlers == _handlers() or not _in_main_thread():
         return
     for number, handler in zip(SIGNALS, handlers, strict=True):
-        if handler is not None:  # one that Python has not installed and cannot install
+        if handler is not None:  # a handler that Python has not installed and cannot install
             signal.signal(number, handler)
 
 
-#: Copies of the descriptors 1 and 2, for environments that close them: the next file that is opened would get their
-#: numbers, and then what is printed.
+#: Copies of the descriptors 1 and 2, for environments that close them: the next opened file would get their numbers,
+#: and with them everything that is printed.
 _spares: dict[int, int] = {}
 
 
@@ -222,7 +222,7 @@ def _fill_descriptors() -> None:
 
 
 def _open_again() -> None:
-    """The standard streams that an environment has closed."""
+    """Reopens the standard streams that an environment has closed."""
     _fill_descriptors()
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         closed = getattr(sys, name)
@@ -246,7 +246,7 @@ def _enter(folder: str | None) -> None:
 
 
 def _by_signal(error: KeyboardInterrupt) -> bool:
-    """Whether a person's Ctrl-C has raised it, not a statement of the environment's."""
+    """Whether a person's Ctrl-C raised it, not a statement in the environment."""
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next

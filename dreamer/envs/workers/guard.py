@@ -1,7 +1,7 @@
 """A small process that outlives its parent for a moment, and ends the workers that did not notice.
 
-A worker whose parent was killed sees its pipe close, and leaves: unless it is in the middle of a long step, or hangs,
-perhaps in code that no thread of its own could interrupt. What environments have started may not notice either.
+A worker whose parent was killed sees its pipe close, and exits: unless it is in the middle of a long step, or hangs,
+perhaps in code that none of its threads could interrupt. Processes that environments started may not notice either.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from multiprocessing.connection import Connection
 
 from dreamer.envs.workers.worker import own_group
 
-#: Seconds that workers have for leaving by themselves.
+#: Seconds that workers have to exit by themselves.
 GRACE = 2.0
 
 
 def run(conn: Connection) -> None:
-    """Take lists of process groups, each replacing the one before, until the pipe closes; then end the last one's."""
+    """Take lists of process groups, each replacing the one before, until the pipe closes; then end the last ones."""
     own_group()
     groups: list[int] = []
     with contextlib.suppress(EOFError, OSError):
@@ -32,7 +32,7 @@ def run(conn: Connection) -> None:
 
 
 def end_groups(groups: Iterable[int]) -> None:
-    """SIGKILL to all processes of these groups; groups that are gone do no harm."""
+    """Send SIGKILL to all processes of these groups; groups that are gone do no harm."""
     for group in groups:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(group, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""A worker process as its parent sees it: starting it, asking it, and ending it in every case."""
+"""A worker process as its parent sees it: starting it, asking it, and ending it whatever happens."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from dreamer.paths import safe_path
 from dreamer.process import STOP_SIGNALS
 from dreamer.types import Spaces
 
-#: Seconds that a worker has for closing its environment.
+#: Seconds that a worker has to close its environment.
 CLOSING = 5.0
-#: Seconds that a worker which hangs has for saying where.
+#: Seconds that a hanging worker has to say where it hangs.
 SAYING_WHERE = 1.0
-#: The longest time, in milliseconds, that poll() can be told.
+#: The longest time, in milliseconds, that poll() accepts.
 LONGEST_POLL = 2**31 - 1
 
 
 class FailedError(Exception):
-    """A worker failed. It is of no use any more, and has to be ended.
+    """A worker failed. It is of no further use, and has to be ended.
 
     fault  What happened.
-    error  What to raise where nothing can be made anew.
+    error  What to raise where nothing can be recreated.
     """
 
     def __init__(self, fault: Fault, error: EnvError | TaskError) -> None:
@@ -50,13 +50,13 @@ class FailedError(Exception):
 
 
 class RefusedError(Exception):
-    """A worker could not do something, and goes on."""
+    """A worker could not do something, but continues."""
 
 
 class Worker:
     """One worker process with its environment.
 
-    name      Of the task and the environment, for messages.
+    name      The task and the environment, for messages.
     pickled   Cloudpickled attempt -> Env.
     timeout   Seconds that each answer may take; None: any time.
     """
@@ -97,11 +97,11 @@ class Worker:
         return self.process.pid
 
     def hello(self) -> tuple[Spaces, Spaces]:
-        """Observation and action spaces, once the environment was made."""
+        """Observation and action spaces, once the environment has been made."""
         return self.receive()
 
     def restorable(self) -> bool:
-        """Whether its environment can be put back; finding out may take it a while, once."""
+        """Whether its environment can be restored; finding out may take a while, once."""
         if self._restorable is None:
             self.send(worker.CAN_RESTORE)
             self._restorable = bool(self.receive())
@@ -122,13 +122,13 @@ class Worker:
         self._set_deadline()
 
     def receive(self) -> Any:
-        """The answer. FailedError if there will be none, RefusedError if the worker could not but goes on."""
+        """The answer. FailedError if there will be none, RefusedError if the worker could not comply but continues."""
         ready = self._ready.poll(self._milliseconds())
         if not ready:
             raise self._failed("hung", f"gave no answer for {self._timeout:g} seconds (env.timeout_seconds)")
         try:
             if all(descriptor != self._descriptor for descriptor, _ in ready):
-                raise EOFError  # the process has ended; what it has started may still hold its end of the pipe
+                raise EOFError  # the process has ended; what it started may still hold its end of the pipe
             status = os.read(self._descriptor, 1)
             if status == worker.DONE:
                 return None
@@ -150,15 +150,17 @@ class Worker:
         raise FailedError(fault, TaskError(message) if kind == "task" else _error(fault))
 
     def end(self, patience: float) -> None:
-        """Wait so many seconds for it to leave, then end it, with everything that its environment has started."""
+        """Wait `patience` seconds for it to exit, then end it, with everything that its environment has started."""
         self.process.join(patience)
         if self.process.is_alive():
-            # Its group is there as soon as it runs; before that, it is in ours.
+            # It has its own group as soon as it runs; before that, it is in ours.
             guard.end_groups([self.pid])
             self.process.kill()
             self.process.join(CLOSING)
         guard.end_groups([self.pid])
-        with contextlib.suppress(ValueError):  # one that a driver or a network disk holds cannot be ended by anybody
+        with contextlib.suppress(
+            ValueError
+        ):  # a process stuck in a driver or on a network disk cannot be ended by anybody
             self.process.close()
         self.conn.close()
         self._trace.close()
@@ -176,7 +178,7 @@ class Worker:
         return FailedError(fault, _error(fault))
 
     def _where(self, ask: bool) -> str:
-        """The traceback that a crashed worker left, or that one which hangs writes when it is asked to."""
+        """The traceback that a crashed worker left, or that a hanging worker writes when asked to."""
         if ask:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, worker.WHERE_SIGNAL)
@@ -212,7 +214,7 @@ class Guard:
 
 
 def end_all(workers: dict[int, Worker]) -> None:
-    """Ask all to close, wait a little for all together, then end the ones that have not. Empties the dict."""
+    """Ask all to close, wait a little for all together, then end those that have not. Empties the dict."""
     for one in workers.values():
         one.send(worker.CLOSE)
     end = time.monotonic() + CLOSING
@@ -236,14 +238,14 @@ def _context() -> Any:
 
 @contextlib.contextmanager
 def _stops_held() -> Iterator[None]:
-    """Signals to stop wait in what is started meanwhile, and in this thread until it is over.
+    """Blocks stop signals in processes started within, and in this thread until the block is over.
 
-    The server that workers come from has no handlers for them: one that reaches the whole tree of processes would end
-    it, and with it all word of its workers. A worker lets them through once it ignores them.
+    The server that workers come from has no handlers for them: a signal to the whole process tree would end it, and
+    with it all word of its workers. A worker unblocks them once it ignores them.
     """
     former = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        resource_tracker.ensure_running()  # where it has to be started, that lets some of them through again
+        resource_tracker.ensure_running()  # starting the server unblocks some of them again
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         yield
     finally:
@@ -252,14 +254,14 @@ def _stops_held() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _clean_start() -> Iterator[None]:
-    """Keep multiprocessing from importing the main script in workers, and what lies in the working folder.
+    """Keep multiprocessing from importing in workers the main script, and anything in the working folder.
 
     The script would cost every worker its imports (JAX among them) and, without a ``__name__ == "__main__"`` guard,
-    start again. Its functions reach workers by value (cloudpickle).
+    would run again. Its functions reach workers by value (cloudpickle).
     """
     try:
         os.getcwd()
-    except FileNotFoundError:  # workers begin in it, and multiprocessing cannot do without
+    except FileNotFoundError:  # workers start in it, and multiprocessing cannot do without it
         os.chdir("/")
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")

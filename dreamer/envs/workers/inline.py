@@ -1,4 +1,4 @@
-"""Environments in this process, and what every `VectorEnv` checks."""
+"""Environments in this process, and the checks of every `VectorEnv`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from dreamer.envs.workers.fence import Fence, close, jax_options_kept
 from dreamer.envs.wrappers import AutoReset, share
 from dreamer.types import Spaces
 
-#: attempt -> environment, with a seed of its own for every attempt; 0 is the first.
+#: attempt -> environment, with its own seed for every attempt; 0 is the first.
 Maker = Callable[[int], Env]
-#: All of this process, to find one environment in two places.
+#: All of this process, to notice when one environment is used in two places.
 _open: weakref.WeakSet[InlineVectorEnv] = weakref.WeakSet()
 
 
 class InlineVectorEnv:
     """All environments in this process: best when a step costs less than a message to a worker (about 50 us).
 
-    An environment that raises, exits or returns garbage is made anew. All of its code is called through a `Fence`. One
+    An environment that raises, exits or returns garbage is recreated. All of its code is called through a `Fence`. One
     that hangs cannot be interrupted here, and one that crashes takes this process along.
     """
 
@@ -51,7 +51,7 @@ class InlineVectorEnv:
     def restorable(self) -> bool:
         try:
             return bool(self._runners) and all(map(self._restorable, range(self.num_envs)))
-        except Exception:  # one that fails when it is asked is none that can be put back
+        except Exception:  # an environment that fails when asked is not one that can be restored
             return False
 
     def _restorable(self, index: int) -> bool:
@@ -111,7 +111,7 @@ class InlineVectorEnv:
         try:
             return self._fences[index](self._made, index)
         except TaskError:
-            raise  # speaks for itself
+            raise  # the message is complete
         except Exception as error:
             raise never_began(fault_of(self.task, index, error)) from error
 
@@ -129,14 +129,14 @@ class InlineVectorEnv:
         return made
 
     def _collect(self, advance: Callable[[AutoReset, int], Transition]) -> Batch:
-        """Fresh arrays (N, ...) of what every environment returns; those that fail begin anew."""
+        """Fresh arrays (N, ...) of what every environment returns; those that fail start over."""
         if not self._runners:
             raise EnvError(f"expected open environments of {self.task}, got closed ones; make new ones")
         fields = batch_fields(self.observation_spaces)
         batch = {key: np.empty((self.num_envs, *shape), dtype) for key, (shape, dtype) in fields.items()}
         failed = [index for index in range(self.num_envs) if not self._try(index, advance, batch)]
         if failed:
-            self._begin_anew(failed, batch)
+            self._recreate(failed, batch)
         self._recovery.finished(batch["is_last"])
         return batch
 
@@ -151,7 +151,7 @@ class InlineVectorEnv:
             call(_play, advance, runner, index, batch)
         except Exception as error:
             fault = fault_of(self.task, index, error)
-            # One that is not what it declares would fail alike if it were made anew.
+            # An environment that is not what it declares would fail in the same way if it were recreated.
             if isinstance(error, TaskError) and not self._recovery.attempts[index]:
                 raise
             if not self._begun:
@@ -161,7 +161,7 @@ class InlineVectorEnv:
             return False
         return True
 
-    def _begin_anew(self, failed: list[int], batch: Batch) -> None:
+    def _recreate(self, failed: list[int], batch: Batch) -> None:
         def renewed(runner: AutoReset, index: int) -> Transition:
             new = self._runners[index] = self._made(index)
             check_same(self, new.observation_spaces, new.action_spaces, index)

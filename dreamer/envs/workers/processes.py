@@ -24,11 +24,11 @@ from dreamer.types import Spaces
 
 
 class ProcessVectorEnv:
-    """One worker process per environment, with shared memory for the data and a pipe each for the turns.
+    """One worker process per environment, with shared memory for the data and a pipe for the turns.
 
     Workers are made by a clean server process, never by forking this one (which deadlocks with JAX), and import neither
-    JAX nor the user's main script. They end when this object is closed or collected, and when this process dies.
-    One that dies, hangs, raises or returns garbage is replaced by a new one.
+    JAX nor the user's main script. They end when this object is closed or collected, and when this process dies. A
+    worker that dies, hangs, raises or returns garbage is replaced.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class ProcessVectorEnv:
         self._timeout = timeout_seconds
         self._recovery = Recovery(self.num_envs, restart_seconds)
         self._pickled = [_pickled(maker, task) for maker in makers]
-        #: The workers that live, by environment; one that failed is missing until it is made anew.
+        #: The live workers, by environment; a failed one is missing until it is recreated.
         self._workers: dict[int, Worker] = {}
         self._cleanup = contextlib.ExitStack()
         # Runs at garbage collection and, before multiprocessing joins its children, at exit.
@@ -56,7 +56,7 @@ class ProcessVectorEnv:
 
     @property
     def restorable(self) -> bool:
-        """Between two steps only: workers are asked, one after another, and only once."""
+        """Call it between two steps only: workers are asked one after another, and only once."""
         self._between_steps("restorable")
         if self._missing():
             return False
@@ -158,21 +158,21 @@ class ProcessVectorEnv:
             one.send(asked)
 
     def _collect(self) -> Batch:
-        """What every environment has put into the shared memory; those that fail begin anew."""
+        """What every environment put into the shared memory; those that fail start over."""
         for index in list(self._workers):
             self._receive(index)
         if len(self._workers) < self.num_envs:
-            self._begin_anew()
+            self._recreate()
         batch = {key: view.copy() for key, view in self._results.items()}
         self._recovery.finished(batch["is_last"])
         return batch
 
     def _receive(self, index: int) -> Any:
-        """The answer of one worker; one that failed is ended and, before a first reset, raises."""
+        """The answer of one worker; if it failed, it is ended and, before the first reset, an error is raised."""
         try:
             return self._workers[index].receive()
         except FailedError as failed:
-            # One that is not what it declares would fail alike if it were made anew.
+            # An environment that is not what it declares would fail in the same way if it were recreated.
             if not self._begun or (isinstance(failed.error, TaskError) and not self._recovery.attempts[index]):
                 self.close()
                 raise failed.before_the_first from failed.error
@@ -183,11 +183,11 @@ class ProcessVectorEnv:
         """End a worker that failed."""
         self._recovery.note(fault)
         if index in self._workers:
-            # One that raised is closing its environment.
+            # A worker that raised is closing its environment.
             self._workers.pop(index).end(CLOSING if fault.kind in ("raised", "garbage") else 0.0)
             self._guard.watch(self._workers.values())
 
-    def _begin_anew(self) -> None:
+    def _recreate(self) -> None:
         """New workers for the missing ones, up to their first transition, all at once."""
         missing = self._missing()
         for _ in range(TRIES):
@@ -210,7 +210,7 @@ class ProcessVectorEnv:
         return True
 
     def _introduce(self, index: int) -> None:
-        """Hear the spaces of a new worker, and send it into its first episode."""
+        """Receive the spaces of a new worker, and start its first episode."""
         new = self._workers[index]
         try:
             check_same(self, *new.hello(), index)
@@ -220,7 +220,7 @@ class ProcessVectorEnv:
         new.send(worker.RESET)
 
     def _exchange(self, what: str, asked: bytes, payloads: Sequence[bytes] | None = None) -> list[Any]:
-        """Ask every worker the same between two steps. EnvError, after all have answered, if one could not."""
+        """Ask every worker the same thing between two steps. EnvError, after all have answered, if one could not."""
         self._between_steps(what)
         missing = self._missing()
         if missing:
@@ -267,7 +267,7 @@ def _shut_down(workers: dict[int, Worker], cleanup: contextlib.ExitStack) -> Non
 
 @contextlib.contextmanager
 def _nameless_file(size: int) -> Iterator[BinaryIO]:
-    """A file in memory if possible, of which nothing remains however processes end."""
+    """A file, in memory if possible, that vanishes however the processes end."""
     with tempfile.TemporaryFile(dir=_memory_folder(size)) as file:
         file.truncate(size)
         yield file

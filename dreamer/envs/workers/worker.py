@@ -1,14 +1,14 @@
 """What a worker process runs: one environment behind a pipe and a block of shared memory.
 
-Per step the pipe carries one byte each way; observations and actions lie in the shared block. This module imports
+Per step the pipe carries one byte each way; observations and actions are in the shared block. This module imports
 nothing heavy, because every worker starts with it.
 
-What is asked is one byte: `STEP`, `RESET` and so on. So is the answer, which a pickle may follow::
+A request is one byte: `STEP`, `RESET` and so on. So is the answer, which a pickle may follow::
 
-    DONE     as asked, and nothing to say
-    HERE     as asked; the payload
-    REFUSED  could not, and goes on: an Excuse
-    FAILED   could not, and ends: an Excuse
+    DONE     done, nothing to say
+    HERE     done; the payload follows
+    REFUSED  could not, but continues: an Excuse
+    FAILED   could not, and exits: an Excuse
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from dreamer.process import STOP_SIGNALS, unfailing_output
 from dreamer.types import Spaces
 
 Fields = Mapping[str, tuple[tuple[int, ...], np.dtype]]
-ALIGNMENT = 64  # bytes; a cache line, so that neighbours do not slow each other
+ALIGNMENT = 64  # bytes; a cache line, so that neighbours do not slow each other down
 STEP, RESET, RENDER, CAN_RESTORE, SAVE, RESTORE, BLOCK, CLOSE = (bytes([code]) for code in b"steparbc")
 DONE, HERE, REFUSED, FAILED = (bytes([code]) for code in b"dhrf")
 #: Makes a worker write down where it is, whatever it is doing.
@@ -55,7 +55,7 @@ class Excuse(NamedTuple):
 
 
 class _ParentGoneError(Exception):
-    """Nobody is left to work for."""
+    """The parent process is gone."""
 
 
 def block_fields(observations: Spaces, actions: Spaces) -> tuple[Fields, Fields]:
@@ -96,12 +96,12 @@ def run(
 
     trace    Takes the traceback of a worker that hangs or crashes.
     maker    Cloudpickled attempt -> Env.
-    environ  The parent's environment variables now; the server that this process comes from may be older.
+    environ  The parent's current environment variables; the server that this process comes from may be older.
     """
-    os.environ.pop(SAFE_PATH, None)  # how the server was started; it means nothing to what environments start
+    os.environ.pop(SAFE_PATH, None)  # how the server was started; it must not affect what environments start
     os.environ.update(environ)
     own_group()
-    os.set_blocking(trace.fileno(), False)  # a long traceback that nobody reads must not stop anything
+    os.set_blocking(trace.fileno(), False)  # a long traceback that nobody reads must not block anything
     faulthandler.enable(trace.fileno())
     faulthandler.register(WHERE_SIGNAL, trace.fileno())
     fence, runner = Fence(), None
@@ -134,7 +134,7 @@ def _serve(conn: Connection, fence: Fence, runner: AutoReset, attempt: int, inde
     _say(conn, HERE, (runner.observation_spaces, runner.action_spaces))
     if _hear(conn) == CLOSE:
         return
-    # It was BLOCK: every environment was made.
+    # That was BLOCK: every environment has been made.
     block = mmap.mmap(recv_handle(conn), 0)
     transitions, actions = block_fields(runner.observation_spaces, runner.action_spaces)
     views = block_views(block, {**transitions, **actions}, num_envs)
@@ -165,7 +165,7 @@ def _serve(conn: Connection, fence: Fence, runner: AutoReset, attempt: int, inde
 
 
 def _answer(fence: Fence, message: bytes, asked: Callable[[], Any]) -> Any:
-    """What the environment answers; of whatever is neither a step nor a reset, the excuse if it could not."""
+    """The environment's answer; for all but steps and resets, the excuse if it could not."""
     if message == STEP:
         return fence.step(asked)
     if message == RESET:
