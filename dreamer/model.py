@@ -34,7 +34,7 @@ class Act(Protocol):
 
     state (N, ...): the model's, after the newest observation; key: None asks for the most likely action; allowed: bool
     (N, A), or None if every action is allowed. action (N, A): one-hot where discrete, at least float32; extras: what
-    replay is to remember about the choice, (N, ...) by name, such as visit counts of a search. It comes back with the
+    replay is to remember about the choice, (N, ...) by name, such as visit counts of a search. It returns with the
     batches.
     """
 

@@ -1,6 +1,6 @@
 """From presets, files and command-line overrides to one `Config`, and back to a file.
 
-Files are applied in order, then the overrides; each changes single options and leaves the others alone.
+Files are applied in order, then the overrides; each changes some options and leaves the others alone.
 A preset may begin with `include: [name, ...]`: these are applied before it.
 """
 
@@ -31,7 +31,7 @@ from dreamer.values import brief, native, suggestion
 from dreamer.yaml_files import YamlTextError, find_file, key_text, parse_file, plain_node, plain_text, write_file
 
 CONFIG_FILE = "config.yaml"
-#: Options that name places: they are the same as long as they lie where they lay from the run's folder.
+#: Options that name places: unchanged as long as their path relative to the run's folder is the same.
 _PLACES = ("from_checkpoint", "replay.preload")
 
 __all__ = ["CONFIG_FILE", "Change", "ConfigError", "check_resume", "diff", "load_config", "preset_names", "save_config"]
@@ -60,7 +60,7 @@ def configs_folder() -> Path:
 
 
 def preset_names() -> dict[str, Path]:
-    """Everything `--configs` knows by name: presets, sizes, and files like `cpu` beside them."""
+    """Everything `--configs` knows by name: presets, sizes, and files beside them such as `cpu`."""
     folder = configs_folder()
     files = [
         *sorted(folder.glob("presets/*.yaml")),
@@ -71,7 +71,7 @@ def preset_names() -> dict[str, Path]:
 
 
 def _find(name: str, source: str, beside: Path | None = None) -> Path:
-    """The file of a preset's name or of a path; relative paths start at `beside`, or in the working folder."""
+    """The file that a preset's name or a path means; relative paths start at `beside`, or in the working folder."""
     if name.endswith((".yaml", ".yml")) or os.sep in name:
         return find_file(name, source, beside)
     names = preset_names()
@@ -99,7 +99,7 @@ def flatten_node(root: Node, path: Path) -> dict[str, tuple[Node, str]]:
             line = f"{path}:{key.start_mark.line + 1}"
             name = f"{prefix}.{key_text(key, line)}" if prefix else key_text(key, line)
             if name in found or name in groups:
-                raise ConfigError(f"{line}: {name} stands here twice; keep one")
+                raise ConfigError(f"{line}: {name} is given twice; keep one")
             if name in sections():
                 groups.add(name)
                 walk(value, name)
@@ -111,7 +111,7 @@ def flatten_node(root: Node, path: Path) -> dict[str, tuple[Node, str]]:
 
 
 def _load_file(path: Path, trail: tuple[Path, ...] = ()) -> Settings:
-    """The settings of one file, those of its includes first."""
+    """The settings in one file, those of its includes first."""
     if path in trail:
         raise ConfigError(f"{path}: includes itself ({' -> '.join(p.name for p in (*trail, path))})")
     root = parse_file(path)
@@ -131,7 +131,7 @@ def _load_file(path: Path, trail: tuple[Path, ...] = ()) -> Settings:
 
 
 def fitted(name: str, value: Any, source: str) -> Setting:
-    """The value as an option's type; ConfigError, with the source, if it does not fit or there is no such option."""
+    """The value in the option's type; ConfigError, with the source, if it does not fit or there is no such option."""
     if name not in options():
         raise ConfigError(f"{source}: {unknown(name)}")
     try:
@@ -142,7 +142,7 @@ def fitted(name: str, value: Any, source: str) -> Setting:
 
 
 def unknown(name: str) -> str:
-    """What to say of a name that is no option."""
+    """What to say about a name that is not an option."""
     if name in sections():
         inside = [o.removeprefix(f"{name}.") for o in options() if o.startswith(f"{name}.")]
         return f"{name} is a group of options; give one of them, as {name}.{inside[0]}"
@@ -154,9 +154,9 @@ def unknown(name: str) -> str:
 
 
 def _override(settings: Settings, name: str, value: Any) -> None:
-    """Sets one option; a text is read as the option's type wants it."""
+    """Sets one option; a text is parsed as the option's type."""
     if not isinstance(name, str):
-        raise ConfigError(f"expected the name of an option, as run.train_ratio, got {brief(name)}")
+        raise ConfigError(f"expected the name of an option, such as run.train_ratio, got {brief(name)}")
     source = f"--{name}"
     parent, _, key = name.rpartition(".")
     if parent in options() and isinstance(options()[parent].default, dict):
@@ -186,8 +186,8 @@ def _override(settings: Settings, name: str, value: Any) -> None:
 def load_config(configs: Iterable[str | Path] = (), overrides: Mapping[str, Any] | None = None) -> Config:
     """The configuration after these presets or files, in order, and then the overrides by dotted name.
 
-    An override that is a text is read as on the command line ("64,64", "null"); other values must have the
-    option's type. Raises ConfigError, one line, for anything unknown, of the wrong type or out of bounds.
+    A text override is parsed as on the command line ("64,64", "null"); other values must have the option's type. Raises
+    ConfigError, one line, for anything unknown, of the wrong type or out of bounds.
     """
     settings: Settings = {}
     for name in configs:
@@ -236,7 +236,7 @@ def save_config(config: Config, path: Path | str) -> None:
 
 
 class Change(NamedTuple):
-    """An option that differs between two configurations; `allowed`: it may, when a run is resumed."""
+    """An option that differs between two configurations; `allowed`: it may differ when a run is resumed."""
 
     name: str
     old: Any
@@ -263,15 +263,15 @@ def diff(old: Config, new: Config) -> list[Change]:
 
 
 def _as_seen(name: str, config: Config) -> str | None:
-    """The path in an option, from the run's folder: it stays when both move together; None: there is none."""
+    """The path in an option, relative to the run's folder, so that both may move together; None: there is none."""
     place = value_of(config, name)
     return None if place is None else os.path.relpath(place, config.logdir or "/")
 
 
 def check_resume(old: Config, new: Config) -> list[Change]:
-    """The changes between a run's stored configuration and the one it is to go on with.
+    """The changes between a run's stored configuration and the one it is to continue with.
 
-    Raises ConfigError when one of them may not change within a run, naming all that may not.
+    Raises ConfigError, naming them, if any of them may not change within a run.
     """
     changes = diff(old, new)
     refused = [str(change) for change in changes if not change.allowed]
@@ -295,8 +295,8 @@ def stored_config(logdir: Path | str) -> Config | None:
 
 
 def run_config(logdir: Path | str) -> Config:
-    """The configuration of a run that must be there, to play with its agent: on the fastest device, with this folder
-    as its logdir. ConfigError, which says where runs are, for another folder."""
+    """The configuration of an existing run, to play with its agent: on the fastest device, with this folder as its
+    logdir. ConfigError, saying where runs are, for any other folder."""
     path = config_file(logdir)
     if os.path.isfile(path):
         return load_config([path], {"logdir": str(path.parent), "run.platform": "auto"})

@@ -1,8 +1,8 @@
-"""What a process has to do with those around it: signals that ask it to stop, and output that cannot fail.
+"""How a process deals with its surroundings: signals that ask it to stop, and output that cannot fail.
 
-What a program prints never decides how it ends. A pipe that nobody reads any more, a full disk, a terminal that was
-closed, an encoding without some character, no standard output at all: each raises where something is printed, hours
-into a run, or once more when Python leaves, with an exit code of its own.
+What a program prints must never decide how it ends. A pipe that nobody reads any longer, a full disk, a closed
+terminal, an encoding that lacks a character, no standard output at all: each would raise where something is printed,
+hours into a run, or again when Python exits, with an exit code of its own.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-#: What people and schedulers end a process with: `kill`, Ctrl-C, Ctrl-\\, a closed terminal, and what clusters send
-#: before the time, or the processor time, of a job is over.
+#: Signals with which people and schedulers end a process: `kill`, Ctrl-C, Ctrl-\\, a closed terminal, and what clusters
+#: send before the time, or the processor time, of a job is over.
 STOP_SIGNALS = (
     signal.SIGTERM,
     signal.SIGINT,
@@ -29,13 +29,13 @@ STOP_SIGNALS = (
 
 
 class UnfailingStream:
-    """A text stream that loses what it cannot write. Everything but writing is the stream's own.
+    """A text stream that drops what it cannot write. Everything but writing is left to the stream.
 
     Characters that its encoding lacks are written as Python's escapes, `\\u2192`.
     """
 
     def __init__(self, stream: TextIO, name: str | None = None) -> None:
-        """name: to say once, on standard error, that it cannot be written to; None: never say it."""
+        """name: used to say once, on standard error, that it cannot be written to; None: never say so."""
         self._stream, self._name = stream, name
 
     def __getattr__(self, attribute: str) -> Any:
@@ -62,7 +62,7 @@ class UnfailingStream:
     def _spared(self) -> Iterator[None]:
         try:
             yield
-        except BlockingIOError:  # a pipe that is full for now: what the stream holds leaves with the next flush
+        except BlockingIOError:  # a pipe that is full for now: the next flush writes what the stream holds
             pass
         except (OSError, ValueError) as error:  # ValueError: it was closed
             self._drop_held()
@@ -71,8 +71,7 @@ class UnfailingStream:
                 print(f"dreamer: {name} is lost: {error.strerror or error}", file=sys.stderr)
 
     def _drop_held(self) -> None:
-        """Empties the stream's buffer, which it would try to write again with each flush, the interpreter's last one
-        among them."""
+        """Empties the stream's buffer, which it would try to write again at each flush, even the last one."""
         with contextlib.suppress(OSError, ValueError, AttributeError), contextlib.ExitStack() as undo:
             descriptor = self._stream.fileno()
             kept, inheritable = os.dup(descriptor), os.get_inheritable(descriptor)
@@ -86,9 +85,9 @@ class UnfailingStream:
 
 @contextlib.contextmanager
 def unfailing_output() -> Iterator[None]:
-    """Standard output and standard error are unfailing as long as this lasts, whoever writes to them.
+    """Makes standard output and standard error unfailing within the block, whoever writes to them.
 
-    Also a decorator. Within another one it changes nothing.
+    Also a decorator. Nested, it changes nothing.
     """
     _open_descriptors()
     former = sys.stdout, sys.stderr
@@ -112,9 +111,9 @@ def unfailing_output() -> Iterator[None]:
 
 
 def _open_descriptors() -> None:
-    """Let no file of a run become descriptor 0, 1 or 2, where libraries print: those that are closed lead nowhere."""
+    """Let no file of a run become descriptor 0, 1 or 2, where libraries print: closed ones are opened to nowhere."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
-        except OSError:  # the system gives the lowest number that is free: this one
+        except OSError:  # the system assigns the lowest free number: this one
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)

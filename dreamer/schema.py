@@ -48,7 +48,7 @@ _LENGTHS = {"min_length": "at least {} of them", "max_length": "at most {}"}
 
 
 def _bounds(metadata: Iterable[Any]) -> list[str]:
-    """Of a value, or of each in a list."""
+    """Bounds of a value, or of each value in a list."""
     found = [f"{sign} {getattr(m, name)}" for m in metadata for name, sign in _SIGNS.items() if hasattr(m, name)]
     return found + [words.format(getattr(m, k)) for m in metadata for k, words in _LENGTHS.items() if hasattr(m, k)]
 
@@ -61,20 +61,20 @@ def _limits(annotation: Any, metadata: Iterable[Any]) -> str:
 
 
 def _parts(annotation: Any) -> Iterable[Any]:
-    """An annotation and all that it is made of."""
+    """An annotation and all its components."""
     yield annotation
     for part in () if typing.get_origin(annotation) is Literal else typing.get_args(annotation):
         yield from _parts(part)
 
 
 def _metadata(annotation: Any) -> list[Any]:
-    """What `Annotated` says of a type."""
+    """What `Annotated` adds to a type."""
     given = typing.get_args(annotation)[1:] if typing.get_origin(annotation) is Annotated else ()
     return [m for field in given for m in getattr(field, "metadata", ())]
 
 
 def _bare(annotation: Any) -> Any:
-    """A type without what `Annotated` says of it and its parts."""
+    """A type without what `Annotated` adds to it and its components."""
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
         return _bare(inner[0])
@@ -143,9 +143,9 @@ def describe(annotation: Any) -> str:
 
 
 def fit(annotation: Any, value: Any) -> Any:
-    """`value` as the type of an option, or TypeError: no text becomes a number here, no number a truth value.
+    """`value` in the type of an option, or TypeError: texts do not become numbers here, nor numbers truth values.
 
-    A number without a fraction (1.1e6) fits an integer; a list fits a tuple; numpy's numbers and paths fit as what they
+    A number without a fraction (1.1e6) fits an integer; a list fits a tuple; numpy numbers and paths fit as what they
     stand for.
     """
     value = native(value)
@@ -245,7 +245,7 @@ def first_fault(error: pydantic.ValidationError) -> tuple[str, str]:
 
 
 def _off(option: Option) -> str:
-    """What null would mean, of an option that may be null."""
+    """What null would mean for an option that may be null."""
     if type(None) not in typing.get_args(option.annotation):
         return ""
     meaning = re.search(r"null: ([^;.]+)", option.meaning)
@@ -256,7 +256,7 @@ def _off(option: Option) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as it is written on the command line."""
+    """A value as written on the command line."""
     if value is None:
         return "null"
     if isinstance(value, bool):

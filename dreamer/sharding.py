@@ -5,7 +5,7 @@ slow critic have one copy in each row of the mesh, divided over `model` as `RULE
 each device has all of them. An update gathers the weights once, before it uses them, and leaves each device its part of
 the summed gradients. Everything else about the batch is global: means, percentiles, norms, checks of finiteness.
 
-`OneDevice` and `ManyDevices` answer the same questions; with one device nothing is compiled differently.
+`OneDevice` and `ManyDevices` have the same interface; with one device nothing is compiled differently.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ Tree = Any
 
 DATA, MODEL = "data", "model"
 
-#: Leaf path -> how the leaf lies; the first pattern that is found in the path counts. A leaf whose size the devices
-#: along `model` do not divide stays whole. Optimizer state and slow critic have the paths of the weights inside theirs.
+#: Leaf path -> layout of the leaf; the first pattern found in the path counts. A leaf whose size is not divisible by
+#: the devices along `model` stays whole. Optimizer state and slow critic have the paths of the weights inside theirs.
 RULES: tuple[tuple[str, P], ...] = (
-    (r"\bcnn\.(convs|out)\b", P()),  # a few per cent of all weights, and their first axes are short
+    (r"\bcnn\.(convs|out)\b", P()),  # a few percent of all weights, and their first axes are short
     (r"\.kernel$", P(MODEL)),  # (inputs, outputs), and (blocks, inputs, outputs)
     (r"", P()),  # biases, norms, counters
 )
@@ -44,7 +44,7 @@ STATE, WEIGHTS, BATCH, BATCHES, WHOLE = "state", "weights", "batch", "batches", 
 def mesh_shape(run: RunConfig, slices: int, parameters: int, devices: int, processes: int = 1) -> tuple[int, int]:
     """(devices along `data`, along `model`). ValueError if there are too few, or if they do not divide the batch.
 
-    slices: parts of a batch that are worked on one after another. devices, processes: how many there are.
+    slices: parts of a batch that are processed one after another. devices, processes: how many there are.
     """
     local, batch = devices // processes, run.batch_size // slices
     model = run.mesh_model
@@ -56,7 +56,7 @@ def mesh_shape(run: RunConfig, slices: int, parameters: int, devices: int, proce
         data = max(devices // model, 1) if processes > 1 or not fits else max(fits)
     chosen = f"run.mesh_data x run.mesh_model = {data} x {model}"
     if data * model > devices:
-        raise ValueError(f"expected at most {devices} devices, which is what there is, got {chosen}; lower one of them")
+        raise ValueError(f"expected at most {devices} devices, as many as there are, got {chosen}; lower one of them")
     if processes > 1 and (data * model != devices or local % model):
         raise ValueError(
             f"expected a mesh of all {devices} devices, with whole rows in each of the {processes} processes, got "
@@ -75,7 +75,7 @@ def _divisors(number: int) -> list[int]:
 
 
 def rule(path: str, shape: tuple[int, ...], model: int) -> P:
-    """How a leaf of this dotted path and shape lies with `model` devices along that axis."""
+    """The layout of a leaf of this dotted path and shape with `model` devices along that axis."""
     spec = next(spec for pattern, spec in RULES if re.search(pattern, path))
     fits = len(spec) <= len(shape) and all(name is None or n % model == 0 for name, n in zip(spec, shape, strict=False))
     return spec if fits else P()
@@ -91,7 +91,7 @@ class OneDevice:
         return jax.jit(function, **options)
 
     def jit_local(self, function: Callable, inputs: Sequence[str], **options: Any) -> Any:
-        """A program of this process alone, on one copy of the weights, its first argument: acting, looking."""
+        """A program of this process alone, with one copy of the weights as its first argument: to act, to report."""
         return jax.jit(function, **options)
 
     def gathered(self, tree: Tree) -> Tree:
@@ -99,7 +99,7 @@ class OneDevice:
         return tree
 
     def divided(self, params: Tree) -> Tree:
-        """Inside a program: something like the parameters, as the training state holds it."""
+        """Inside a program: a tree like the parameters, in the layout of the training state."""
         return params
 
     def slices(self, batch: Tree) -> Tree:
@@ -107,7 +107,7 @@ class OneDevice:
         return batch
 
     def place(self, batch: Tree) -> Tree:
-        """A batch from host arrays (B, ...); of several processes, each gives its share of the sequences."""
+        """A batch from host arrays (B, ...); with several processes, each passes its share of the sequences."""
         return jax.device_put(batch)
 
     def place_state(self, state: Tree) -> Tree:
@@ -115,7 +115,7 @@ class OneDevice:
         return jax.device_put(state)
 
     def one_copy(self, state: Tree) -> Tree:
-        """A training state (or parts of it) on as few devices of this process as hold it: to act with, to save."""
+        """A training state (or parts of it) on as few devices of this process as can hold it: to act with, to save."""
         return state
 
 
@@ -200,7 +200,7 @@ class ManyDevices(OneDevice):
 
 
 def own_share(tree: Tree) -> Tree:
-    """Results as host arrays; of those that are divided over processes, the sequences of this one."""
+    """Results as host arrays; of results divided over processes, the sequences of this one."""
     return jax.tree.map(_own_share, tree)
 
 
@@ -222,9 +222,9 @@ def _dotted(path: tuple) -> str:
 
 
 def make_devices(devices: Sequence[jax.Device], run: RunConfig, slices: int, state: Callable[[], Tree]) -> OneDevice:
-    """What computes: `devices` as the options say; without any, JAX's default device.
+    """What to compute on: `devices` as the options say; without any, JAX's default device.
 
-    slices: parts of a batch that are worked on one after another; state: gives ShapeDtypeStructs of the training state.
+    slices: parts of a batch that are processed one after another; state: gives ShapeDtypeStructs of the training state.
     ValueError if the options do not fit the devices.
     """
     if not devices:

@@ -1,8 +1,8 @@
-"""What is printed for a person, by rich: text stands there as it is.
+"""Printing for people, by rich, with text exactly as it is.
 
-By itself rich takes [words in brackets] for markup and :names: for pictures, and breaks lines at the edge of the
-screen. Paths, tasks and messages of other programs hold all of these, so everything is printed by this console and
-these tables. Styles come from `Text("stopped:", "bold red")`.
+By default rich takes [words in brackets] for markup and :names: for emoji, and breaks lines at the edge of the screen.
+Paths, tasks and messages of other programs contain all of these, so everything is printed by this console and these
+tables. Styles come from `Text("stopped:", "bold red")`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Console(rich.console.Console):
         super().__init__(**{"markup": False, "emoji": False, "highlight": False, **options})
 
     def print(self, *objects: Any, soft_wrap: bool | None = None, **options: Any) -> None:
-        """soft_wrap: whether lines stay whole; None: those of text do, tables and panels fit the screen."""
+        """soft_wrap: whether lines stay whole; None: text lines do, while tables and panels fit the screen."""
         if soft_wrap is None:
             soft_wrap = all(isinstance(part, str | Text) for part in objects)
         super().print(*objects, soft_wrap=soft_wrap, **options)
@@ -33,7 +33,7 @@ def can_redraw(console: rich.console.Console) -> bool:
 
 
 class Table(rich.table.Table):
-    """Its texts stand as they are on any console of rich."""
+    """A table whose texts stay exactly as they are on any rich console."""
 
     def __init__(self, title: str | None = None, **options: Any) -> None:
         super().__init__(title=None if title is None else Text(title, "bold"), title_justify="left", **options)

@@ -1,4 +1,4 @@
-"""The vocabulary every room speaks: the axis glossary, spaces and specs.
+"""The vocabulary of all packages: the axis glossary, spaces and stored fields.
 
 Axis glossary (used in every docstring and shape comment of the project)::
 
@@ -36,8 +36,8 @@ LOG_PREFIX = "log/"
 #: The reward as the environment gave it, where the learner sees a scaled one: what scores sum.
 UNSCALED_REWARD = f"{LOG_PREFIX}unscaled_reward"
 
-#: Names that no observation and no action may have, and what has them. Beside these, an observation that the decoder
-#: predicts must not be named like a loss term (`Agent` says which there are).
+#: Names that no observation or action may have, and what has them. Beside these, an observation that the decoder
+#: predicts must not be named like a loss term (`DreamerModel` says which there are).
 TAKEN: Mapping[str, str] = {
     **dict.fromkeys(TRANSITION_FIELDS, "a field of every transition"),
     **dict.fromkeys(("deter", "stoch"), "a latent, stored with every step"),
@@ -84,7 +84,7 @@ class Space:
         return int(np.prod(self.shape, dtype=int))
 
     def sample(self, rng: np.random.Generator) -> np.ndarray:
-        """A uniform element; vectors are drawn from [-1, 1]."""
+        """A uniform sample; vectors are drawn from [-1, 1]."""
         if self.classes is not None:
             return rng.integers(0, np.array(self.classes)).astype(np.int32).reshape(self.shape)
         if self.kind == "image":
@@ -106,7 +106,7 @@ def visible(spaces: Spaces) -> dict[str, Space]:
 def mask_space(actions: Spaces) -> Space:
     """The space of the observation `ACTION_MASK`: an entry per class of the one discrete action, 1 allowed, 0 not.
 
-    ValueError for other actions than one discrete.
+    ValueError unless there is exactly one action and it is discrete.
     """
     classes = [space.classes or () for space in actions.values()]
     if [len(counts) for counts in classes] != [1]:
@@ -121,7 +121,7 @@ def mask_space(actions: Spaces) -> Space:
 def masks_actions(observations: Spaces, actions: Spaces) -> bool:
     """Whether the environment says, with the observation `ACTION_MASK`, which actions are allowed now.
 
-    ValueError for an observation of this name that is no mask of the action; see `mask_space`.
+    ValueError if an observation of this name is not a mask of the action; see `mask_space`.
     """
     if ACTION_MASK not in observations:
         return False

@@ -1,7 +1,7 @@
-"""What values an option may have: groups of options as checked dataclasses, plain values from Python, errors in words.
+"""The values an option may have: groups of options as checked dataclasses, plain values from Python, errors in words.
 
-Whatever a configuration holds can be written to a file and read back as the same, so values are settled when they
-arrive: a numpy number becomes a number, a path a text, a tuple in a mapping a list. What has no such form is refused.
+Whatever a configuration holds can be written to a file and read back unchanged, so values are converted on arrival: a
+numpy number becomes a number, a path a text, a tuple in a mapping a list. What has no such form is refused.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from pydantic.dataclasses import dataclass
 
 T = TypeVar("T")
 
-#: Most values in one option, those of nested lists and mappings counted, and how deep these may lie in each other.
+#: Most values in one option, counting those of nested lists and mappings, and how deeply these may be nested.
 MOST_VALUES, DEEPEST = 10_000, 32
-#: Bits of the largest whole number in a mapping. Python writes and reads no number of much more digits as text.
+#: Bits of the largest whole number in a mapping. Python refuses to convert much longer numbers from and to text.
 MOST_BITS = 4096
 #: Characters of a value in an error.
 SHOWN = 100
 
 
 class ConfigError(ValueError):
-    """A mistake in the configuration, told in one line: what was expected, what came, how to fix it."""
+    """A mistake in the configuration, in one line: what was expected, what came, how to fix it."""
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
 
 
 def one_line(text: str) -> str:
-    """The text without line breaks, and with what cannot be printed as escapes."""
+    """The text without line breaks, and with escapes for what cannot be printed."""
     joined = " ".join(part.strip() for part in text.splitlines())
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in joined)
 
 
 class _Brief(reprlib.Repr):
-    """`repr` of whatever comes, at most a line, however large or deep or wrong it is."""
+    """`repr` of anything in at most a line, however large or deep or broken it is."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,9 +65,9 @@ def brief(value: Any) -> str:
 
 
 def suggestion(name: str, known: Iterable[str], otherwise: str = "", prefix: str = "") -> str:
-    """The end of an error: `; nearest: a, b`, the known names that look most like `name`; `otherwise`, if none does.
+    """The end of an error: `; nearest: a, b`, the known names most similar to `name`; `otherwise` if there are none.
 
-    Dotted names are also compared by their last part. prefix: set before each name that is shown.
+    Dotted names are also compared by their last part. prefix: put before each suggested name.
     """
     by_last: dict[str, list[str]] = {}
     for candidate in (known := list(known)):
@@ -82,7 +82,7 @@ def suggestion(name: str, known: Iterable[str], otherwise: str = "", prefix: str
 # --- Values from Python --------------------------------------------------------------------------
 
 
-#: How Python's own number or text is got from one of a subclass, whatever that makes of `str()` and `int()`.
+#: How to get Python's own number or text from a subclass, even if it overrides `str()` and `int()`.
 _NATIVE: dict[type, Callable[[Any], Any]] = {str: str.__str__, float: float.__float__, int: int.__int__}
 
 
@@ -99,7 +99,7 @@ def native(value: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """A copy of numbers, texts, truth values and None, in lists and mappings, as a file will give them back.
+    """A copy of numbers, texts, truth values and None, in lists and mappings, as a file will return them.
 
     ValueError, in one line, for anything else, and for more or deeper than a file should hold.
     """
@@ -110,7 +110,7 @@ def plain(value: Any) -> Any:
         left -= 1
         if left < 0 or depth > DEEPEST:
             raise ValueError(
-                f"expected at most {MOST_VALUES:,} values, in lists and mappings at most {DEEPEST} deep in each other, "
+                f"expected at most {MOST_VALUES:,} values, in lists and mappings nested at most {DEEPEST} deep, "
                 f"got more{_at(place)}; keep large data in a file and give its path"
             )
         if isinstance(value, Mapping):
@@ -148,7 +148,7 @@ def _leaf(value: Any, place: str) -> Any:
 
 
 def _is_text(value: str) -> bool:
-    """Whether a file can hold it: not the halves of characters that stand for bytes in names of files."""
+    """Whether a file can hold it: no lone surrogates, which stand for undecodable bytes in file names."""
     return not any("\ud800" <= c <= "\udfff" for c in value)
 
 
@@ -161,7 +161,7 @@ def _at(place: str) -> str:
 
 @dataclass_transform(frozen_default=True)
 def group(cls: type[T]) -> type[T]:
-    """A frozen dataclass of options, checked however it is made: ConfigError for values that cannot be."""
+    """A frozen dataclass of options, checked however it is made: ConfigError for impossible values."""
     checked: Any = dataclass(
         frozen=True, config=pydantic.ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
     )(cls)
@@ -180,7 +180,7 @@ def group(cls: type[T]) -> type[T]:
     return checked
 
 
-#: Bounds that many options have. Numbers above them would not mean more, and would overflow what counts or stores them.
+#: Bounds that many options share. Larger numbers would mean nothing more, and overflow what counts or stores them.
 STEPS: dict[str, Any] = {"gt": 0, "le": 10**12}
 COUNT: dict[str, Any] = {"gt": 0, "le": 1_000_000}
 UNITS: dict[str, Any] = {"gt": 0, "le": 131_072}
@@ -196,7 +196,7 @@ Size = tuple[Side, Side]
 
 def option(default: Any, meaning: str, unit: str | None = None, resume: bool = False, **limits: Any) -> Any:
     """One option. `resume`: may change when a run is resumed. `limits`: pydantic's ge, gt, le, lt, min_length; every
-    number has a least and a largest."""
+    number has a lower and an upper bound."""
     extra: dict[str, Any] = {"unit": unit, "resume": resume}
     if callable(default):
         return Field(default_factory=default, description=meaning, json_schema_extra=extra, **limits)

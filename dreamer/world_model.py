@@ -1,4 +1,4 @@
-"""The world model: encoder, RSSM, what the latents must predict, reward and continue heads; and its loss."""
+"""The world model: encoder, RSSM, the objective of the latents, reward and continue heads; and its loss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dreamer.types import Spaces
 
 sg = jax.lax.stop_gradient
 
-#: Kind of head -> the distribution of its numbers, and the out-scale of its last layer. At scale 0 the first
+#: Kind of head -> the distribution made of its outputs, and the out-scale of its last layer. At scale 0 the first
 #: predictions are exactly 0.
 HEADS: dict[str, tuple[Callable[[jax.Array], Output], float]] = {
     "two_hot": (TwoHot, 0.0),
@@ -42,7 +42,7 @@ class Head(nnx.Module):
 
 
 class Observed(NamedTuple):
-    """What one pass of the world model over a batch gives, with gradients: losses (B, T), metrics ()."""
+    """The result of one pass of the world model over a batch, with gradients: losses (B, T), metrics ()."""
 
     losses: dict[str, jax.Array]
     seen: Seen
@@ -108,7 +108,7 @@ class WorldModel(nnx.Module):
         losses["con"] = self.cont(seen.feature).loss((1 - batch["is_terminal"].astype(jnp.float32)) * self.discount)
         posterior, prior = latent.dist(seen.posterior), latent.dist(seen.prior)
         frozen_posterior, frozen_prior = latent.dist(sg(seen.posterior)), latent.dist(sg(seen.prior))
-        # The KL is summed over the variables first: the free nats are for the whole state, per (B, T).
+        # The KL is summed over the variables first: the free nats apply to the whole state, per (B, T).
         losses["dyn"] = jnp.maximum(latent.kl(frozen_posterior, prior), self.free_nats)
         losses["rep"] = jnp.maximum(latent.kl(posterior, frozen_prior), self.free_nats)
         metrics = {"dyn_ent": latent.entropy(prior).mean(), "rep_ent": latent.entropy(posterior).mean()}

@@ -1,6 +1,6 @@
-"""YAML as it comes from people: files and pieces of text, read with their lines or as plain values, and written.
+"""YAML as people write it: files and pieces of text, read with line numbers or as plain values, and written.
 
-The parser is ruamel's, in Python. Whatever it makes of a text, the answer is a value or an error in one line.
+The parser is ruamel's, in Python. Whatever it makes of a text, the result is a value or an error in one line.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ LARGEST_FILE = 2_000_000
 
 
 class YamlTextError(ValueError):
-    """A text that is no YAML, or no plain value."""
+    """A text that is not YAML, or not a plain value."""
 
 
 # --- Reading -------------------------------------------------------------------------------------
 
 
 def find_file(name: str, source: str, beside: Path | None = None) -> Path:
-    """The file that a path names; where it is relative it begins at `beside`, or in the working folder. ConfigError,
-    after `source`, if there is none."""
+    """The file that a path names; a relative path begins at `beside`, or in the working folder. ConfigError, after
+    `source`, if there is none."""
     try:
         path = Path(os.path.realpath(absolute(name, beside)))
         if os.path.isfile(path):
@@ -70,7 +70,7 @@ def plain_node(node: Node, where: str) -> Any:
 
 
 def plain_text(text: str) -> Any:
-    """What a piece of YAML means, in plain Python values; YamlTextError where it is none."""
+    """What a piece of YAML means, in plain Python values; YamlTextError if it is not YAML."""
     try:
         return _parser().load(io.StringIO(text))
     except Exception as error:  # see `_problem`
@@ -78,7 +78,7 @@ def plain_text(text: str) -> Any:
 
 
 def key_text(key: Node, where: str) -> str:
-    """The name that a key of a mapping is. ConfigError for a list or a mapping in its place."""
+    """The key of a mapping as a name. ConfigError for a list or a mapping in its place."""
     if not isinstance(key, ScalarNode):
         raise ConfigError(f"{where}: expected a name and its value (name: value), got a list or a mapping as the name")
     return str(key.value)
@@ -91,11 +91,11 @@ def _parser() -> YAML:
 def _problem(error: Exception) -> str:
     """What the parser met, in words.
 
-    Beside its own errors it lets those of Python through that a text can provoke: dates that are none, numbers of
-    thousands of digits, brackets in thousands, names that are lists.
+    Beside its own errors it passes on those of Python that a text can provoke: impossible dates, numbers of thousands
+    of digits, thousands of brackets, lists as names.
     """
     if isinstance(error, RecursionError):
-        return "lists and mappings lie too deep in each other"
+        return "lists and mappings are nested too deeply"
     if isinstance(error, YAMLError):
         return str(getattr(error, "problem", None) or (str(error).splitlines() or ["unreadable"])[0])
     return f"{error}" or type(error).__name__
@@ -120,7 +120,7 @@ def _listed(value: Any) -> Any:
 
 
 def write_file(path: Path, content: Mapping[str, Any], head: str) -> None:
-    """Writes plain values, tuples as lists, under a comment of one line; whole or not at all."""
+    """Writes plain values, tuples as lists, below a one-line comment; whole or not at all."""
     yaml = _parser()
     yaml.Representer = _Representer
     yaml.default_flow_style = False

@@ -247,7 +247,7 @@ def test_wrong_overrides_say_what_was_expected(name, text, words):
         ("run:\n  platform: gpuu\n", 2, ["one of auto, cpu, gpu, tpu", "nearest: gpu"]),
         ("env:\n  atari:\n    size: [64]\n", 3, ["env.atari.size", "a list of 2", "[64]"]),
         ("run: {batch_size: 3\nseed: 2\n", 2, ["expected valid YAML"]),
-        ("seed: 1\nseed: 2\n", 2, ["seed stands here twice"]),
+        ("seed: 1\nseed: 2\n", 2, ["seed is given twice"]),
         ("seed: !!python/object/apply:os.getpid []\n", 1, ["expected a plain value"]),
         ("seed: 2020-01-01\n", 1, ["expected an integer"]),
         ("seed: 1\ninclude: [nothing]\n", 2, ["unknown preset 'nothing'"]),

@@ -297,7 +297,7 @@ def test_more_names_and_panels_than_have_room(tmp_path, monkeypatch):
     labels = [f"curve {i}" for i in range(100)]
     figure.draw(compare(curves_of(*labels), {}), "env_frames", [tmp_path / "x.png"])
     (legend,) = made[0].legends
-    assert len(legend.get_texts()) == 40 and legend.get_title().get_text() == "and 60 more, which the table has"
+    assert len(legend.get_texts()) == 40 and legend.get_title().get_text() == "and 60 more, in the table"
     made[0].canvas.draw()  # it fits: warnings are errors
     tasks = [Run(f"gym_{i}", "x", "0", Path("x"), np.ones(1), np.ones(1)) for i in range(70)]
     figure.draw(compare(tasks, {}), "env_frames", [tmp_path / "x.png"])

@@ -1,1 +1,1 @@
-"""The commands of the program `dreamer`, a module each: ``run(arguments) -> exit code``."""
+"""The commands of the program `dreamer`, one module each: ``run(arguments) -> exit code``."""

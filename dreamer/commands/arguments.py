@@ -1,4 +1,4 @@
-"""Reading command lines: options of the configuration, and what argparse needs for ours."""
+"""Reading command lines: options of the configuration, and argparse types for the commands' own arguments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dreamer.schema import ConfigError, mismatch, options, show
 from dreamer.values import LARGEST_SEED, brief
 
 USAGE_ERROR = 2
-#: Presets that say nothing of their task's suite, the latter of one task alone.
+#: Presets that say nothing about their task's suite; the latter are for a single task.
 NO_SETTING, ONE_TASK = ("debug",), ("carracing", "quickstart")
 
 
@@ -47,10 +47,10 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]
 
 
 def presets_left_out(configs: Sequence[str], config: Config, environment: bool = False) -> str | None:
-    """One line where settings of the task's suite stand in presets of which none is among `configs`; None otherwise.
+    """One line if the task's suite has presets with settings and none of them is among `configs`; None otherwise.
 
-    A file of the user's among them is taken to say all it should. environment: only what the environment shows and
-    does matters, and not what is learned from it.
+    A user's file in `configs` is taken to say all that is needed. environment: only settings of the environment matter,
+    not those of learning.
     """
     known = preset_names()
     if not set(configs) <= set(known):
@@ -72,7 +72,7 @@ def presets_left_out(configs: Sequence[str], config: Config, environment: bool =
 
 
 def hide_accelerators() -> None:
-    """Makes JAX use the CPU only, and leave the memory of accelerators alone. Before its first computation."""
+    """Makes JAX use only the CPU and leave the memory of accelerators alone. Call it before JAX's first computation."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")
@@ -87,7 +87,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def place(text: str) -> Path:
-    """A path from the root, for argparse."""
+    """An absolute path, for argparse."""
     try:
         return absolute(text)
     except PathError as error:
@@ -106,14 +106,14 @@ def whole(least: int, most: int) -> Callable[[str], int]:
     return read
 
 
-#: Episodes, steps, turns, workers.
+#: A number of episodes, steps, rounds or workers.
 count = whole(1, 10**9)
-#: As that of the configuration.
+#: A seed, with the bounds of the configuration's.
 seed = whole(0, LARGEST_SEED)
 
 
 def positive(text: str) -> float:
-    """A number above 0 of sensible size, for argparse."""
+    """A positive number of sensible size, for argparse."""
     try:
         value = float(text)
     except ValueError:

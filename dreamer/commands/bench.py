@@ -54,31 +54,33 @@ def add_parts(parts: argparse._SubParsersAction) -> None:
         )
         return added
 
-    update = add("update", "one gradient step, everything a run asks of it", 11)
+    update = add("update", "one gradient step, with everything that a run does in it", 11)
     update.add_argument("--size", default="1m", help="size of the model, as in the presets size1m, size12m, ...")
     update.add_argument("--obs", choices=("vector", "image"), default="vector", help="what the agent observes")
     update.add_argument("--updates-per-dispatch", type=count, metavar="K", help="K updates in one program")
     update.add_argument("--seeds", type=count, metavar="S", help="S agents in one update mapped over them")
     update.add_argument(
-        "--against", choices=("plain",), help="plain: beside all rewrites swapped for their plain forms"
+        "--against", choices=("plain",), help="plain: compare with all rewrites replaced by their plain forms"
     )
-    update.add_argument("--protocol", action="store_true", help="one timed update for each line on stdin, as JSON")
+    update.add_argument("--protocol", action="store_true", help="time one update for each line on stdin, as JSON")
     update.add_argument("--trace", type=place, metavar="DIR", help="write a profile of one dispatch there")
 
     policy = add("policy", "choosing actions", 15, OPTIONS)
     policy.add_argument("--envs", type=count, nargs="+", help="numbers of environments; default: 1 and env.num_envs")
 
-    replay = add("replay", "drawing batches, adding steps, writing latents, beside plain copying", 100, OPTIONS)
+    replay = add("replay", "drawing batches, adding steps, writing latents, compared with plain copying", 100, OPTIONS)
     replay.add_argument("--capacity", type=count, default=32_000, help="steps in the buffer")
-    replay.add_argument("--folder", type=place, help="where disk storage lies; default: a temporary folder")
+    replay.add_argument("--folder", type=place, help="folder for disk storage; default: a temporary folder")
 
-    env = add("env", "stepping environments, by where they run; Atari also beside ale-py's own", 15, OPTIONS)
+    env = add("env", "stepping environments, by where they run; Atari also compared with ale-py's own", 15, OPTIONS)
     env.add_argument("--steps", type=count, default=100, help="of all environments, in each round")
 
-    loop = add("loop", "the training loop beside the bound that its parts set", 5, OPTIONS)
-    loop.add_argument("--seconds", type=positive, default=15.0, help="of the loop, for each row; its parts not counted")
+    loop = add("loop", "the training loop compared with the bound set by its parts", 5, OPTIONS)
     loop.add_argument(
-        "--train-ratios", type=positive, nargs="+", default=TRAIN_RATIOS, help="run.train_ratio, a row each"
+        "--seconds", type=positive, default=15.0, help="seconds of the loop for each row; its parts not counted"
+    )
+    loop.add_argument(
+        "--train-ratios", type=positive, nargs="+", default=TRAIN_RATIOS, help="run.train_ratio, one row each"
     )
 
 
@@ -89,7 +91,7 @@ def bench_config(options: Sequence[str]) -> Config:
 
 
 def loop_configs(options: Sequence[str]) -> dict[str, Config]:
-    """By name: the one of the command line, or without --configs and --task one of each of three suites."""
+    """Configurations by name: the command line's, or without --configs and --task one for each of three suites."""
     configs, overrides = split_arguments(options)
     if configs or "task" in overrides:
         config = load_config(configs, overrides)

@@ -15,7 +15,7 @@ def parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="dreamer collect",
         description="Play with a random or a trained policy, and write the episodes to files for `dreamer train "
-        "--replay.preload`. Any --configs and --OPTION of `dreamer train` may follow, as --env.num_envs 8 or --seed 1.",
+        "--replay.preload`. Any --configs and --OPTION of `dreamer train` may follow: --env.num_envs 8, --seed 1.",
         allow_abbrev=False,
     )
     parser.add_argument("task", help="environment, as `dreamer envs` lists them")
@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def collect_config(given: argparse.Namespace, options: Sequence[str]) -> tuple[Config, str]:
-    """(configuration, policy) of a command line of `dreamer collect`; of a run's agent, on top of its own options."""
+    """(configuration, policy) of a `dreamer collect` command line; with --from, on top of the run's own options."""
     configs, overrides = split_arguments(options)
     policy = given.policy or ("random" if given.source is None else "sample")
     if (policy == "random") != (given.source is None):

@@ -12,7 +12,7 @@ from dreamer.commands.arguments import Parser, place
 def parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="dreamer doctor",
-        description="Look whether this machine can train, and say what to do where it cannot. Exit code 0: it can, "
+        description="Check whether this machine can train, and say what to do where it cannot. Exit code 0: it can, "
         "perhaps with warnings; 1: something fails.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,

@@ -39,7 +39,9 @@ def check(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--steps: {error}") from None
     config = load_config(configs, {**overrides, "task": task})
 
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # networks are only drawn up: leave accelerators to whoever trains
+    os.environ.setdefault(
+        "JAX_PLATFORMS", "cpu"
+    )  # networks are only shaped, not computed: leave accelerators to whoever trains
     from dreamer.envs.audit import audit
     from dreamer.envs.audit_table import show
     from dreamer.envs.registry import make_env

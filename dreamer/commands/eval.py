@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
 
 def run(arguments: Sequence[str]) -> int:
     given = parser().parse_args(arguments)
-    run_config(given.logdir)  # a mistake is told before anything slow is loaded
+    run_config(given.logdir)  # report a mistake before loading anything slow
     if given.platform == "cpu":
         hide_accelerators()
 

@@ -33,12 +33,14 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         metavar="TASK",
         help="published scores of these tasks: dmc_walker_walk for all there are, dmc_vision-walker_walk for one; "
-        "auto: of every task plotted, where there are any",
+        "auto: of every plotted task that has any",
     )
     axes = ("env_frames", "hours", "updates", "agent_steps")
     parser.add_argument("--x", choices=axes, default="env_frames", dest="axis", help="horizontal axis")
-    parser.add_argument("--bins", type=whole(1, MOST_BINS), metavar="N", help="average scores in so many bins")
-    parser.add_argument("--window", type=positive, metavar="W", help="... or in bins so wide, in units of the x axis")
+    parser.add_argument("--bins", type=whole(1, MOST_BINS), metavar="N", help="average scores in this many bins")
+    parser.add_argument(
+        "--window", type=positive, metavar="W", help="... or in bins of this width, in units of the x axis"
+    )
     parser.add_argument(
         "--out", type=place, default=Path("plot"), metavar="PREFIX", help="write PREFIX.png, PREFIX.svg, PREFIX.md"
     )

@@ -24,11 +24,11 @@ def parser() -> argparse.ArgumentParser:
         "--devices",
         nargs="+",
         metavar="DEVICE",
-        help="devices that runs are dealt to, as 0 1, or 0,1 2,3 for two each; all NVIDIA devices otherwise",
+        help="devices to deal out to runs: 0 1, or 0,1 2,3 for two each; all NVIDIA devices otherwise",
     )
     parser.add_argument("--backend", choices=("local", "ray", "slurm"), default="local", help="where runs are started")
     parser.add_argument("--dry-run", action="store_true", help="print the runs and what they will need, and stop")
-    parser.add_argument("--report", action="store_true", help="write the report as things are, and stop")
+    parser.add_argument("--report", action="store_true", help="write the report as things stand, and stop")
     return parser
 
 

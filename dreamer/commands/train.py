@@ -13,7 +13,7 @@ from dreamer.presets import check_resume, config_file, load_config, preset_names
 from dreamer.schema import help_text
 
 QUICKSTART = "quickstart"
-#: Asks for the plan of a run in place of the run.
+#: Asks for the plan of a run instead of the run.
 PLAN = "--plan"
 
 TRAIN_USAGE = """\
@@ -22,7 +22,7 @@ usage: dreamer train [--configs NAME_OR_FILE ...] [--task SUITE_NAME] [--logdir 
 
 Presets and YAML files apply in order, then the options: --run.train_ratio 128, --run.train_ratio=128, lists as
 64,64, null for none, true or false (a name alone is true). The same command with the same --logdir resumes the run.
---plan trains nothing: it prints what the run needs (memory, disk, updates, hours) and how each figure was got.
+--plan trains nothing: it prints what the run needs (memory, disk, updates, hours) and how each figure was obtained.
 `dreamer train` alone learns the built-in game; `dreamer train --logdir DIR` alone goes on with the run in DIR.
 
 presets: {presets}
@@ -30,7 +30,7 @@ presets: {presets}
 
 
 def without_preset(arguments: Sequence[str], config: Config) -> str | None:
-    """What to say where a new run was asked for by its task, and no preset of the task's suite was."""
+    """What to say if a new run was asked for by its task, but without a preset of the task's suite."""
     configs, overrides = split_arguments([word for word in arguments if word != PLAN])
     return presets_left_out(configs, config) if configs or "task" in overrides else None
 
@@ -38,7 +38,7 @@ def without_preset(arguments: Sequence[str], config: Config) -> str | None:
 def train_config(arguments: Sequence[str]) -> Config:
     """The configuration that `dreamer train ARGUMENTS` means.
 
-    Without --configs and --task it goes on with the run that --logdir holds, or else is the quickstart.
+    Without --configs and --task it continues the run that --logdir holds, or else is the quickstart.
     """
     configs, overrides = split_arguments([word for word in arguments if word != PLAN])
     if not configs and "task" not in overrides:

@@ -17,7 +17,7 @@ from dreamer.terminal import Console, Table
 
 Check = Callable[[Request], Finding | list[Finding]]
 
-#: Every check by the name that it goes by if it breaks down itself.
+#: Every check, with the name to report if it breaks down itself.
 CHECKS: Mapping[str, Check] = {
     "python": machine.python,
     "packages": machine.packages,
@@ -39,7 +39,7 @@ _BROKEN = "this is a fault of `dreamer doctor` itself or of the system: the line
 
 
 def examine(request: Request) -> list[Finding]:
-    """What all checks find, in their order; side by side, since most of them wait for another process."""
+    """What all checks find, in their order; run in parallel, since most of them wait for another process."""
     with ThreadPoolExecutor(max_workers=4) as pool:
         found = pool.map(lambda name: _run(name, CHECKS[name], request), CHECKS)
         return [finding for findings in found for finding in findings]
@@ -49,13 +49,13 @@ def _run(name: str, check: Check, request: Request) -> list[Finding]:
     """What a check finds; if it breaks down, that is the finding."""
     try:
         found = check(request)
-    except Exception as error:  # a machine can be broken in more ways than are foreseen here
+    except Exception as error:  # a machine can be broken in more ways than foreseen here
         return [Finding(name, "fail", f"the check broke down: {type(error).__name__}: {error}", _BROKEN)]
     return [found] if isinstance(found, Finding) else found
 
 
 def table(findings: Iterable[Finding]) -> Table:
-    """One row per finding, the remedy below what was seen."""
+    """One row per finding, with the remedy below what was seen."""
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     shown.add_column("", no_wrap=True)
     shown.add_column("check", style="bold", no_wrap=True)

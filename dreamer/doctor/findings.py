@@ -13,7 +13,7 @@ Level = Literal["ok", "warn", "fail"]
 class Finding:
     """One line of the report.
 
-    level   ok; warn: something works less well, or only for some; fail: what was asked for, or installed, cannot work.
+    level   ok; warn: something works less well, or only in part; fail: what was asked for, or installed, cannot work.
     seen    What was found, in words.
     remedy  What to do about it; may be empty.
     """

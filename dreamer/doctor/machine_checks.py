@@ -22,15 +22,15 @@ from dreamer.doctor.findings import Finding, Level, Request
 from dreamer.replay.memory import machine_memory
 
 _GB, _MB = 10**9, 10**6
-#: Below the first a run fails, below the second large ones do: bytes of memory, bytes of disk, descriptors.
+#: Below the first any run fails, below the second large runs do: bytes of memory, bytes of disk, descriptors.
 MEMORY = (1 * _GB, 4 * _GB)
 DISK = (1 * _GB, 10 * _GB)
 DESCRIPTORS = (128, 1024)
-#: Room that pictures of many environments, rendering engines and several GPUs share.
+#: Space that is shared by the pictures of many environments, rendering engines and several GPUs.
 SHARED_MEMORY = 256 * _MB
-#: Files a run writes: a few hundred, and one per chunk of replay.
+#: Files that a run writes: a few hundred, and one per chunk of replay.
 FILES = 10_000
-#: Seconds a clock may be off before somebody should set it.
+#: Seconds that a clock may be off before it should be set.
 CLOCK = 300
 _SHM = Path("/dev/shm")
 _CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
@@ -41,7 +41,7 @@ _LESS_MEMORY = (
 
 
 def grade(value: float, limits: tuple[float, float]) -> Level:
-    """By the least value that works at all, and the least that is comfortable."""
+    """The level of a value, given the least that works at all and the least that is comfortable."""
     return "fail" if value < limits[0] else "warn" if value < limits[1] else "ok"
 
 
@@ -54,7 +54,7 @@ def python(request: Request) -> Finding:
 
 
 def packages(request: Request) -> Finding:
-    """The packages dreamer cannot do without, at the versions it asks for."""
+    """The packages that dreamer requires, at the required versions."""
     wrong, wanted = [], [Requirement(text) for text in importlib.metadata.requires("dreamer") or []]
     needed = [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
     for requirement in needed:
@@ -94,7 +94,7 @@ def memory(request: Request) -> Finding:
 
 
 def disk(request: Request) -> Finding:
-    """Bytes and files that still fit where the logdir lies."""
+    """Bytes and files that still fit on the disk of the logdir."""
     place = existing(request.logdir)
     free = shutil.disk_usage(place).free
     system = os.statvfs(place)
@@ -118,7 +118,7 @@ def descriptors(request: Request) -> Finding:
 
 
 def shared_memory(request: Request) -> Finding:
-    """What worker processes exchange pictures through."""
+    """The memory through which worker processes exchange pictures."""
     size = f"docker run --shm-size {4 * SHARED_MEMORY // _MB}m, or mount -o remount,size=1G {_SHM}"
     if not (_SHM.is_dir() and os.access(_SHM, os.W_OK)):
         return Finding("shared memory", "warn", f"no {_SHM} to write to: workers share files on disk instead", size)
@@ -130,7 +130,7 @@ def shared_memory(request: Request) -> Finding:
 
 
 def logdir(request: Request) -> Finding:
-    """Writes, syncs, renames and locks a file, in the logdir or in the folder it would be made in."""
+    """Writes, syncs, renames and locks a file, in the logdir or in the folder where it would be made."""
     place = existing(request.logdir)
     if not place.is_dir():
         return Finding("logdir", "fail", f"{place} is a file", "choose another folder: --logdir DIR")
@@ -159,13 +159,13 @@ def logdir(request: Request) -> Finding:
         remedy = f"choose a folder you may write to, --logdir DIR, or change its owner: chown {os.getuid()} {place}"
         return Finding("logdir", "fail", f"cannot write to {place}: {error.strerror or error}", remedy)
     if not locks:
-        remedy = "see to it that only one run uses a logdir, or choose one on another file system"
+        remedy = "make sure that only one run uses a logdir, or choose one on another file system"
         return Finding("logdir", "warn", f"{place} has no file locks", remedy)
     return Finding("logdir", "ok", f"{request.logdir}: 1 MB written to {place} in {seconds:.2f} s")
 
 
 def clock(request: Request) -> Finding:
-    """The clock against the dates of this package's files, and of a file that is written now."""
+    """Compares the clock with the dates of this package's files, and of a file written now."""
     now = time.time()
     newest = max(path.stat().st_mtime for path in Path(dreamer.__file__).parent.rglob("*.py"))
     shown = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(now))
@@ -186,7 +186,7 @@ def existing(folder: Path) -> Path:
 
 
 def _written_at(place: Path, otherwise: float) -> float:
-    """The time that a file gets there, `otherwise` where none can be written."""
+    """The time stamp of a file written there; `otherwise` if none can be written."""
     try:
         with tempfile.TemporaryFile(dir=place) as file:
             return os.fstat(file.fileno()).st_mtime

@@ -1,4 +1,4 @@
-"""Checks that may hang, crash or change settings of their process run in one of their own: `ask` here, `main` there."""
+"""Checks that may hang, crash or change their process run in a separate one: `ask` here, `main` there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 _ANSWER = "answer: "
-#: A picture whose pixels are all alike shows nothing.
+#: A picture whose pixels are all equal shows nothing.
 PICTURE_TASK = "dmc_cartpole_swingup"
 
 
@@ -26,7 +26,7 @@ class ProbeError(RuntimeError):
 
 def ask(probe: str, *arguments: str, limit: float, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     """What `PROBES[probe](*arguments)` returns in a new process. ProbeError if it raises or dies, or after `limit`
-    seconds. environment: further variables of that process."""
+    seconds. environment: further environment variables of that process."""
     package = str(Path(__file__).resolve().parents[2])
     paths = os.pathsep.join(path for path in (package, os.environ.get("PYTHONPATH")) if path)
     variables = {**os.environ, **(environment or {}), "PYTHONPATH": paths}
@@ -75,7 +75,7 @@ def end(pid: int) -> None:
 
 
 class Messages(logging.Handler):
-    """Keeps what a library warns of, and its errors that it gets over."""
+    """Keeps a library's warnings, and the errors from which it recovers."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -83,7 +83,7 @@ class Messages(logging.Handler):
         self.errors: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        # JAX logs some texts without what their place holders stand for.
+        # JAX logs some texts without values for their placeholders.
         text = record.getMessage() if record.args else str(record.msg).replace("%s ", "")
         cause = record.exc_info[1] if record.exc_info else None
         kept = self.errors if record.levelno >= logging.ERROR else self.warnings
@@ -91,7 +91,7 @@ class Messages(logging.Handler):
 
 
 def devices() -> dict[str, Any]:
-    """Versions of JAX, what it warns of, and for each device the seconds of a tiny program."""
+    """Versions of JAX, its warnings, and for each device the seconds of a tiny program."""
     messages = Messages()
     logging.getLogger("jax").addHandler(messages)
     import jax
@@ -113,7 +113,7 @@ def devices() -> dict[str, Any]:
 
 
 def cards() -> dict[str, Any]:
-    """What NVIDIA's driver tells of its cards."""
+    """What NVIDIA's driver reports about its cards."""
     from dreamer import nvidia
 
     return {"cards": nvidia.cards()}
@@ -159,7 +159,7 @@ PROBES: Mapping[str, Callable[..., dict[str, Any]]] = {
 
 
 def main(arguments: list[str]) -> None:
-    """Prints what a probe returns, or its error, as JSON behind a mark: libraries print too."""
+    """Prints what a probe returns, or its error, as JSON after a marker, since libraries print too."""
     try:
         answer = PROBES[arguments[0]](*arguments[1:])
     except Exception as error:  # whatever a driver or an environment raises

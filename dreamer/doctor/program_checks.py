@@ -19,24 +19,24 @@ from dreamer.nvidia import Card
 DEVICE_LIMIT, RENDERER_LIMIT, SUITE_LIMIT, TOOL_LIMIT = 180.0, 60.0, 120.0, 20.0
 #: Oldest driver for each major version of CUDA.
 DRIVERS = {"12": (525, 60), "13": (580, 0)}
-#: Memory in use by others above which a run may not find enough, as a share.
+#: Share of memory in use by others above which a run may not find enough.
 BUSY = 0.3
-#: What JAX is told which devices to use by.
+#: The environment variables that tell JAX which devices to use.
 _TOLD = ("JAX_PLATFORMS", "JAX_PLATFORM_NAME")
-#: Do not take most of a GPU's memory, which a run may be using, only to look at it.
+#: Keeps JAX from taking most of a GPU's memory, which a run may be using, just for a look.
 _MODEST = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 _NO_DRIVER = "install NVIDIA's driver; a container needs NVIDIA's container toolkit and docker run --gpus all"
-#: Where the advice begins in what DeepMind Control says of a renderer that does not work.
+#: Where the advice begins in our message about a DeepMind Control renderer that does not work.
 _INSTALL = "Install a headless"
 
 
 def cards() -> list[Card]:
-    """NVIDIA's cards; none where there is no driver. ProbeError if the driver does not answer."""
+    """NVIDIA cards; none without a driver. ProbeError if the driver does not answer."""
     return [Card(*card) for card in ask("cards", limit=TOOL_LIMIT)["cards"]]
 
 
 def cuda(request: Request) -> Finding:
-    """JAX's plug-in for NVIDIA's cards, its version, and the driver."""
+    """JAX's plug-in for NVIDIA cards, its version, and the driver."""
     plugins = {name: version for name, version in _installed("jax-cuda") if name.endswith("-plugin")}
     shown = ", ".join(f"{name} {version}" for name, version in plugins.items())
     try:
@@ -57,7 +57,7 @@ def cuda(request: Request) -> Finding:
 
 
 def _agreement(plugins: dict[str, str], driver: str, seen: str) -> tuple[Any, str, str]:
-    """(level, what was seen, remedy) of plug-ins beside jaxlib and the driver."""
+    """(level, what was seen, remedy) for plug-ins, given the versions of jaxlib and the driver."""
     jaxlib = importlib.metadata.version("jaxlib")
     seen = f"{seen}; " + ", ".join(f"{name} {version}" for name, version in plugins.items())
     majors = sorted(name.removeprefix("jax-cuda").removesuffix("-plugin") for name in plugins)
@@ -125,7 +125,7 @@ def renderer(request: Request) -> Finding:
         return Finding("renderer", "fail", seen.strip(), _INSTALL + (advice or NO_RENDERER.split(_INSTALL)[1:])[0])
     seen = f"MuJoCo draws with {report['renderer']}, first picture after {report['seconds']:.1f} s"
     if report["spread"] == 0:
-        return Finding("renderer", "fail", f"{seen}, but all its pixels are alike", "try another: MUJOCO_GL=osmesa")
+        return Finding("renderer", "fail", f"{seen}, but all its pixels are equal", "try another: MUJOCO_GL=osmesa")
     return Finding("renderer", "ok", seen)
 
 
@@ -156,7 +156,7 @@ def _suite(name: str, suite: Suite) -> Finding:
 
 
 def _installed(prefix: str) -> Iterator[tuple[str, str]]:
-    """(name, version) of the installed packages whose names begin so."""
+    """(name, version) of the installed packages whose names begin with `prefix`."""
     for distribution in importlib.metadata.distributions():
         name = (distribution.metadata["Name"] or "").lower().replace("_", "-")
         if name.startswith(prefix):

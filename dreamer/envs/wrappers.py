@@ -120,8 +120,7 @@ class AutoReset:
                 f"expected an environment that can be restored, got a {type(self.env).__name__} that cannot; "
                 "ask `restorable` first"
             )
-        # By value where pickle would go by name: the environment may come from the main script, not imported in
-        # workers.
+        # By value where pickle would go by name: it may come from the main script, which workers do not import.
         return cloudpickle.dumps((attempt, self.over, cast(Restorable, self.env).get_state()))
 
     def set_state(self, pickled: bytes) -> int:

@@ -1,4 +1,4 @@
-"""From runs and published scores to what is drawn and tabled: curves, final scores, aggregates over tasks."""
+"""From runs and published scores to what is drawn and tabulated: curves, final scores, aggregates over tasks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FEW_SEEDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Final:
-    """A score over the last tenth of what all runs of a curve have reached, with its 95 % interval.
+    """The score over the last tenth of what all runs of a curve have reached, with its 95 % interval.
 
     span       (low, high] on the x axis; None: the runs have no x in common
     published  (published scores, their mean over the same span)
@@ -42,7 +42,7 @@ class Final:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """notes: what a reader has to know; warnings: those of them on runs that could not be read, or not whole."""
+    """notes: what a reader has to know; warnings: the notes about runs that could not be read, or not completely."""
 
     panels: list[Panel]
     finals: list[Final]
@@ -52,7 +52,7 @@ class Comparison:
 
 
 def some(names: Sequence[str], most: int = 5) -> str:
-    """`a, b, c`, and where there are many, how many more."""
+    """`a, b, c`, and if there are many, how many more."""
     return ", ".join(names[:most]) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
@@ -77,9 +77,9 @@ def _notes(groups: Sequence[Seeds], used: Sequence[Published]) -> list[str]:
         last = max(ends)
         early = [f"seed {name} ends at {short(end)}" for name, end in zip(seeds.names, ends, strict=True) if end < last]
         if early:
-            notes.append(f"{who}: {some(early)}; what lies beyond (dotted) is the mean of the others.")
+            notes.append(f"{who}: {some(early)}; the line beyond (dotted) is the mean of the others.")
         if repeated := sorted({name for name in seeds.names if seeds.names.count(name) > 1}):
-            notes.append(f"{who}: several runs have seed {some(repeated)}; they count as different ones.")
+            notes.append(f"{who}: several runs have seed {some(repeated)}; they count as different seeds.")
         if not seeds.complete.any():
             notes.append(f"{who}: its runs have no x in common, so there is no final score.")
     if any(1 < len(seeds.names) < _ENOUGH_SEEDS for seeds in groups):
@@ -94,7 +94,7 @@ def compare(
     bins: int | None = None,
     window: float | None = None,
 ) -> Comparison:
-    """Everything that is drawn and tabled.
+    """Everything that is drawn and tabulated.
 
     runs        with at least one episode each, in units of the x axis
     references  published scores by task of a run, on the same axis

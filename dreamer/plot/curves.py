@@ -1,6 +1,6 @@
 """Scores of runs from files: our logdirs, `scores.jsonl` of other DreamerV3 code, JSON lists of curves.
 
-What cannot be read is left out and told; the rest is there.
+What cannot be read is left out and reported; the rest is used.
 
 LOGDIR/config.yaml + scores.jsonl     ours, and those of other code with the keys step and episode/score
 FOLDER                                every such folder in it, at any depth
@@ -28,7 +28,7 @@ from dreamer.records.json_lines import LARGEST, MOST, SCORE, UnreadableError, co
 from dreamer.schema import ConfigError
 from dreamer.yaml_files import parse_file, plain_node
 
-#: Folders of a logdir that hold many files and no runs.
+#: Folders of a logdir that hold many files but no runs.
 _PASSED = {"replay", "checkpoints", "best", "tensorboard", "videos", "reports", "wandb", "mlflow"}
 #: Folders as other code names them: TIME-TASK-METHOD-SEED.
 _NAMED = re.compile(r"\d{8}T\d{6}\w*-(?P<task>[^-]+)-(?P<method>[^-]+)-(?P<seed>[^-]+)")
@@ -58,7 +58,7 @@ class Run:
 
 @dataclasses.dataclass
 class Reading:
-    """Runs, and what a reader has to know of those that could not be read, or not whole: a sentence for each."""
+    """Runs, and a sentence for each that could not be read, or not completely."""
 
     runs: list[Run] = dataclasses.field(default_factory=list)
     remarks: list[str] = dataclasses.field(default_factory=list)
@@ -68,7 +68,7 @@ class Reading:
 
 
 def _matches(pattern: str) -> list[Path]:
-    """What is there of that name or, if nothing is, of that pattern; the folders it begins with may be named `[1]`."""
+    """Paths of this name or, if there are none, matching this pattern; leading folders may be named like `[1]`."""
     path = absolute(pattern)
     if os.path.exists(path):
         return [path]
@@ -78,7 +78,7 @@ def _matches(pattern: str) -> list[Path]:
 
 
 def _labelled(pattern: str) -> tuple[str | None, list[Path]]:
-    """(label or None, what is there) of a path, or of LABEL=path; either may have further `=` in it."""
+    """(label or None, existing paths) for a path, or for LABEL=path; either may contain further `=`."""
     cuts = [place for place, letter in enumerate(pattern) if letter == "=" and place]
     for label, rest in [(None, pattern), *((pattern[:cut], pattern[cut + 1 :]) for cut in cuts)]:
         if rest and (paths := _matches(rest)):
@@ -87,7 +87,7 @@ def _labelled(pattern: str) -> tuple[str | None, list[Path]]:
 
 
 def _files(path: Path, remarks: list[str]) -> list[Path]:
-    """Files of scores: the path itself, or all inside the folder. Folders that cannot be read are remarked."""
+    """Files of scores: the path itself, or all inside the folder. Unreadable folders are added to the remarks."""
     if not path.is_dir():
         return [path]
     found: list[Path] = []
@@ -102,14 +102,14 @@ def _files(path: Path, remarks: list[str]) -> list[Path]:
 
 
 def find(patterns: Iterable[str], remarks: list[str]) -> list[tuple[str | None, Path]]:
-    """(label or None, file of scores) of everything the arguments name, each file once. ConfigError for an argument
-    that names nothing."""
+    """(label or None, file of scores) for everything that the arguments name, each file once. ConfigError for an
+    argument that names nothing."""
     found: dict[Path, tuple[str | None, Path]] = {}
     for pattern in patterns:
         label, paths = _labelled(pattern)
         files = [file for path in paths for file in _files(path, remarks)]
         if not files:
-            seen = f"nothing of scores in {', '.join(map(str, paths))}" if paths else "no such file or folder"
+            seen = f"no scores in {', '.join(map(str, paths))}" if paths else "no such file or folder"
             raise ConfigError(
                 f"no runs found at {pattern!r}: {seen}; expected folders of runs (config.yaml and scores.jsonl), "
                 f"a file scores*.jsonl, or a JSON list of curves{'; ' + remarks[0] if remarks else ''}"
@@ -120,7 +120,7 @@ def find(patterns: Iterable[str], remarks: list[str]) -> list[tuple[str | None, 
 
 
 def plain(value: Any) -> str:
-    """A name out of somebody's file, as it can be printed, drawn and stored anywhere: one line, not too long."""
+    """A name from somebody's file, made fit to be printed, drawn and stored anywhere: one line, not too long."""
     text = " ".join(str(value).encode("utf-8", "replace").decode().split())
     text = "".join(letter if letter.isprintable() else "?" for letter in text)
     return (text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}...") or "-"
@@ -130,13 +130,13 @@ def plain(value: Any) -> str:
 
 
 def _along(known: np.ndarray, values: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """`values` between the points `known`, from (0, 0); beyond the last, on along the line from the origin."""
+    """`values` interpolated between the points `known`, from (0, 0); beyond the last, in proportion to it."""
     inner = np.interp(at, np.append(0.0, known), np.append(0.0, values))
     return np.where(at > known[-1], at * (values[-1] / known[-1]), inner)
 
 
 def _hours(step: np.ndarray, agent_steps: np.ndarray, rate: np.ndarray) -> list[np.ndarray]:
-    """(step, hours): agent steps since the line before, over their rate. Pauses between parts of a run do not count."""
+    """(step, hours): agent steps since the previous line, over their rate. Pauses of a run do not count."""
     taken = np.maximum(np.diff(agent_steps, prepend=0.0), 0.0)
     seconds = np.divide(taken, rate, out=np.zeros_like(taken), where=rate > _STOPPED)
     return [step, np.cumsum(seconds) / 3600]
@@ -144,7 +144,7 @@ def _hours(step: np.ndarray, agent_steps: np.ndarray, rate: np.ndarray) -> list[
 
 #: Agent steps per second below which nothing happens.
 _STOPPED = 1e-6
-#: Of each axis but environment frames: the names in metrics.jsonl, and (step, value) from their columns.
+#: For each axis but environment frames: the names in metrics.jsonl, and (step, value) from their columns.
 _AXES: dict[str, tuple[Sequence[str], Callable[..., list[np.ndarray]]]] = {
     "agent_steps": (("step", "agent_steps"), lambda *found: list(found)),
     "updates": (("step", "updates"), lambda *found: list(found)),
@@ -160,14 +160,14 @@ def _on_axis(steps: np.ndarray, axis: str, file: Path, left_out: list[str]) -> n
     found = columns(metrics, *names) if metrics.is_file() else None
     known, values = points(*found.values) if found else (np.zeros(0), np.zeros(0))
     if not (known > 0).any():
-        raise UnreadableError(f"--x {axis}: expected {metrics} to tell it, as in a logdir of ours; use --x env_frames")
+        raise UnreadableError(f"--x {axis}: expected {metrics}, as in our logdirs, to have it; use --x env_frames")
     left_out += found.left_out if found else []
-    order = np.argsort(known[known > 0], kind="stable")  # steps go back where files were put together
+    order = np.argsort(known[known > 0], kind="stable")  # steps go back where files were concatenated
     return _along(known[known > 0][order], np.maximum.accumulate(values[known > 0][order]), steps)
 
 
 def _tree(file: Path) -> Mapping[str, Any]:
-    """What config.yaml beside a file holds; other code's has other names. ConfigError for what is no YAML."""
+    """The contents of config.yaml beside a file; other code uses other names. ConfigError if it is not YAML."""
     path = file.parent / CONFIG_FILE
     root = parse_file(path) if path.is_file() else None
     tree = None if root is None else plain_node(root, str(path))
@@ -198,7 +198,7 @@ def _from_logdir(file: Path, axis: str, task: str | None) -> Reading:
 
 
 def _line_of(values: Any, name: str) -> np.ndarray:
-    """float64 (E,), NaN where there is null. UnreadableError for what is no list of numbers."""
+    """float64 (E,), NaN where there is null. UnreadableError if it is not a list of numbers."""
     try:
         line = np.array([np.nan if value is None else value for value in values], np.float64)
     except (TypeError, ValueError, OverflowError):
@@ -209,7 +209,7 @@ def _line_of(values: Any, name: str) -> np.ndarray:
 
 
 def _curve(record: Any, number: int, file: Path, task: str | None) -> tuple[Run, int]:
-    """(a curve of a list, how many of its points cannot be). UnreadableError for what is none."""
+    """(a curve of a list, how many of its points are impossible). UnreadableError if it is not a curve."""
     keys = set(record) if isinstance(record, dict) else set()
     if missing := {"xs", "ys", *(["task"] if task is None else [])} - keys:
         raise UnreadableError(f"expected the keys task, method, seed, xs, ys; no {', '.join(sorted(missing))}")
@@ -241,17 +241,17 @@ def _from_list(file: Path, axis: str, task: str | None) -> Reading:
         if impossible:
             faults.append(f"curve {number}: points ({impossible:,}) with negative or far too large numbers")
     if faults and not found.runs:
-        raise UnreadableError(f"none of its curves can be used, not {faults[0]}")
+        raise UnreadableError(f"none of its curves can be used; the first is {faults[0]}")
     found.remarks += [f"Left out: {file}, {told(faults, 'curves of it')}."] if faults else []
     return found
 
 
 def read(patterns: Sequence[str], axis: str = "env_frames", task: str | None = None) -> Reading:
-    """All runs the arguments name (see above), labelled by them where they say NAME=.
+    """All runs that the arguments name (see above), labelled where they say NAME=.
 
     axis  env_frames, agent_steps, updates or hours
     task  of runs that do not say theirs
-    Raises ConfigError for an argument that names nothing, and where nothing can be read of all that was found. Runs
+    Raises ConfigError for an argument that names nothing, and if nothing that was found can be read. Runs
     without a finished episode have empty arrays.
     """
     whole = Reading()

@@ -24,17 +24,17 @@ AXES = {
     "updates": "gradient updates",
     "hours": "hours of training",
 }
-#: Okabe and Ito's colours without black and yellow: told apart with any kind of colour vision, and in this order also
-#: by their lightness. Markers tell apart what the colours no longer do.
+#: Okabe and Ito's colours without black and yellow: distinct with any kind of colour vision, and in this order also by
+#: lightness. Markers distinguish what the colours no longer do.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
-#: Published curves are dark, and told apart by their dashes.
+#: Published curves are dark, and distinguished by their dashes.
 _DASHES = ((0, (5, 2)), (0, (1, 1.5)), (0, (5, 1.5, 1, 1.5)))
 _DARK = "#333333"
 _COLUMNS = 4
-#: Most panels of a picture, and entries of its legend: what is too high or too wide cannot be drawn, nor read.
+#: Most panels of a picture, and entries of its legend: what is too high or too wide can be neither drawn nor read.
 _PANELS, _ENTRIES = 60, 40
-#: Most entries of a legend inside a panel; letters of a legend to the inch; the longest name.
+#: Most entries of a legend inside a panel; letters of a legend per inch; the longest name.
 _INSIDE, _LETTERS, _LONGEST = 16, 15.0, 80
 #: Size of a panel alone, and of one among others, inches.
 _ALONE, _AMONG = (7.0, 4.4), (3.9, 3.0)
@@ -43,7 +43,7 @@ _DPI = 150
 
 @contextlib.contextmanager
 def _matplotlib() -> Iterator[Any]:
-    """The class of its figures, within its own defaults: those of a matplotlibrc of the user's, or in the working
+    """Yields matplotlib's figure class under matplotlib's own defaults: a matplotlibrc of the user, or in the working
     folder, may ask for LaTeX or other sizes."""
     try:
         import matplotlib
@@ -60,7 +60,7 @@ def _matplotlib() -> Iterator[Any]:
 
 
 def _name(curve: Curve) -> str:
-    """Its name with the number of seeds, `dreamer, 2 seeds`."""
+    """The name of a curve with its number of seeds, `dreamer, 2 seeds`."""
     fewest, most = int(curve.count.min()), int(curve.count.max())
     count = str(most) if fewest == most or not curve.published else f"{fewest}-{most}"
     return f"{curve.label}, {count} seed{'s' if most > 1 else ''}" if most else curve.label
@@ -93,7 +93,7 @@ def _styles(panels: Sequence[Panel]) -> dict[str, dict[str, Any]]:
 
 
 def _draw_panel(axes: Any, panel: Panel, axis: str, styles: dict[str, dict[str, Any]], alone: bool) -> dict[str, Any]:
-    """Returns the lines by name in the legend, which says for a panel alone how many seeds there are."""
+    """Returns the lines by their name in the legend, which includes the number of seeds if there is only one panel."""
     lines = {}
     for curve in panel.curves:
         lines[_name(curve) if alone else curve.label] = _draw_curve(axes, curve, styles[curve.label])
@@ -112,7 +112,7 @@ def _draw_panel(axes: Any, panel: Panel, axis: str, styles: dict[str, dict[str, 
 
 @dataclasses.dataclass(frozen=True)
 class _Legend:
-    """One legend for all panels: inside a panel alone that has room for it, else above them."""
+    """One legend for all panels: inside the panel if there is only one and it has room, else above them."""
 
     names: list[str]
     more: int
@@ -126,11 +126,11 @@ class _Legend:
         return 0.0 if self.inside else 0.2 + 0.2 * lines
 
     def draw(self, place: Any, lines: dict[str, Any]) -> None:
-        """place: the figure, or a panel. Names are no formulas, whatever is in them."""
+        """place: the figure, or a panel. Names are never taken for formulas."""
         options: dict[str, Any] = {"fontsize": 8.5, "frameon": True, "edgecolor": "#cccccc", "framealpha": 0.9}
         options |= {"loc": "best" if self.inside else "outside upper center", "ncols": self.columns}
         if self.more:
-            options |= {"title": f"and {self.more:,} more, which the table has", "title_fontsize": 8.5}
+            options |= {"title": f"and {self.more:,} more, in the table", "title_fontsize": 8.5}
         # Matplotlib leaves out names that begin with an underscore, so they come afterwards.
         places = list(map(str, range(len(self.names))))
         legend = place.legend([lines[name] for name in self.names], places, **options)
@@ -165,7 +165,7 @@ def _caption(found: Comparison, width: float) -> str:
 
 
 def draw(found: Comparison, axis: str, paths: Sequence[Path]) -> None:
-    """Writes the picture to every path, in the format of its ending: png, svg, pdf. The same data, the same bytes."""
+    """Writes the picture to every path, in the format of its suffix: png, svg, pdf. Equal data give equal bytes."""
     panels = found.panels[:_PANELS]
     alone = len(panels) == 1
     columns = min(_COLUMNS, len(panels)) if len(panels) != 4 else 2
@@ -200,7 +200,7 @@ def _save(figure: Any, paths: Sequence[Path]) -> None:
 
 
 def number(value: float) -> str:
-    """Three significant digits, and all digits before the point of whatever has not too many."""
+    """Three significant digits, and all digits before the point unless there are too many."""
     if math.isnan(value):
         return "-"
     if abs(value) >= 1e12:
@@ -214,7 +214,7 @@ def interval(value: float, low: float, high: float) -> str:
 
 
 def as_table(head: list[str], rows: list[list[str]]) -> str:
-    """Markdown, whatever the cells hold."""
+    """A Markdown table, whatever the cells hold."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(' '.join(cell.split()).replace('|', '/') for cell in line)} |" for line in lines)
 

@@ -1,4 +1,4 @@
-"""Runs in bins, and the lines that are drawn of them."""
+"""Runs in bins, and the lines drawn from them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dreamer.plot.curves import Run
 from dreamer.plot.published import FINAL_SHARE, Published
 from dreamer.plot.statistics import band, bin_means, mean
 
-#: Bins of a curve where nothing else is asked; those of published curves are taken if a curve then has so many.
+#: Default number of bins of a curve; the bins of published curves are used if they give a curve this many.
 BINS = 40
 FEWEST_BINS, MOST_BINS = 5, 200
-#: A run that is shorter, in units of the axis, has nothing to divide.
+#: A run that is shorter, in units of the axis, cannot be divided.
 _SHORTEST = 1e-9
 
 
@@ -76,7 +76,7 @@ def short(value: float) -> str:
 
 
 def nice(width: float) -> float:
-    """The next of 1, 2, 5, 10, 20, ... from below."""
+    """The next larger of 1, 2, 5, 10, 20, ..."""
     power = 10.0 ** math.floor(math.log10(width))
     return next(step * power for step in (1, 2, 5, 10) if step * power >= width * (1 - 1e-9))
 
@@ -92,7 +92,7 @@ def window_of(runs: Sequence[Run], published: Sequence[Published], bins: int | N
 
 
 def binned(runs: Sequence[Run], window: float) -> list[Seeds]:
-    """By task and label, in the order in which they came."""
+    """Runs in bins by task and label, in the order in which they came."""
     groups: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
         groups.setdefault((run.task, run.label), []).append(run)
@@ -120,7 +120,7 @@ def curve_of(seeds: Seeds) -> Curve:
 
 
 def published_curve(curve: Published, end: float) -> Curve | None:
-    """As far as the runs went, or None if it begins later."""
+    """The published curve as far as the runs went, or None if it begins later."""
     near = curve.x <= end * (1 + 1e-9)
     if not near.any():
         return None

@@ -16,7 +16,7 @@ from dreamer.values import suggestion
 
 FOLDER = Path(__file__).resolve().parent / "published_scores"
 
-#: The part of training, at its end, over which a final score is averaged.
+#: The last part of training, over which a final score is averaged.
 FINAL_SHARE = 0.1
 
 
@@ -24,9 +24,9 @@ FINAL_SHARE = 0.1
 class Source:
     """One file of published scores.
 
-    option, value      what a run of the same tasks has to have set to be like these; "" where nothing
+    option, value      what a comparable run of the same tasks must have set; "" if nothing
     repeat             environment frames per agent step of the runs
-    updates_per_frame  gradient updates per environment frame they are believed to have made
+    updates_per_frame  gradient updates per environment frame that the runs are believed to have made
     frames             their length, environment frames
     caveat             what to know before comparing with them
     """
@@ -40,7 +40,7 @@ class Source:
     caveat: str
 
     def scale(self, axis: str) -> float | None:
-        """What turns environment frames into units of an axis; None: the published scores do not say."""
+        """The factor from environment frames to units of an axis; None: the published scores do not say."""
         known = {"env_frames": 1.0, "agent_steps": 1 / self.repeat, "updates": self.updates_per_frame}
         return known.get(axis)
 
@@ -76,14 +76,14 @@ class Published:
         return f"published {self.source.name}"
 
     def along(self, axis: str) -> Published:
-        """The same with another x axis, an error where it has none."""
+        """The same with another x axis; ConfigError if the scores do not have it."""
         factor = self.source.scale(axis)
         if factor is None:
             raise ConfigError(f"--reference: the published scores have no {axis}; use --x env_frames or leave it out")
         return dataclasses.replace(self, x=self.x * factor)
 
     def at(self, low: float, high: float) -> float:
-        """Mean over the published bins that end in (low, high], else between its neighbours; NaN beyond the ends."""
+        """Mean over the published bins that end in (low, high], else interpolated; NaN beyond the ends."""
         inside = (self.x > low * (1 + 1e-9)) & (self.x <= high * (1 + 1e-9))
         if inside.any():
             return float(self.mean[inside].mean())
@@ -125,7 +125,7 @@ def _curve(source: Source, final: dict[str, str], rows: list[dict[str, str]]) ->
 
 @functools.cache
 def published() -> dict[str, Published]:
-    """Everything there is, by names such as `dmc_vision-walker_walk`; x in environment frames."""
+    """All published scores, by names such as `dmc_vision-walker_walk`; x in environment frames."""
     rows: dict[tuple[str, str], list[dict[str, str]]] = {}
     for name in sources():
         for row in _rows(name):
@@ -143,7 +143,7 @@ def plain_task(task: str) -> str:
 
 
 def find(name: str) -> list[Published]:
-    """The published scores of a task, or of a full name. ConfigError for a name nobody published."""
+    """The published scores of a task, or of a full name. ConfigError for a name without published scores."""
     known = published()
     if name in known:
         return [known[name]]

@@ -18,11 +18,11 @@ from dreamer.records.json_lines import SCORE, told
 from dreamer.schema import ConfigError, show
 from dreamer.values import suggestion
 
-#: `--reference auto`: the published scores of the tasks that are plotted, where there are any.
+#: `--reference auto`: the published scores of the plotted tasks, where there are any.
 AUTO = "auto"
 #: Most warnings that are printed.
 _WARNINGS = 5
-#: Formats of the picture, and of the table, as files end.
+#: Formats of the picture, and of the table, by suffix.
 PICTURES, TABLE = ("png", "svg", "pdf"), "md"
 
 
@@ -33,7 +33,7 @@ class Request:
     runs       folders, files, patterns, each perhaps as NAME=...
     axis       env_frames, agent_steps, updates or hours
     bins       number of bins; window: their width in units of the axis; at most one of the two
-    out        path of the files to write, with or without an ending; in a folder that is there: its `plot.*`
+    out        path of the files to write, with or without a suffix; for an existing folder: its `plot.*`
     formats    png, svg, pdf; the table is always written
     task       of runs that do not say theirs
     """
@@ -49,7 +49,7 @@ class Request:
 
 
 def _labelled(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
-    """Runs of ours by the options that tell them apart, and what else differs with those."""
+    """Our runs labelled by the options that distinguish them, and notes on what else differs with those."""
     configs: dict[str, list] = {}
     for run in runs:
         if run.config is not None:
@@ -58,18 +58,18 @@ def _labelled(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
     if not differing:
         return list(runs), []
     named = [r if r.config is None else dataclasses.replace(r, label=variant(r.config, differing)) for r in runs]
-    notes = [f"With {first} differ {', '.join(others)}." for first, *others in differing if others]
+    notes = [f"Where {first} differs, so do {', '.join(others)}." for first, *others in differing if others]
     return named, notes
 
 
 def _alike(source: published.Source, runs: Sequence[Run]) -> bool:
-    """Whether runs may have observed what the published ones did (pixels or not), as far as they say."""
+    """Whether runs may have observed the same as the published ones (pixels or not), as far as they say."""
     said = {show(run.config[source.option]) for run in runs if run.config and source.option in run.config}
     return not said or source.value in said
 
 
 def _references(names: Sequence[str], runs: Sequence[Run], axis: str) -> dict[str, list[published.Published]]:
-    """Published scores by task of the runs, on the axis."""
+    """Published scores by the tasks of the runs, on this axis."""
     tasks = list(dict.fromkeys(run.task for run in runs))
     found: dict[str, list[published.Published]] = {}
     for name in names:
@@ -87,7 +87,7 @@ def _references(names: Sequence[str], runs: Sequence[Run], axis: str) -> dict[st
 
 
 def make_comparison(request: Request) -> Comparison:
-    """Reads runs and published scores. ConfigError for what is not there, or has nothing to plot."""
+    """Reads runs and published scores. ConfigError for what is missing, or has nothing to plot."""
     if request.bins is not None and request.window is not None:
         raise ConfigError("expected --bins or --window, got both; leave one out")
     reading = read(request.runs, request.axis, request.task)
@@ -111,8 +111,7 @@ def make_comparison(request: Request) -> Comparison:
 
 
 def outputs(request: Request) -> list[Path]:
-    """The files to write: the pictures, then the table. An ending of theirs that `out` has already asks for that
-    format too."""
+    """The files to write: the pictures, then the table. A picture's suffix on `out` asks for that format too."""
     out, formats = request.out, list(request.formats)
     if os.path.isdir(out):
         out = out / "plot"

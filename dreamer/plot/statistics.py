@@ -55,7 +55,7 @@ def interquartile_mean(groups: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def optimality_gap(groups: Sequence[np.ndarray]) -> np.ndarray:
-    """How far the scores stay below 1 on average, those above 1 counting as 1; over all tasks and seeds."""
+    """How far the scores fall short of 1 on average, counting those above 1 as 1; over all tasks and seeds."""
     return np.maximum(0.0, 1.0 - np.concatenate(groups, -1)).mean(-1)
 
 
@@ -71,8 +71,8 @@ def band(aggregate: Aggregate, groups: Sequence[np.ndarray]) -> np.ndarray:
     """Stratified percentile bootstrap of an aggregate: (2, ...), the lower and the upper end of its 95 % interval.
 
     groups  One array (seed, ...) per task. Seeds are drawn with replacement within each task, whole curves at a time.
-    Always the same draws, so the same scores have the same band. NaN where no task has two seeds, as nothing says
-    how much seeds differ there.
+    The draws are always the same, so the same scores have the same band. NaN where no task has two seeds, since nothing
+    shows how much seeds differ there.
     """
     shape = groups[0].shape[1:]
     if max(len(group) for group in groups) < 2:
@@ -89,7 +89,7 @@ def band(aggregate: Aggregate, groups: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def mean_interval(std: np.ndarray, seeds: np.ndarray) -> np.ndarray:
-    """Half the width of the 95 % interval of a mean by Student's t, of which only the spread is known.
+    """Half the width of the 95 % interval of a mean by Student's t, from the spread alone.
 
     std    (...) population standard deviation over the seeds
     seeds  (...) their number, up to 10; NaN for fewer than 2

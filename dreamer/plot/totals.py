@@ -12,7 +12,7 @@ from dreamer.plot.lines import Curve, Panel, Seeds
 from dreamer.plot.published import Published
 from dreamer.plot.statistics import AGGREGATES, band, mean, median
 
-#: The most an episode can give in every task of a suite: DeepMind Control has 1000 steps with rewards up to 1.
+#: The highest possible score in every task of a suite: DeepMind Control has 1000 steps with rewards up to 1.
 BEST = {"dmc": 1000.0}
 
 
@@ -46,9 +46,9 @@ def scale_of(task: str) -> Scale:
 
 # --- Aggregates ----------------------------------------------------------------------------------
 
-#: Aggregates that are curves; how far a score is from 1 is for the table.
+#: Aggregates that are drawn as curves; the optimality gap is only in the table.
 DRAWN = ("mean", "median", "interquartile mean")
-#: Those that need no single seeds, so that published means over seeds are enough.
+#: Aggregates that do not need single seeds, so that published means over seeds are enough.
 _OF_MEANS = {"mean": mean, "median": median}
 
 
@@ -57,7 +57,7 @@ class Total:
     """Aggregates of the final scores of several tasks, from `seeds` seeds each.
 
     values     by aggregate: (value, low, high), the 95 % interval
-    published  by source that has all tasks, by aggregate: the value over the same spans; NaN where one is not there
+    published  by source that has all tasks, by aggregate: the value over the same spans; NaN where a task has none
     """
 
     scale: Scale
@@ -71,7 +71,7 @@ class Total:
 def _published(
     tasks: Sequence[str], references: Mapping[str, Sequence[Published]], cuts: Sequence[np.ndarray], scale: Scale
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Aggregates of the published means, by source that has all tasks and by name: (bin,), NaN where one has none.
+    """Aggregates of the published means, by source that has all tasks and by name: (bin,), NaN where a task has none.
 
     cuts  (bin + 1,) for each task
     """
@@ -87,7 +87,7 @@ def _published(
 
 
 def _curves(scale: Scale, groups: Sequence[Seeds]) -> dict[str, Curve]:
-    """One label over tasks, where all its runs are there: a curve by aggregate."""
+    """For one label, over tasks, where all of its runs have scores: a curve for each aggregate."""
     scores = [scale.apply(seeds.task, seeds.scores) for seeds in groups]
     common = min(each.shape[1] for each in scores)
     there = np.all([np.isfinite(each[:, :common]).all(0) for each in scores], 0)
@@ -102,7 +102,7 @@ def _curves(scale: Scale, groups: Sequence[Seeds]) -> dict[str, Curve]:
 
 
 def _published_curve(source: str, edges: np.ndarray, line: np.ndarray) -> Curve:
-    """Without band and number of seeds, which the published means do not tell over tasks."""
+    """A curve without band and number of seeds, which published means do not give over tasks."""
     none = np.full(len(line), np.nan)
     return Curve(f"published {source}", edges[1:], line, none, none, np.zeros(len(line), int), published=True)
 

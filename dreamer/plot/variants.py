@@ -1,4 +1,4 @@
-"""What tells runs of one task apart: the options in which their configurations differ."""
+"""What distinguishes runs of one task: the options in which their configurations differ."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 from dreamer.schema import options, sections, show
 
-#: Not what a run is, but which one.
+#: Options that say which run it is, not what kind of run.
 _NAMES = {"task", "seed", "logdir"}
-#: Groups of options that a configuration of this program has had from its first version on, and no other program's.
+#: Groups of options that configurations of this program have had since its first version, and no other program's have.
 _OURS = {"run", "actor_critic", "replay", "model", "env"}
 
 
 def is_ours(tree: Mapping[str, Any]) -> bool:
-    """Whether a config.yaml is this program's, of this version or another, older or newer."""
+    """Whether a config.yaml is from this program, in any version."""
     return _OURS <= tree.keys()
 
 
@@ -28,7 +28,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _compared(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Options that can make runs different things: those that may change within a run cannot."""
+    """Options that can make runs differ in kind: those that may change within a run cannot."""
     names = {name: None for name in options()} | {name: None for config in configs for name in config}
     return [n for n in names if n not in _NAMES and not (n in options() and options()[n].resume)]
 
@@ -43,7 +43,7 @@ def variants(configs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[list[st
     """The options in which runs of the same task differ, in the order of `config.py`.
 
     configs  by task, of all its runs
-    Options that always differ together (the sizes of a network) are one entry, its first speaks for all of them.
+    Options that always differ together (the sizes of a network) are one entry, in which the first stands for all.
     """
     runs = [config for group in configs.values() for config in group]
     found: dict[tuple[int, ...], list[str]] = {}

@@ -72,8 +72,7 @@ def number(row: dict[str, Any], name: str) -> float | None:
 
 
 def columns(path: Path, *names: str) -> Columns:
-    """The numbers of these names, from the lines that have all of them. UnreadableError if it has lines, all
-    unusable."""
+    """The numbers of these names, from the lines that have all of them. UnreadableError if all lines are unusable."""
     rows: list[list[float | None]] = []
     faults: list[str] = []
     lines = contents(path).splitlines(keepends=True)

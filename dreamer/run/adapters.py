@@ -197,8 +197,7 @@ def read_observation(adapter: Adapter, observation: Any) -> dict[str, np.ndarray
 
 
 def read_batch(adapter: Adapter, observations: Any) -> tuple[list[dict[str, np.ndarray]], bool]:
-    """(N observations by name, whether stacked; see `rows`). ValueError names the environment that does not
-    fit."""
+    """(N observations by name, stacked or not; see `rows`). ValueError names an environment that does not fit."""
     seen: list[dict[str, np.ndarray]] = []
     found: list[Any] = []
     try:

@@ -71,7 +71,7 @@ def written(writer: EpisodeWriter) -> str:
 def stored_episodes(replay: Replay, meta: Mapping[str, Any], unfinished: bool) -> Iterator[Episode]:
     """The episodes of a replay, roughly in the order in which they ended, without latents.
 
-    meta: of its checkpoint. Those whose beginning was overwritten are left out; unless `unfinished`, those that go on
+    meta: of its checkpoint. Those with an overwritten beginning are left out; unless `unfinished`, those that go on
     too.
     """
     names = _episode_fields(meta)

@@ -93,7 +93,7 @@ def _pairs(node: Node, path: Path, what: str) -> list[tuple[str, str, Node]]:
         where = f"{path}:{key.start_mark.line + 1}"
         name = key_text(key, where)
         if name in found:
-            raise ConfigError(f"{where}: {name} stands here twice; keep one")
+            raise ConfigError(f"{where}: {name} is given twice; keep one")
         found[name] = (name, where, value)
     return list(found.values())
 

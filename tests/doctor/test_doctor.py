@@ -152,7 +152,7 @@ def test_a_broken_renderer(monkeypatch, request_):
 def test_a_renderer_that_draws_nothing_hangs_or_is_not_needed(monkeypatch, request_):
     blank = {"renderer": "egl", "seconds": 1.0, "spread": 0.0}
     monkeypatch.setattr(program_checks, "ask", lambda *arguments, **options: blank)
-    check(program_checks.renderer(request_), "fail", "all its pixels are alike", "MUJOCO_GL=osmesa")
+    check(program_checks.renderer(request_), "fail", "all its pixels are equal", "MUJOCO_GL=osmesa")
 
     def hang(*arguments, **options):
         raise ProbeError("no answer within 60 seconds")

@@ -169,7 +169,7 @@ def test_settings_of_the_sweep_itself(tmp_path):
         ("options: {run.train_ratio: -1}\n", 1, "run.train_ratio"),
         ("configs: [debug]\nruns:\n  a:\n    configs: [size12]\n", 4, "unknown preset 'size12'; nearest: size12m"),
         ("list: 3\n", 1, "expected list to be a list"),
-        ("runs:\n  a: {}\n  a: {}\n", 3, "a stands here twice"),
+        ("runs:\n  a: {}\n  a: {}\n", 3, "a is given twice"),
         ("random:\n  runs: 3\n", 1, "expected the key options"),
         ("random:\n  run: 3\n", 2, "unknown key 'run' of random; nearest: runs"),
         ("random:\n  runs: 0\n  options: {}\n", 2, "random.runs: expected a value greater than or equal to 1, got 0"),
