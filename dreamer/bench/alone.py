@@ -1,4 +1,4 @@
-"""The parts of the training loop, each alone: one call is one turn of it, waited for."""
+"""The parts of the training loop, each alone: a call runs the part once and waits for it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dreamer.types import ACTION_MASK, Spaces, visible
 
 
 def spaces_of(config: Config) -> tuple[Spaces, Spaces]:
-    """Observation and action spaces of a task, from an environment that is made for it and closed."""
+    """Observation and action spaces of a task, from an environment made for this and closed."""
     envs = evaluation_envs(config, None, 1)
     try:
         return envs.observation_spaces, envs.action_spaces
@@ -26,10 +26,10 @@ def spaces_of(config: Config) -> tuple[Spaces, Spaces]:
 
 
 class PolicyAlone:
-    """Choosing actions for N environments, up to their arrival on the host."""
+    """Choosing actions for N environments, until they are on the host."""
 
     def __init__(self, agent: Agent, params: Callable[[], Any], num_envs: int, run_key: np.ndarray) -> None:
-        """params: gives the weights at each call; a train step donates those before it."""
+        """params: returns the weights at each call; a train step donates the earlier ones."""
         rng = np.random.default_rng(0)
         self._agent, self._params, self._count = agent, params, 0
         self._key = jax.jit(lambda count: stream_key(run_key, "policy", count))

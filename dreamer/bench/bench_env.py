@@ -1,8 +1,8 @@
 """How fast environments step, by where they run: `dreamer bench env`.
 
-Atari also beside ale-py's own vector environment. All are made first and then take turns, some steps each, many times.
-What a step costs over a CPU second is told as well, workers included: on a busy machine many processes get a larger
-share of it than one, which wall-clock time then praises them for.
+Atari is also compared with ale-py's own vector environment. All are made first and then take turns, some steps each,
+many times. Processor time is reported as well, workers included: on a busy machine many processes get a larger share
+than one, which makes them look better by the wall clock.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _DRAWN = 64
 
 
 def bench_env(config: Config, rounds: int, steps: int) -> Report:
-    """`steps` of each are taken in each of `rounds` rounds, after one that does not count."""
+    """Each takes `steps` steps in each of `rounds` rounds, after one that does not count."""
     num_envs = config.env.num_envs
     with contextlib.ExitStack() as stack:
         contenders = {name: stack.enter_context(made) for name, made in _contenders(config).items()}

@@ -1,12 +1,11 @@
 """What share of its parts' speed the training loop reaches: `dreamer bench loop`.
 
-The loop itself runs, in a folder that is thrown away, and is paused between two passes to time its parts alone. A pass
-can take no less than ::
+The loop itself runs, in a temporary folder, paused between passes to time its parts alone. A pass takes at least ::
 
     policy + max(environments, updates)     environments step while an accelerator works
     policy + environments + updates         on a CPU, whose cores they share
 
-updates being those that were dispatched, each dispatch timed alone. The share is this bound over the time of a pass.
+where updates are the dispatched ones, each dispatch timed alone. The share is this bound over the time of a pass.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from dreamer.terminal import Console
 _WARM_UP = 3
 #: Calls of policy and environments alone in each round.
 _CALLS = 20
-#: Milliseconds from which a dispatch is timed once a round, not three times.
+#: A dispatch of at least this many milliseconds is timed once per round, not three times.
 _LONG = 500.0
 _COLUMNS = (
     "agent_steps_per_s",
@@ -55,7 +54,7 @@ Line = dict[str, float]
 
 
 def bench_loop(configs: Mapping[str, Config], ratios: Sequence[float], seconds: float, rounds: int) -> Report:
-    """Each configuration at each train ratio; `seconds` of the loop in so many rounds, parts not counted."""
+    """Each configuration at each train ratio; `seconds` of the loop in `rounds` rounds, parts not counted."""
     reuse_freed_memory()
     keep_compiled_programs()
     rows: Rows = {}
@@ -138,13 +137,13 @@ class Cost(NamedTuple):
     dispatches: dict[int, np.ndarray]
 
     def mean(self, other: Cost) -> Cost:
-        """Of two, before and after. A dispatch of which only `other` knows costs what it says."""
+        """The mean of two costs, before and after. A dispatch that is only in `other` costs what that says."""
         dispatches = {count: (self.dispatches.get(count, cost) + cost) / 2 for count, cost in other.dispatches.items()}
         return Cost((self.policy + other.policy) / 2, (self.envs + other.envs) / 2, dispatches)
 
 
 def line_of(loop: np.ndarray, passes: int, dispatches: Mapping[int, int], cost: Cost) -> Line:
-    """loop: milliseconds over so many passes, by both clocks; dispatches: how many there were of how many updates."""
+    """loop: milliseconds over `passes` passes, by both clocks; dispatches: how many, by number of updates."""
     work = sum((number * cost.dispatches[count] for count, number in dispatches.items()), np.zeros(2)) / passes
     updates = sum(count * number for count, number in dispatches.items()) / passes
     work_of_all = cost.policy + cost.envs + work
@@ -161,7 +160,7 @@ def line_of(loop: np.ndarray, passes: int, dispatches: Mapping[int, int], cost: 
 
 
 class _Pauses(StopRequest):
-    """What the loop asks before each pass whether to stop. Meanwhile the loop stands still, and its parts are timed."""
+    """A stop request that the loop checks before each pass: while it does, its parts are timed."""
 
     def __init__(self, run: Run, seconds: float, rounds: int) -> None:
         """seconds: of the loop in all; at least one pass in each round."""
@@ -196,7 +195,7 @@ class _Pauses(StopRequest):
         return len(self.lines) == self._rounds
 
     def _wait(self) -> None:
-        """For the updates under way, which belong to the passes before."""
+        """Wait for the updates under way, which belong to the previous passes."""
         jax.block_until_ready(self._run.learner.state)
 
     def _begin(self) -> None:
@@ -210,7 +209,7 @@ class _Pauses(StopRequest):
 
 
 def _counted(learner: Learner) -> collections.Counter[int]:
-    """How many dispatches there were from now on, by the number of their updates."""
+    """Counts the dispatches from now on, by the number of their updates."""
     counts: collections.Counter[int] = collections.Counter()
     update = learner.update
 
@@ -236,13 +235,13 @@ class _Parts:
             spent(part, _CALLS)
 
     def cost(self, counts: Iterable[int]) -> Cost:
-        """counts: of updates in a dispatch, those to be timed."""
+        """counts: numbers of updates per dispatch to be timed."""
         return Cost(
             spent(self._policy, _CALLS), spent(self._envs, _CALLS), {count: self._dispatch(count) for count in counts}
         )
 
     def _dispatch(self, count: int) -> np.ndarray:
-        """Milliseconds of a dispatch of so many updates, by both clocks."""
+        """Milliseconds of a dispatch of `count` updates, by both clocks."""
         if count not in self._updates:
             agent, batch = self._run.agent, self._run.learner.batch
             assert batch is not None

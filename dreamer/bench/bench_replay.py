@@ -1,9 +1,9 @@
-"""What replay costs beside plain copying: `dreamer bench replay`.
+"""What replay costs compared with plain copying: `dreamer bench replay`.
 
-For storage in memory and on disk: drawing and gathering a batch beside gathering the same bytes from plain numpy
-arrays; adding a step of all environments, and writing the latents of a batch back, beside copying them. Both sides take
-turns, in processor time of this thread (copying in the kernel included), which other load on the machine does not
-lengthen. What is on disk has been read before, so the disk itself is not measured.
+For storage in memory and on disk: drawing and gathering a batch, compared with gathering the same bytes from plain
+numpy arrays; adding a step of all environments, and writing back the latents of a batch, compared with copying them.
+Both sides take turns, in processor time of this thread (copying in the kernel included), which other load on the
+machine does not lengthen. Data on disk has been read before, so the disk itself is not measured.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from dreamer.run.factories import make_agent
 from dreamer.types import Field, replay_fields
 
 STORAGES = ("host", "disk")
-#: Different steps that are added in turn.
+#: Number of different steps that are added in turn.
 _SAMPLES = 8
-#: How many short operations one round has.
+#: Number of short operations in one round.
 _CALLS = 20
 
 Fields = dict[str, Field]
 
 
 def bench_replay(config: Config, rounds: int, capacity: int, folder: Path | None = None) -> Report:
-    """capacity: steps in the buffer. folder: where disk storage lies; None: a temporary folder."""
+    """capacity: steps in the buffer. folder: for disk storage; None: a temporary folder."""
     agent = make_agent(config, *spaces_of(config))
     fields = replay_fields(agent.observations, agent.actions, agent.extras)
     rows: Rows = {}
@@ -81,7 +81,7 @@ class _Bench:
         self._latents = {name: batch[name][:, 1:] for name, field in fields.items() if field.latent}
 
     def measure(self, rounds: int) -> Rows:
-        """By operation: of replay, of plain copying."""
+        """By operation: the times of replay and of plain copying."""
         operations: dict[str, tuple[Callable[[], object], Callable[[], object], int]] = {
             "draw a batch": (lambda: self._replay.gather(self._replay.select(self._batch)), self._gather_plain, 1),
             "add a step": (self._add, self._copy_plain, _CALLS),
@@ -125,7 +125,7 @@ class _Bench:
 
 
 def _spent(function: Callable[[], object], calls: int) -> float:
-    """Milliseconds of this thread's processor time, of one of so many calls."""
+    """Milliseconds of this thread's processor time for one of `calls` calls."""
     start = time.thread_time()
     for _ in range(calls):
         function()

@@ -1,4 +1,4 @@
-"""How long one update takes, `dreamer bench update`; `--against plain` swaps every rewrite for its plain twin. What
+"""How long one update takes, `dreamer bench update`; `--against plain` replaces every rewrite by its plain twin. What
 choosing actions costs: `dreamer bench policy`."""
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ TASKS: dict[str, tuple[Spaces, Spaces]] = {
 # --- One update, compiled ----------------------------------------------------------------------
 
 
-#: Calls before the first that counts: they touch the memory of updates for the first time.
+#: Calls before the first that counts: they use the memory of updates for the first time.
 WARM_UP = 3
 
 
 def random_batch(agent: Agent, config: Config, seed: int = 0) -> dict[str, jax.Array]:
-    """Everything replay stores, random: (B, T+1, ...)."""
+    """Random values for everything that replay stores: (B, T+1, ...)."""
     rng = np.random.default_rng(seed)
     lead = (config.run.batch_size, config.run.batch_length + 1)
     spaces: Spaces = {**agent.observations, **agent.actions}
@@ -64,7 +64,7 @@ class Program:
 
     def __init__(self, size: str, obs: str, dispatch: int | None = None, seeds: int | None = None) -> None:
         """size: of a preset, "1m"; obs: a row of `TASKS`; dispatch: updates in one dispatch, None for a single one;
-        seeds: agents that are updated together, None for a single one."""
+        seeds: agents updated together, None for a single one."""
         config = load_config([f"size{size}"], {})
         dtype = compute_dtype(config.run, choose_device("auto"))
         learner = Agent(*TASKS[obs], config, dtype)
@@ -138,7 +138,7 @@ def serve(program: Program, lines: TextIO) -> None:
 
 
 def measure(programs: Mapping[str, Program], rounds: int) -> Rows:
-    """Programs take turns; medians, quartiles and the paired ratio to the last one."""
+    """Programs take turns; returns medians, quartiles and the paired ratio to the last one."""
     times = {name: np.array(found) for name, found in take_turns(programs, rounds).items()}  # (rounds, wall and CPU)
     reference = list(times.values())[-1]
     rows: Rows = {}
@@ -184,7 +184,7 @@ CALLS = 20
 
 
 def bench_policy(config: Config, counts: Sequence[int] | None, rounds: int) -> Report:
-    """For each number of environments in `counts` (default: one, and the configured number)."""
+    """Times the policy for each number of environments in `counts` (default: one, and the configured number)."""
     reuse_freed_memory()
     agent = make_agent(config, *spaces_of(config))
     state = agent.init(seed_key(config.seed))

@@ -1,7 +1,7 @@
 """What a traced program costs before it is compiled: floating-point operations, and the most bytes alive at once.
 
-Both walk the jaxpr. XLA's own count of operations (`Lowered.cost_analysis`) takes the body of a loop once, however
-often it runs; an update of ours spends most of its time in loops.
+Both walk the jaxpr. XLA's own count of operations (`Lowered.cost_analysis`) counts the body of a loop once, however
+often it runs; our updates spend most of their time in loops.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 
 from jax.extend import core
 
-#: Operations that only rename, repeat or regroup numbers: a compiler writes their result into no memory of its own.
+#: Operations that only rename, repeat or regroup numbers: a compiler gives their results no memory.
 VIEWS = {"broadcast_in_dim", "copy", "expand_dims", "iota", "reshape", "squeeze", "stop_gradient"}
-#: Operations on numbers one by one that a compiler rather does again, within each operation that reads their result.
+#: Elementwise operations that a compiler prefers to repeat within each operation that reads their result.
 CHEAP = {
     *("abs", "add", "add_any", "and", "clamp", "convert_element_type", "eq", "ge", "gt", "is_finite", "le", "lt"),
     *("max", "min", "mul", "ne", "neg", "not", "or", "select_n", "sign", "square", "sub"),
 }
-#: Those that it does once, also within the operation that reads the result if there is only one.
+#: Elementwise operations that it does once, fused into the operation that reads the result if there is only one.
 COSTLY = {
     *("cos", "div", "erf", "exp", "exp2", "expm1", "floor", "integer_pow", "log", "log1p", "logistic", "pow", "rem"),
     *("round", "rsqrt", "shift_left", "shift_right_logical", "sin", "sqrt", "tanh", "xor"),
@@ -29,13 +29,13 @@ READERS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", 
 
 
 def flops(jaxpr: core.Jaxpr) -> float:
-    """Floating-point operations of a run of the program: loops by their lengths, of branches the dearest, products with
-    padding counted too. Loops whose length is unknown count as one turn."""
+    """Floating-point operations of one run of the program: loops times their lengths, of branches the most expensive,
+    products with padding counted too. Loops of unknown length count as one iteration."""
     return sum(_flops(equation) for equation in needed(jaxpr))
 
 
 def needed(jaxpr: core.Jaxpr) -> list[core.JaxprEqn]:
-    """The operations whose results somebody reads; traced programs hold others, which compilers leave out."""
+    """The operations whose results are read; traced programs have others, which compilers leave out."""
     read, found = {v for v in jaxpr.outvars if isinstance(v, core.Var)}, []
     for equation in reversed(jaxpr.eqns):
         if equation.effects or read & set(equation.outvars):
@@ -60,14 +60,14 @@ def _flops(equation: core.JaxprEqn) -> float:
 
 
 def _contracted(equation: core.JaxprEqn) -> int:
-    """Products in each number of a matrix product."""
+    """Multiplications for each number of a matrix product."""
     (left, _), _ = equation.params["dimension_numbers"]
     return math.prod(_shape(equation.invars[0])[axis] for axis in left)
 
 
 def _window(equation: core.JaxprEqn) -> int:
-    """Products in each number of a convolution, those with padding included, those with the zeros between the numbers
-    of a dilated input not."""
+    """Multiplications for each number of a convolution, including those with padding but not those with the zeros
+    between the numbers of a dilated input."""
     shape, spec = _shape(equation.invars[1]), equation.params["dimension_numbers"].rhs_spec
     return math.prod(shape) // shape[spec[0]] // math.prod(equation.params["lhs_dilation"])
 
@@ -78,8 +78,8 @@ PRODUCTS: dict[str, Callable[[core.JaxprEqn], int]] = {"dot_general": _contracte
 def peak_bytes(jaxpr: core.Jaxpr) -> int:
     """Most bytes that the program holds beyond its inputs and outputs, in the order in which it was traced.
 
-    What stands for a compiler's work: views take no memory, most numbers that are computed one by one take none either,
-    and a loop holds one turn. An estimate; docs/planning.md says how far off it was.
+    To imitate a compiler: views take no memory, most elementwise results take none either, and a loop holds one
+    iteration. An estimate; docs/planning.md says how far off it was.
     """
     equations = needed(jaxpr)
     given = {v for v in (*jaxpr.invars, *jaxpr.constvars)}
@@ -106,7 +106,7 @@ def peak_bytes(jaxpr: core.Jaxpr) -> int:
 
 
 def _sources(equations: list[core.JaxprEqn], kept: set[Any]) -> dict[Any, list[Any]]:
-    """Variables without memory of their own, each with what it is computed from."""
+    """Variables without memory, each with what it is computed from."""
     readers: dict[Any, int] = {}
     for equation in equations:
         for variable in {v for v in equation.invars if isinstance(v, core.Var)}:
@@ -139,7 +139,7 @@ def _resolve(variable: Any, sources: dict[Any, list[Any]]) -> Iterator[Any]:
 
 
 def inner_jaxprs(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
-    """The programs that an operation consists of: of a jit, a loop, branches, a custom derivative."""
+    """The programs inside an operation: a jit, a loop, branches, a custom derivative."""
     for value in equation.params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, core.ClosedJaxpr):

@@ -1,4 +1,4 @@
-"""What every part of `dreamer bench` shares: turns, medians and spread, the machine, the table, the comparison."""
+"""What all parts of `dreamer bench` share: taking turns, medians and spread, the machine, the table, the comparison."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ T = TypeVar("T")
 Rows = dict[str, dict[str, Any]]
 
 _QUARTILES = "_quartiles"
-#: How figures are shown, by the end of their names; all others in few digits.
+#: How figures are shown, by the suffix of their names; all others in few digits.
 _FORMATS = {"share": "{:.0%}", "ratio": "{:.2f}x", "speedup": "{:.2f}x"}
-#: Where there is no terminal to fit into, tables take what they need.
+#: Width of tables where there is no terminal to fit into.
 _WIDTH = 200
 
 
@@ -50,7 +50,7 @@ class Report:
 
 
 def machine() -> dict[str, str]:
-    """What the figures were measured on: processor, device, system, versions."""
+    """The machine that the figures were measured on: processor, device, system, versions."""
     devices = jax.devices()
     device = f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
     return {"processor": _processor(), "device": device, "system": platform.platform(), **versions()}
@@ -69,13 +69,13 @@ def _processor() -> str:
 
 
 def take_turns(contenders: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
-    """What each gives in each round. They take turns, so that whatever else the machine does slows all alike."""
+    """What each returns in each round. They take turns, so that other work on the machine slows all of them equally."""
     turns = [{name: one() for name, one in contenders.items()} for _ in range(rounds)]
     return {name: [turn[name] for turn in turns] for name in contenders}
 
 
 def milliseconds(function: Callable[[], object], calls: int = 1) -> float:
-    """Wall time of one of so many calls in a row."""
+    """Wall time of one of `calls` calls in a row."""
     start = time.perf_counter()
     for _ in range(calls):
         function()
@@ -83,14 +83,14 @@ def milliseconds(function: Callable[[], object], calls: int = 1) -> float:
 
 
 def clocks() -> np.ndarray:
-    """Seconds by the wall clock, and of processor time that this process and its workers have had: (2,)."""
+    """Seconds by the wall clock, and seconds of processor time used by this process and its workers: (2,)."""
     children = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
     workers = sum(child.user + child.system for child in children)
     return np.array([time.perf_counter(), time.process_time() + workers])
 
 
 def spent(function: Callable[[], object], calls: int = 1) -> np.ndarray:
-    """Milliseconds of one of so many calls in a row by both `clocks`, (2,)."""
+    """Milliseconds of one of `calls` calls in a row by both `clocks`, (2,)."""
     start = clocks()
     for _ in range(calls):
         function()
@@ -98,7 +98,7 @@ def spent(function: Callable[[], object], calls: int = 1) -> np.ndarray:
 
 
 def figure(name: str, values: Sequence[float] | np.ndarray) -> dict[str, Any]:
-    """A median under this name and, beside it, the quartiles; of no values, nothing."""
+    """The median under this name, and the quartiles beside it; nothing if there are no values."""
     if not len(values):
         return {}
     low, middle, high = (float(x) for x in np.percentile(values, [25, 50, 75]))
@@ -113,7 +113,7 @@ def save_report(path: Path, report: Report) -> None:
 
 
 def read_report(path: Path, part: str) -> Report:
-    """A report that was saved; ConfigError if there is none, or one of another part."""
+    """A saved report; ConfigError if there is none, or if it is of another part."""
     try:
         found = Report(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError) as error:
@@ -157,7 +157,7 @@ def _table(report: Report, others: Rows) -> Table:
 
 
 def _cell(column: str, row: Mapping[str, Any], other: Mapping[str, Any]) -> Text:
-    """A figure, below it its quartiles, and its ratio to the one of the other report."""
+    """A figure, with its quartiles below it, and its ratio to that of the other report."""
     if (value := row.get(column)) is None:
         return Text()
     if isinstance(value, str):

@@ -26,7 +26,7 @@ from dreamer.run.schedule import UpdateSchedule
 from dreamer.terminal import Console, Table
 from dreamer.types import replay_fields
 
-#: Seconds that a trial of the environments, the policy and the update takes, compiling not counted.
+#: Seconds for trying the environments, the policy and the update, compiling not counted.
 TRIAL_SECONDS = 30.0
 
 
@@ -35,7 +35,7 @@ class Figure:
     """One line of a plan.
 
     text    What a person reads.
-    how     How it was got.
+    how     How it was obtained.
     values  The numbers in it by name; names end with their unit.
     loud    Whether the run cannot work like this.
     """
@@ -51,7 +51,7 @@ class Figure:
 
 
 def replay_figures(config: Config, agent: Agent, preloaded: int, device: jax.Device) -> list[Figure]:
-    """Bytes of the replay for each step and when it is full, where they lie, and whether there is room."""
+    """Bytes of the replay for each step and when full, where they are kept, and whether there is room."""
     fields = replay_fields(agent.observations, agent.actions, agent.extras)
     step, agents = bytes_per_step(fields), config.run.seeds or 1
     capacity = replay_capacity(config, preloaded, step)
@@ -77,7 +77,7 @@ def replay_figures(config: Config, agent: Agent, preloaded: int, device: jax.Dev
 
 
 def state_figures(config: Config, update: TracedUpdate) -> list[Figure]:
-    """Parameters, and what checkpoints of the training state take on disk."""
+    """Parameters, and the disk space of checkpoints of the training state."""
     modules = module_sizes(update.state["params"])
     parameters = sum(modules.values())
     shares = ", ".join(f"{name} {format_count(size)}" for name, size in modules.items())
@@ -95,14 +95,14 @@ def state_figures(config: Config, update: TracedUpdate) -> list[Figure]:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """passes: turns of the loop, N agent steps each; updates: in the whole run."""
+    """passes: iterations of the loop, N agent steps each; updates: in the whole run."""
 
     passes: int
     updates: int
 
 
 def schedule(config: Config, preloaded: int) -> Schedule:
-    """What the loop does from the first step to the last."""
+    """How much the loop does from the first step to the last."""
     run, envs = config.run, config.env.num_envs
     passes = math.ceil(run.agent_steps / envs)
     filled = 1 if preloaded else filling_steps(config)
@@ -114,7 +114,7 @@ def schedule(config: Config, preloaded: int) -> Schedule:
 
 
 def hours(whole: Schedule, pace: Pace, shared: bool) -> float:
-    """To the end, from the parts alone: on a CPU one after the other, else environments beside the updates."""
+    """Hours to the end, from the parts alone: added up on a CPU, else environments in parallel with updates."""
     envs, updates = whole.passes * pace.envs, whole.updates * pace.update
     beside = envs + updates if shared else max(envs, updates)
     return (whole.passes * pace.policy + beside) / 3600
@@ -202,7 +202,7 @@ def make_plan(config: Config, seconds: float | None = TRIAL_SECONDS, say: Say = 
 
 
 def table(lines: list[Figure]) -> Table:
-    """One row per figure, how it was got below it."""
+    """One row per figure, with how it was obtained below it."""
     shown = Table(box=box.SIMPLE_HEAD, show_header=False, pad_edge=False, padding=(0, 1))
     shown.add_column("", style="bold", no_wrap=True)
     shown.add_column("", overflow="fold")
@@ -213,7 +213,7 @@ def table(lines: list[Figure]) -> Table:
 
 
 def print_plan(config: Config) -> int:
-    """Prints the plan of a run. Exit code 0, also where the run cannot work: then its lines say so."""
+    """Prints the plan of a run. Exit code 0, even if the run cannot work: then its lines say so."""
     reuse_freed_memory()
     keep_compiled_programs()
     console = Console()

@@ -1,4 +1,4 @@
-"""What one dispatch of updates costs: traced for its operations, compiled for its memory, tried for its time."""
+"""What one dispatch of updates costs: traced for its operations, compiled for its memory, run for its time."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from dreamer.types import replay_fields
 
 #: An update is tried if it needs less than this share of the free memory, and at the measured rate fewer seconds.
 MEMORY_SHARE, UPDATE_SECONDS = 0.7, 10.0
-#: Seconds for which the environments are tried where the update is not.
+#: Seconds for which the environments are tried if the update is not.
 _ENVS_SECONDS = 5.0
-#: Side of the matrices whose product tells a device's speed.
+#: Side of the matrices whose product measures a device's speed.
 _SIDE = {"cpu": 1024}
 _LARGE_SIDE = 8192
 #: Shares of a trial's time for the environments and the policy; the update has the rest.
 _ENVS, _POLICY = 0.25, 0.1
-#: Least number of dispatches that are timed, however long they take.
+#: Least number of timed dispatches, however long they take.
 _DISPATCHES = 2
 
-#: Is told what is being done.
+#: Called with what is being done.
 Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one dispatch: what it is given, what it gives beside the state it changes in place, all in between."""
+    """Bytes of one dispatch: its inputs, its outputs beside the state that it changes in place, and all in between."""
 
     arguments: int
     results: int
@@ -64,7 +64,7 @@ class Pace:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """Memory and speed, each with how it was got. lowest: no run is faster than this."""
+    """Memory and speed, each with how it was obtained. lowest: no run is faster than this."""
 
     memory: Memory
     memory_how: str
@@ -106,7 +106,7 @@ class TracedUpdate:
 
     @property
     def flops(self) -> float:
-        """Of one update of all agents."""
+        """Floating-point operations of one update of all agents."""
         return flops(self._traced.jaxpr.jaxpr) / self.count
 
     def estimated_memory(self) -> Memory:
@@ -119,13 +119,13 @@ class TracedUpdate:
         return self._traced.lower().compile()
 
     def compiled_memory(self) -> Memory:
-        """What the compiler has laid out, of each device."""
+        """What the compiler has laid out, for each device."""
         found = self._compiled.memory_analysis()
         results = found.output_size_in_bytes - found.alias_size_in_bytes
         return Memory(found.argument_size_in_bytes, results, found.temp_size_in_bytes)
 
     def try_parts(self, seconds: float) -> Pace:
-        """The parts of the loop in so many seconds; compiling and the first call of each are not counted."""
+        """Times the parts of the loop, `seconds` in all; compiling and the first call of each are not counted."""
         envs, policy, config = environment_seconds(self._config, _ENVS * seconds), 0.0, self._config
         states = [self.agent.init(seed_key(config.seed + index)) for index in range(self.agents)]
         if config.run.collect:
@@ -142,7 +142,7 @@ class TracedUpdate:
 def estimate_update(
     config: Config, update: TracedUpdate, device: jax.Device, seconds: float | None, say: Say
 ) -> Estimate:
-    """Tries the update if it fits this machine, else reckons. seconds: of the trial, None for none."""
+    """Tries the update if it fits this machine, else estimates. seconds: of the trial, None for none."""
     say("measuring the device")
     rate = product_rate(update.agent.dtype, device)
     memory, work = update.estimated_memory(), update.flops
@@ -160,7 +160,7 @@ def estimate_update(
         memory,
         f"estimated from the traced program, neither compiled nor run: {reason}",
         pace,
-        f"update: its FLOPs at the {format_flops(rate)}/s measured here in products of matrices, which no update "
+        f"update: its FLOPs at the {format_flops(rate)}/s measured here in matrix products, which no update "
         f"reaches; environments: tried for {_ENVS_SECONDS:g} seconds; policy not counted",
         lowest=True,
     )
@@ -185,13 +185,13 @@ def why_not(needed: int, free: int, seconds: float) -> str:
 
 
 def free_bytes(device: jax.Device) -> int:
-    """Of the memory that updates lie in: the accelerator's, or the machine's."""
+    """Free bytes of the memory that updates use: the accelerator's, or the machine's."""
     free = free_device_bytes(device)
     return min(machine_memory(), psutil.virtual_memory().available) if free is None else free
 
 
 class TimedDispatch:
-    """One dispatch of a compiled update, on the same batches each time, waited for."""
+    """One dispatch of a compiled update, on the same batches each time; a call waits for its end."""
 
     def __init__(self, program: Any, state: Any, batches: Any) -> None:
         self._program, self._state, self._batches = program, state, batches
@@ -202,8 +202,8 @@ class TimedDispatch:
 
 
 def environment_seconds(config: Config, seconds: float) -> float:
-    """Of one step of all training environments with random actions; 0 where a run collects nothing. Those of several
-    agents step one after the other."""
+    """Seconds of one step of all training environments with random actions; 0 if a run collects nothing. Those of
+    several agents step one after another."""
     if not config.run.collect:
         return 0.0
     envs = EnvsAlone(training_envs(config, 1, None))
@@ -230,7 +230,7 @@ def format_flops(number: float) -> str:
 
 
 def seconds_per_call(function: Callable[[], object], seconds: float, least: int = 3) -> float:
-    """Mean over so many seconds and at least so many calls, after one that is not counted."""
+    """Mean over at least `seconds` seconds and `least` calls, after one that is not counted."""
     function()
     calls, start = 0, time.perf_counter()
     while calls < least or time.perf_counter() - start < seconds:

@@ -1,1 +1,1 @@
-"""Many runs from one file: which ones, where they run, what becomes of them."""
+"""Many runs from one file: which runs, where they run, and how they end."""

@@ -21,8 +21,7 @@ class Distribution:
     whole    Whether the bounds are integers.
     log      Whether the bounds must be above 0.
     draw     (generator, values of the file) -> a value.
-    space    (optuna.distributions, values of the file) -> Optuna's space. Choices go by their places, as Optuna's are
-             plain values.
+    space    (optuna.distributions, values of the file) -> Optuna's space. Choices go by index: Optuna's are plain values.
     """
 
     bounds: bool
@@ -37,12 +36,12 @@ def _log_uniform(generator: np.random.Generator, bounds: Sequence[Any]) -> float
 
 
 def _log_int(generator: np.random.Generator, bounds: Sequence[Any]) -> int:
-    """Each integer has the share of the logarithmic axis within half of it."""
+    """Each integer gets the share of the logarithmic axis that is within one half of it."""
     drawn = generator.uniform(math.log(bounds[0] - 0.5), math.log(bounds[1] + 0.5))
     return min(max(round(math.exp(drawn)), bounds[0]), bounds[1])
 
 
-#: By the name that the file gives.
+#: By name, as in the file.
 DISTRIBUTIONS: dict[str, Distribution] = {
     "choice": Distribution(
         False, False, False,
@@ -70,7 +69,7 @@ DISTRIBUTIONS: dict[str, Distribution] = {
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """A distribution of one option, as the file has it. where: file and line."""
+    """The distribution of one option, as given in the file. where: file and line."""
 
     kind: str
     values: tuple[Any, ...]
@@ -82,13 +81,13 @@ class Draw:
 
 
 def _is_number(value: Any, whole: bool) -> bool:
-    """Whether a generator can draw up to it."""
+    """Whether a generator can draw numbers up to it."""
     kind, largest = (int, 2**62) if whole else (int | float, 1e300)
     return isinstance(value, kind) and not isinstance(value, bool) and -largest <= value <= largest
 
 
 def read_draw(name: str, found: Any, where: str) -> Draw:
-    """`{log_uniform: [1e-5, 1e-3]}` of an option; ConfigError if it is none."""
+    """Reads `{log_uniform: [1e-5, 1e-3]}` for an option; ConfigError if it is not a distribution."""
     shape = "{" + "|".join(DISTRIBUTIONS) + ": [...]}"
     if not isinstance(found, dict) or len(found) != 1:
         raise ConfigError(f"{where}: {name}: expected a distribution, {shape}, got {brief(found)}")

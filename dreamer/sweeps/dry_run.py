@@ -1,4 +1,4 @@
-"""`dreamer sweep --dry-run`: the runs, and what they will need: each figure with how it was got."""
+"""`dreamer sweep --dry-run`: the runs and what they will need, each figure with how it was obtained."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from dreamer.sweeps.scheduler import RunEntry
 from dreamer.sweeps.spec import Sweep
 from dreamer.terminal import Console, Table
 
-#: Runs that are printed one by one; of more, the first.
+#: Most runs that are printed one by one; of more, the first.
 _PRINTED = 200
 
 
@@ -35,21 +35,21 @@ class Need:
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """Runs that need the same: they differ in seed, task of one suite, and what costs nothing."""
+    """Runs with the same needs: they differ only in seed, in task within a suite, and in what costs nothing."""
 
     runs: Sequence[RunEntry]
     need: Need
 
 
 def kind_of(config: Config) -> tuple[object, ...]:
-    """What decides how much a run needs."""
+    """What determines how much a run needs."""
     rates = dataclasses.replace(config.actor_critic, entropy=0.0)
     suite = config.task.partition("_")[0]
     return (suite, config.run, config.env, config.replay, config.model, rates.horizon, rates.imagine_last)
 
 
 def measured_hours(runs: Sequence[RunEntry]) -> tuple[float, str] | None:
-    """Of a whole run, from what runs of this kind have already done."""
+    """Hours of a whole run, from what runs of this kind have already done."""
     seconds = sum(entry.state.seconds for entry in runs)
     steps = sum(entry.progress.agent_steps for entry in runs)
     if not seconds or not steps:
@@ -59,12 +59,12 @@ def measured_hours(runs: Sequence[RunEntry]) -> tuple[float, str] | None:
 
 
 def planned_need(config: Config) -> Need:
-    """By `bench.plan`, without a trial of the update."""
+    """The need according to `bench.plan`, without a trial of the update."""
     from dreamer.bench.plan import make_plan
 
     try:
         figures = {figure.name: figure for figure in make_plan(config, None)}
-    except Exception as error:  # an environment that does not start here may well do where the runs go
+    except Exception as error:  # an environment that does not start here may well start where the runs go
         text = f"not known: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         return Need(None, text, None, None, text)
     replay = figures["replay, full"].values
@@ -75,7 +75,7 @@ def planned_need(config: Config) -> Need:
 
 
 def needs(sweep: Sweep, runs: Sequence[RunEntry], plan: Callable[[Config], Need] = planned_need) -> list[Kind]:
-    """The kinds of runs and what one of each needs: hours of the file, else measured, else planned."""
+    """The kinds of runs and what one of each needs: hours as the file says, else measured, else planned."""
     groups: dict[str, list[RunEntry]] = {}
     for entry in runs:
         groups.setdefault(repr(kind_of(entry.run.config)), []).append(entry)
@@ -125,7 +125,7 @@ def totals(kinds: Sequence[Kind], jobs: int) -> list[tuple[str, str, str]]:
 
 
 def _pictures(config: Config) -> float:
-    """Bytes that records of a run may take in TensorBoard; without a limit, none that is known."""
+    """Bytes that records of a run may take in TensorBoard, as far as they are limited."""
     log = config.log
     sizes = (log.picture_megabytes, log.tensorboard_megabytes)
     return 1e6 * sum(size or 0.0 for size in sizes) if log.tensorboard else 0.0
@@ -157,7 +157,7 @@ def print_dry_run(sweep: Sweep, runs: Sequence[PlannedRun], jobs: int, console: 
 def kinds_table(kinds: Sequence[Kind]) -> Table:
     """One row for each kind of run: what one of them needs."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("like", "number", "hours", "memory", "disk", "how it was got"):
+    for column in ("like", "number", "hours", "memory", "disk", "how it was obtained"):
         table.add_column(column, overflow="fold")
     for kind in kinds:
         need = kind.need

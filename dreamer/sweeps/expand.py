@@ -1,4 +1,4 @@
-"""From a sweep file to its runs: every combination, each with a name and a whole, checked configuration."""
+"""From a sweep file to its runs: every combination, each with a name and a complete, checked configuration."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from dreamer.presets import Setting, Settings, build, fitted, settings_of
 from dreamer.schema import ConfigError
 from dreamer.sweeps.spec import MOST_RUNS, Drawn, Sweep, Variant
 
-#: Bytes of a name in most file systems.
+#: Most bytes of a file name in most file systems.
 _LONGEST_NAME = 255
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedRun:
-    """A run to be. name: of its folder, and its own within the sweep."""
+    """A run to be started. name: unique within the sweep, also that of its folder."""
 
     name: str
     config: Config
@@ -41,12 +41,12 @@ def draw(drawn: Drawn, index: int) -> dict[str, Any]:
 
 
 def drawn_variant(drawn: Drawn, label: str, values: Mapping[str, Any]) -> Variant:
-    """These values as something that sets runs apart."""
+    """These values as a variant."""
     return Variant(label, (), {name: fitted(name, value, drawn.draws[name].where) for name, value in values.items()})
 
 
 def combinations(sweep: Sweep) -> Iterator[tuple[Variant, ...]]:
-    """Every combination of named runs, grid, list and random draws; ConfigError if they are too many runs."""
+    """Every combination of named runs, grid, list and random draws; ConfigError if there are too many runs."""
     axes = [axis for axis in (sweep.named, *sweep.grid, sweep.items) if axis]
     counts = [*map(len, axes), *([sweep.random.count] if sweep.random else []), len(sweep.seeds)]
     if math.prod(counts) > MOST_RUNS:
@@ -63,7 +63,7 @@ def combinations(sweep: Sweep) -> Iterator[tuple[Variant, ...]]:
     return itertools.product(*axes)
 
 
-#: What presets set, by the presets: reading YAML takes longer than all else.
+#: The settings of presets, by their names: reading YAML takes longer than everything else.
 Presets = dict[tuple[Setting, ...], Settings]
 
 
@@ -72,13 +72,13 @@ def plan_run(
 ) -> PlannedRun:
     """One run, its configuration checked; ConfigError with the line of the file, or the run's name.
 
-    presets: those that were read before.
+    presets: a cache of those read before.
     """
     labels = [re.sub(r"[^\w.+-]+", "_", entry.label) for entry in entries if entry.label]
     name = "-".join([*labels, f"seed{seed}"])
     if len(name.encode()) > _LONGEST_NAME:
         raise ConfigError(
-            f"{sweep.path}: expected names of runs of at most {_LONGEST_NAME} bytes, as they are folders, got {name}; "
+            f"{sweep.path}: expected names of runs of at most {_LONGEST_NAME} bytes, as folders allow, got {name}; "
             "name them under `runs:`"
         )
     configs = (*sweep.configs, *(config for entry in entries for config in entry.configs))
@@ -108,7 +108,7 @@ def expand(sweep: Sweep, folder: Path) -> list[PlannedRun]:
     runs = [plan_run(sweep, entries, seed, folder, presets) for seed in sweep.seeds for entries in every]
     names: dict[str, str] = {}
     for run in runs:
-        plain = run.name.casefold()  # disks that know no capitals would take them for one folder
+        plain = run.name.casefold()  # on case-insensitive disks they would be one folder
         if plain in names:
             both = " and ".join(dict.fromkeys([names[plain], run.name]))
             raise ConfigError(f"{sweep.path}: two runs are called {both}; leave one out, or name them under `runs:`")

@@ -1,4 +1,4 @@
-"""`dreamer sweep`: from a file to its runs' ends and the report."""
+"""`dreamer sweep`: from a file to the end of its runs and the report."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from dreamer.sweeps.spec_file import find_sweep, load_sweep
 from dreamer.sweeps.views import SweepDisplay, counts, write_report
 from dreamer.terminal import Console
 
-#: Exit code of a sweep of which runs failed.
+#: Exit code of a sweep in which runs failed.
 RUNS_FAILED = 5
 
 
@@ -34,7 +34,7 @@ class Request:
     file     a name under configs/sweeps/ or a path
     logdir   folder of the sweep; None: runs/NAME
     jobs     runs at once
-    devices  as CUDA_VISIBLE_DEVICES names them; None: those there are
+    devices  as CUDA_VISIBLE_DEVICES names them; None: all there are
     """
 
     file: str
@@ -47,9 +47,9 @@ class Request:
 
 
 def run_sweep(request: Request, program: Sequence[str] = TRAIN, poll_seconds: float = 1.0) -> int:
-    """Runs, or goes on with, a sweep. 0: all its runs are over, or it was asked to stop; 5: some runs failed.
+    """Runs or resumes a sweep. 0: all its runs are over, or it was asked to stop; 5: some runs failed.
 
-    program: what trains, in place of `dreamer train`, with its arguments.
+    program: what trains, instead of `dreamer train`, with its arguments.
     """
     sweep = load_sweep(find_sweep(request.file))
     folder = absolute(request.logdir or Path("runs") / sweep.name)
@@ -87,32 +87,32 @@ def run_sweep(request: Request, program: Sequence[str] = TRAIN, poll_seconds: fl
 
 
 def check_stored(run: PlannedRun) -> None:
-    """ConfigError if the folder holds a run of other options."""
+    """ConfigError if the folder holds a run with other options."""
     stored = stored_config(run.folder)
     if stored is not None:
         check_resume(stored, run.config)
 
 
 def local_slots(request: Request, runs: list[PlannedRun]) -> list[dict[str, str]]:
-    """For each run at once, its settings of the environment."""
+    """The environment variables of each concurrent run."""
     platforms = {run.config.run.platform for run in runs}
     devices = [] if platforms == {"cpu"} else found_devices() if request.devices is None else request.devices
     return slots(request.jobs, devices)
 
 
 def at_once(request: Request, runs: list[PlannedRun]) -> int:
-    """Runs at once: as many as there are devices on this machine, all of them on a cluster."""
+    """Number of concurrent runs: as many as there are devices on this machine; on a cluster, all runs."""
     return len(local_slots(request, runs)) if request.backend == "local" else request.jobs or max(1, len(runs))
 
 
 def make_backend(
     sweep: Sweep, folder: Path, request: Request, runs: list[PlannedRun], program: Sequence[str]
 ) -> Backend:
-    """Where the runs go."""
+    """The backend that the request names."""
     if request.backend == "local":
         return LocalBackend(local_slots(request, runs), program)
     if request.devices is not None:
-        raise ConfigError(f"--devices: expected the local backend; {request.backend} gives out devices by itself")
+        raise ConfigError(f"--devices: expected the local backend; {request.backend} assigns devices itself")
     wanted = request.jobs or (len(runs) if sweep.search is None else sweep.search.count) or 1
     if request.backend == "ray":
         from dreamer.sweeps.on_ray import RayBackend
@@ -124,7 +124,7 @@ def make_backend(
 
 
 def tell(sweep: Sweep, folder: Path, entries: list[RunEntry], console: Console) -> int:
-    """Writes and prints the report; the exit code."""
+    """Writes and prints the report; returns the exit code."""
     text, paths = write_report(sweep.name, folder, entries)
     console.print(Text(text))
     console.print(f"Written: {', '.join(map(str, paths))}")

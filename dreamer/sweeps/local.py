@@ -1,5 +1,5 @@
-"""Runs as processes of this machine, on the devices there are; those that a killed sweep has
-left running; and one run on the machine that a cluster chose."""
+"""Runs as processes on this machine and its devices; those that a killed sweep left running; and one run on the machine
+that a cluster chose."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dreamer.schema import ConfigError
 from dreamer.sweeps.expand import PlannedRun
 from dreamer.sweeps.progress import CONFIG_FILE, LOG_FILE
 
-#: Share of a device's memory that runs on it take together, where there are several.
+#: Share of a device's memory that several runs on it take together.
 MEMORY_SHARE = 0.9
 TRAIN = (*PROGRAM, "train")
 
@@ -42,7 +42,7 @@ def found_devices(environment: Mapping[str, str] = os.environ) -> list[str]:
 
 
 def slots(jobs: int | None, devices: Sequence[str]) -> list[dict[str, str]]:
-    """Settings of the environment for each of `jobs` runs at once; None: one per device, or one.
+    """Environment variables for each of `jobs` concurrent runs; None: one per device, or one.
 
     devices: each "0", or "0,1" for runs on several. Runs are dealt to them one by one; where a device has several,
     each gets its share of the memory.
@@ -59,7 +59,7 @@ def slots(jobs: int | None, devices: Sequence[str]) -> list[dict[str, str]]:
 
 
 def command(run: PlannedRun, program: Sequence[str] = TRAIN) -> list[str]:
-    """Writes the configuration of a run into its folder; the words that start or resume it."""
+    """Writes the configuration of a run into its folder; returns the command that starts or resumes it."""
     run.folder.mkdir(parents=True, exist_ok=True)
     path = run.folder / CONFIG_FILE
     save_config(run.config, path)
@@ -67,7 +67,7 @@ def command(run: PlannedRun, program: Sequence[str] = TRAIN) -> list[str]:
 
 
 class LocalJob:
-    """A process of its own session, so that Ctrl-C in the terminal reaches only the sweep."""
+    """A process in its own session, so that Ctrl-C in the terminal reaches only the sweep."""
 
     def __init__(self, words: Sequence[str], settings: Mapping[str, str], log: Path) -> None:
         device = settings.get("CUDA_VISIBLE_DEVICES")
@@ -105,7 +105,7 @@ class LocalBackend:
     """Processes of this machine."""
 
     def __init__(self, settings: Sequence[Mapping[str, str]], program: Sequence[str] = TRAIN) -> None:
-        """settings: of the environment, one for each run at once."""
+        """settings: environment variables, one mapping for each concurrent run."""
         if not settings:
             raise ConfigError("expected at least one run at once, got none; give --jobs 1 or more")
         self._settings, self._program = settings, program
@@ -134,7 +134,7 @@ def in_use(folder: Path) -> bool:
 
 
 class AdoptedJob:
-    """A run whose sweep command is gone: watched by its lock, stopped by the process number in it."""
+    """A run whose sweep command is gone: watched by its lock, stopped by the process id in it."""
 
     where = "already running"
 
@@ -160,7 +160,7 @@ class AdoptedJob:
 # --- On the machine that a cluster chose -----------------------------------------------------------
 
 
-#: In a run's folder: asks it to leave. Folders are shared between machines; signals are not.
+#: A file in a run's folder that asks it to stop. Folders are shared between machines; signals are not.
 STOP_FILE = "stop"
 GRACE_SECONDS = 60.0
 
@@ -168,9 +168,9 @@ GRACE_SECONDS = 60.0
 def run_program(words: Sequence[str], folder: Path, settings: Mapping[str, str], poll_seconds: float = 1.0) -> int:
     """Runs a program to its end; returns its exit code. Signals to stop, and the file STOP_FILE, reach it as SIGTERM.
 
-    Where the cluster ends this function itself, the program is asked to leave too, and has a minute to do so.
+    Where the cluster ends this function itself, the program is asked to stop too, and has a minute to do so.
     """
-    if (folder / STOP_FILE).exists():  # asked for while it was waiting in the queue
+    if (folder / STOP_FILE).exists():  # requested while it was waiting in the queue
         return 0
     job = LocalJob(words, settings, folder / LOG_FILE)
 
@@ -178,7 +178,7 @@ def run_program(words: Sequence[str], folder: Path, settings: Mapping[str, str],
         job.stop()
 
     if threading.current_thread() is threading.main_thread():
-        for number in STOP_SIGNALS:  # but not where the cluster's own program hears them
+        for number in STOP_SIGNALS:  # not where the cluster's own program handles them
             if number == signal.SIGTERM or signal.getsignal(number) is signal.SIG_DFL:
                 signal.signal(number, hand_on)
     asked = False

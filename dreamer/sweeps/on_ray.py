@@ -1,4 +1,4 @@
-"""Runs as tasks of a Ray cluster: an existing one, or one of this machine alone."""
+"""Runs as tasks of a Ray cluster: an existing one, or one on this machine alone."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dreamer.sweeps.expand import PlannedRun
 from dreamer.sweeps.local import MEMORY_SHARE, STOP_FILE, command
 from dreamer.sweeps.spec import RayTask
 
-#: What a task that ended without an exit code gives: its machine was lost, say.
+#: Stands for the exit code of a task that ended without one: its machine was lost, for example.
 LOST = 1
 
 
 def on_a_machine(working_folder: str) -> Callable[[Sequence[str], Path, Mapping[str, str]], int]:
-    """What a task does: `run_program`, imported there. Ray puts the working folder before everything else on the path
-    of its processes, and a dreamer.py that lies in it would be taken for this program."""
+    """What a task does: `run_program`, imported there. Ray puts the working folder first on the path of its processes,
+    where a dreamer.py would be taken for this program."""
 
     def task(words: Sequence[str], folder: Path, settings: Mapping[str, str]) -> int:
         sys.path[:] = [place for place in sys.path if place != working_folder] + [working_folder]

@@ -1,4 +1,4 @@
-"""Runs as jobs of a SLURM cluster, by submitit."""
+"""Runs as jobs of a SLURM cluster, through submitit."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from dreamer.schema import ConfigError
 from dreamer.sweeps.expand import PlannedRun
 from dreamer.sweeps.local import STOP_FILE, command, run_program
 
-#: What a job that ended without an exit code gives: it was cancelled, or its machine was lost.
+#: Stands for the exit code of a job that ended without one: it was cancelled, or its machine was lost.
 LOST = 1
 
 
 class SlurmJob:
-    """A job of the queue, or of this machine where `slurm: {cluster: local}` asks for that."""
+    """A job in the queue, or on this machine where `slurm: {cluster: local}` asks for that."""
 
     def __init__(self, job: Any, folder: Path) -> None:
         self._job, self._folder = job, folder
@@ -27,7 +27,7 @@ class SlurmJob:
     def poll(self) -> int | None:
         if not self._job.done():
             return None
-        # Each of these is submitit's, and says that there is no result.
+        # Errors of submitit, each of which says that there is no result.
         error = self._job.exception()
         return LOST if error is not None else int(self._job.result())
 
@@ -44,15 +44,15 @@ class SlurmBackend:
     """Submits runs. Folders must be shared by the machines, and dreamer installed on each."""
 
     def __init__(self, jobs: int, settings: Mapping[str, Any], folder: Path, program: Sequence[str]) -> None:
-        """settings: `slurm:` of the file, submitit's parameters and `cluster`. folder: of submitit's own files."""
+        """settings: `slurm:` of the file, submitit's parameters and `cluster`. folder: for submitit's own files."""
         try:
             import submitit
         except ImportError as error:
             raise ConfigError(f"--backend slurm needs submitit ({error}); `pip install 'dreamer[slurm]'`") from None
         if "%" in str(folder):
-            raise ConfigError(f"expected a --logdir without %, which stands for numbers of jobs there, got {folder}")
+            raise ConfigError(f"expected a --logdir without %, which stands for job numbers there, got {folder}")
         asked = dict(settings)
-        safe = f"{shlex.quote(sys.executable)} -P"  # a job begins in the working folder, whatever modules lie there
+        safe = f"{shlex.quote(sys.executable)} -P"  # a job starts in the working folder, whatever modules are there
         pythons = {"slurm_python": safe, "local_python": safe}
         try:
             self._executor = submitit.AutoExecutor(folder=folder, cluster=asked.pop("cluster", "slurm"), **pythons)

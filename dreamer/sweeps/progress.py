@@ -1,5 +1,5 @@
-"""How far a run is, from the lines it writes; whether it is hopeless beside others; what is kept of it. Only lines that
-are new are read; those that cannot be used are passed over here, and told by the report."""
+"""How far a run is, from the lines it writes; whether it is hopeless compared with others; what is stored of it. Only
+new lines are read; unusable ones are skipped here and reported in the report."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from dreamer.paths import whole_file
 from dreamer.records.json_lines import SCORE, UnreadableError, number, parse
 from dreamer.sweeps.spec import EarlyStop
 
-#: Episodes that the shown score is the mean of.
+#: Episodes over which the shown score is averaged.
 RECENT = 20
 #: Agent steps per second, in metrics.jsonl.
 RATE = "fps/policy"
 
 
 class _Lines:
-    """The objects of a file of JSON lines that were not seen yet; from the start where the file was cut back."""
+    """The objects in a file of JSON lines that were not read yet; from the start if the file was truncated."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._offset, self.cut = path, 0, False
@@ -75,7 +75,7 @@ class _Part:
                     self._add(int(step), score)
 
     def _add(self, step: int, score: float) -> None:
-        if self.frames and step < self.frames[-1]:  # cut back and grown again between two looks
+        if self.frames and step < self.frames[-1]:  # truncated and grown again between two looks
             keep = int(np.searchsorted(self.frames, step))
             del self.frames[keep:], self.scores[keep:]
         self.frames.append(step)
@@ -83,7 +83,7 @@ class _Part:
 
 
 class Progress:
-    """A run's counters and scores; where it trains several seeds at once, those of the seed that is least far."""
+    """A run's counters and scores; if it trains several seeds at once, those of the seed that is furthest behind."""
 
     def __init__(self, folder: Path, seeds: int | None = None) -> None:
         self._parts = [_Part(folder)] if seeds is None else [_Part(folder / f"seed_{i}") for i in range(seeds)]
@@ -111,8 +111,8 @@ class Progress:
         return min((part.last.get(RATE, 0.0) for part in self._parts), default=0.0) or None
 
     def score(self, frames: int | None = None, share: float | None = None) -> float | None:
-        """Mean score of the last episodes that ended until so many frames (None: all). share: of the frames, that
-        the last ones lie in; None: the last 20 episodes."""
+        """Mean score of the last episodes that ended within `frames` (None: all). share: average over this last share
+        of the frames; None: over the last 20 episodes."""
         means = []
         for part in self._parts:
             count = len(part.scores) if frames is None else int(np.searchsorted(part.frames, frames, side="right"))
@@ -126,20 +126,20 @@ class Progress:
 
 # --- Early stopping ------------------------------------------------------------------------------
 
-#: A run is looked at whenever it has done another such share of its length.
+#: A run is judged each time it has done another such share of its length.
 RUNGS = 20
 
 
 def rung(done: float, rule: EarlyStop) -> int | None:
-    """Which look a run is at that has done this share of its length; None before the first."""
+    """The number of the judgement due when this share of the length is done; None before the first."""
     return int(done * RUNGS) if done >= rule.after and done > 0 else None
 
 
 def hopeless(rule: EarlyStop, run: Progress, others: Iterable[Progress], frames: int) -> str:
-    """Why a run should be stopped, empty if it should not.
+    """Why a run should be stopped; empty if it should not.
 
-    frames: where runs are compared; others that are not there yet do not count. The median rule where rule.below is
-    0.5: stopped is what has a lower score than the median of the others had at this point.
+    frames: where runs are compared; others that are not there yet do not count. With rule.below 0.5 this is the median
+    rule: a run is stopped if its score is below the median of the others at this point.
     """
     score = run.score(frames)
     beside = [found for other in others if other.env_frames >= frames and (found := other.score(frames)) is not None]
@@ -168,11 +168,11 @@ class RunState:
     """One run.
 
     status    waiting, running, finished, failed or stopped early.
-    steps     Agent steps at its last end, whatever ended it; a finished run goes on if it is to be longer.
+    steps     Agent steps when it last ended, for whatever reason; a finished run continues if it is to be longer.
     starts    How often it was started.
     failures  In a row, without getting further; cleared by the next sweep command.
     seconds   How long it has run, over all its starts.
-    reason    Of the last failure or early stop.
+    reason    The reason of the last failure or early stop.
     """
 
     status: str = WAITING
@@ -184,7 +184,7 @@ class RunState:
 
 
 def load_state(folder: Path) -> RunState:
-    """The state in a run's folder; a new one where there is none that can be read."""
+    """The state in a run's folder; a new one if none can be read."""
     state = RunState()
     try:
         found = parse((folder / STATE_FILE).read_bytes())
@@ -198,6 +198,6 @@ def load_state(folder: Path) -> RunState:
 
 
 def save_state(folder: Path, state: RunState) -> None:
-    """A reader, or a crash, sees the old or the new one."""
+    """Writes the state; a reader, or a crash, sees either the old or the new one."""
     with whole_file(folder / STATE_FILE) as file:
         file.write(json.dumps(dataclasses.asdict(state), indent=1).encode())

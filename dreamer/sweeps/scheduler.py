@@ -1,4 +1,4 @@
-"""The loop of a sweep: fill free slots, see what has ended, try again what failed, stop what is hopeless."""
+"""The loop of a sweep: fill free slots, see what has ended, retry what failed, stop what is hopeless."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ from dreamer.sweeps.progress import (
 )
 from dreamer.sweeps.spec import Sweep
 
-#: Exit codes of `dreamer train` that another try cannot change: a mistake in what was asked, numbers not finite.
+#: Exit codes of `dreamer train` that a retry cannot change: a mistake in what was asked, numbers not finite.
 FINAL_CODES = (2, 3)
 _IN_USE = "is in use by a live run"
 _LONGEST_WAIT_SECONDS = 600.0
 
 
 class Job(Protocol):
-    """A run that was sent off. where: for people, "device 0" say."""
+    """A started run. where: for people, such as "device 0"."""
 
     where: str
 
     def poll(self) -> int | None:
-        """The exit code of `dreamer train`, None while it goes on."""
+        """The exit code of `dreamer train`, None while it is running."""
 
     def stop(self) -> None:
-        """Ask it to save a checkpoint and leave; returns at once."""
+        """Ask it to save a checkpoint and exit; returns at once."""
 
     def kill(self) -> None:
         """End it now."""
 
 
 class Backend(Protocol):
-    """Sends runs off. slots: how many at once."""
+    """Starts runs. slots: how many at once."""
 
     slots: int
 
@@ -59,8 +59,8 @@ class Backend(Protocol):
 
 
 class RunEntry:
-    """A run in a sweep. not_before: by the scheduler's clock. asked: what it was asked to stop for, HOPELESS or
-    WAITING (the whole sweep stops)."""
+    """A run in a sweep. not_before: earliest start by the scheduler's clock. asked: why it was asked to stop, HOPELESS
+    or WAITING (the whole sweep stops)."""
 
     def __init__(self, run: PlannedRun) -> None:
         self.run = run
@@ -83,11 +83,11 @@ class RunEntry:
         return self.state.status in (FINISHED, FAILED, HOPELESS)
 
     def seconds(self, now: float) -> float:
-        """How many seconds it has run, over all its starts."""
+        """Seconds it has run, over all its starts."""
         return self.state.seconds + (now - self.began if self.job is not None else 0.0)
 
     def left(self) -> float | None:
-        """Seconds to its end, at its speed; None: not known."""
+        """Seconds to its end at its speed; None: not known."""
         rate = self.progress.rate
         return max(0, self.length - self.progress.agent_steps) / rate if rate and self.job else None
 
@@ -105,7 +105,7 @@ class Source(Protocol):
 
 
 class Watcher(Protocol):
-    """Who shows a sweep to people."""
+    """What shows a sweep to people."""
 
     def event(self, entry: RunEntry, text: str) -> None: ...
 
@@ -140,7 +140,7 @@ class Scheduler:
             self.take_up(entry)
 
     def take_up(self, entry: RunEntry) -> None:
-        """What an earlier command left of a run: over if it reached its end; failed runs get another chance."""
+        """Take up what an earlier command left of a run: over if it reached its end; failed runs get another chance."""
         state = entry.state
         longer = entry.progress.agent_steps < entry.length
         if (state.status == FINISHED and not longer) or (state.status == HOPELESS and self.sweep.early_stop):
@@ -148,7 +148,7 @@ class Scheduler:
         state.status, state.failures = WAITING, 0
 
     def run(self, stop: StopRequest) -> None:
-        """Until every run is over, or `stop` is set and all have left."""
+        """Run until every run is over, or `stop` is set and all have exited."""
         stopping = False
         try:
             while True:
@@ -214,7 +214,7 @@ class Scheduler:
                 self._judge(entry, code)
 
     def _judge(self, entry: RunEntry, code: int) -> None:
-        """What the end of a run means."""
+        """Decide what the end of a run means."""
         reached = entry.progress.agent_steps >= entry.length
         further = entry.progress.agent_steps > entry.state.steps
         adopted = isinstance(entry.job, AdoptedJob)
@@ -284,7 +284,7 @@ class Scheduler:
 
 
 def last_line(entry: RunEntry) -> str:
-    """The last thing a run said."""
+    """The last line that a run printed."""
     try:
         with (entry.run.folder / LOG_FILE).open("rb") as file:
             file.seek(0, 2)

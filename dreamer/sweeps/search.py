@@ -1,4 +1,4 @@
-"""Search that learns from the scores of earlier runs, by Optuna. What it knows lies in the sweep's folder."""
+"""Search that learns from the scores of earlier runs, by Optuna. Its state is in the sweep's folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _optuna() -> Any:
 
 class Search:
     """A source of runs: each trial is one choice of options, run once for each seed; its score is the mean of their
-    final scores, the higher the better."""
+    final scores, higher is better."""
 
     def __init__(self, sweep: Sweep, folder: Path) -> None:
         assert sweep.search is not None
@@ -39,7 +39,7 @@ class Search:
         self._sweep, self._folder, self._drawn = sweep, folder, sweep.search
         self._queue: collections.deque[RunEntry] = collections.deque()
         self._trials: dict[int, list[RunEntry]] = {}
-        # One that the sampler may choose shows mistakes in the file before anything starts.
+        # Planning one that the sampler may choose shows mistakes in the file before anything starts.
         check_tasks([self._plan(0, draw(self._drawn, 0), sweep.seeds[0])])
 
     @functools.cached_property
@@ -53,7 +53,7 @@ class Search:
             direction="maximize",
             load_if_exists=True,
         )
-        # A sampler that begins again with the same seed would repeat itself; it takes 32 bits.
+        # A sampler restarted with the same seed would repeat itself; it takes 32 bits.
         study.sampler = optuna.samplers.TPESampler(seed=(self._drawn.seed + len(study.trials)) % 2**32)
         return study
 
@@ -76,7 +76,7 @@ class Search:
         return found
 
     def _params(self, trial: Any) -> dict[str, Any]:
-        """Of a stored trial."""
+        """The options of a stored trial."""
         if set(trial.params) == set(self._drawn.draws):
             return dict(trial.params)
         raise ConfigError(
@@ -85,7 +85,7 @@ class Search:
         )
 
     def next(self) -> RunEntry | None:
-        """The next run: of a trial that has begun, or of a new one."""
+        """The next run, of a trial that has begun or of a new one."""
         if not self._queue:
             if len(self._study.trials) >= self._drawn.count:
                 return None
@@ -94,7 +94,7 @@ class Search:
         return self._queue.popleft()
 
     def told(self, entry: RunEntry) -> None:
-        """A run is over: once all of its trial are, the search learns their score."""
+        """A run is over: once all runs of its trial are, the search learns their score."""
         for number, entries in self._trials.items():
             if entry in entries:
                 self._judge(number)
@@ -107,11 +107,11 @@ class Search:
         known = [score for score in scores if score is not None]
         if len(known) < len(scores) or any(entry.state.status == FAILED for entry in entries):
             self._study.tell(number, state=states.FAIL)
-        else:  # also where a run was stopped early: its score until then says enough
+        else:  # also if a run was stopped early: its score until then says enough
             self._study.tell(number, float(np.mean(known)))
 
     def _spaces(self) -> dict[str, Any]:
-        """All options of a trial at once, so that none is ever stored with some of them."""
+        """The spaces of all options, asked at once so that no trial is ever stored with only some of them."""
         return {
             name: d.distribution.space(self._optuna.distributions, d.values) for name, d in self._drawn.draws.items()
         }

@@ -1,4 +1,4 @@
-"""What a sweep file says, read and checked."""
+"""The contents of a sweep file, checked."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ Amount = Annotated[float, Field(strict=True, ge=0, le=1_000_000)]
 
 @group
 class RayTask:
-    """What a run takes of a Ray cluster. address: where that is; None: RAY_ADDRESS says, or one of this machine."""
+    """What a run takes of a Ray cluster. address: of the cluster; None: RAY_ADDRESS, or a cluster on this machine."""
 
     address: str | None = None
     num_cpus: Amount = 1.0
@@ -60,7 +60,7 @@ class RayTask:
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What sets some runs apart: presets and options. label: in their names."""
+    """What distinguishes some runs: presets and options. label: in their names."""
 
     label: str
     configs: tuple[Setting, ...] = ()
@@ -69,7 +69,7 @@ class Variant:
 
 @group
 class Drawn:
-    """Options that are drawn: `count` times, from these distributions by name."""
+    """Options drawn `count` times from these distributions, by name."""
 
     draws: Mapping[str, Draw] = Field(alias="options")
     count: Count = Field(alias="runs")
@@ -78,7 +78,7 @@ class Drawn:
 
 @group
 class Trials(Drawn):
-    """Options that are drawn by what earlier trials scored."""
+    """Options drawn according to the scores of earlier trials."""
 
     count: Count = Field(alias="trials")
 
@@ -99,13 +99,13 @@ class Sweep:
 
     configs        presets of all runs
     settings       options of all runs
-    named          named runs; empty: one without name
+    named          named runs; empty: one without a name
     grid           by option (or `configs`): its values
     items          alternatives
     random         random draws; search: draws that learn from the scores of earlier ones
     seeds          of each run
-    retries        how often a run that fails is tried again, in a row without progress
-    retry_seconds  before the first retry; doubles
+    retries        how often a failing run is retried in a row without progress
+    retry_seconds  wait before the first retry; doubles
     hours          of one run, if the file says them
     slurm, ray     what these backends are asked for
     """

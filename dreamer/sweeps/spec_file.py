@@ -1,4 +1,4 @@
-"""Sweep files: one YAML file says which runs there are. Errors name the file, the line and the nearest valid name."""
+"""Reads sweep files: one YAML file says which runs to make. Errors give file, line and the nearest valid name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _OWN = {"seed": "write `seeds: [0, 1, 2]`", "logdir": "each run has a folder of 
 
 
 def sweep_names() -> dict[str, Path]:
-    """The sweeps that go by a name."""
+    """The sweeps that can be given by name."""
     return {file.stem: file for file in sorted(configs_folder().glob("sweeps/*.yaml"))}
 
 
@@ -62,12 +62,12 @@ def load_sweep(path: Path) -> Sweep:
 
 
 def _keys(kind: Any) -> list[str]:
-    """The keys that make a part of a file, `path` apart."""
+    """The keys of one part of a file, except `path`."""
     return [field.alias or name for name, field in kind.__pydantic_fields__.items() if name != "path"]
 
 
 def _line_of(place: Iterable[str | int], root: Node, path: Path) -> str:
-    """`file:line` of the key that these keys, one in the other, lead to; of the last one that is there."""
+    """`file:line` of the key that these nested keys lead to, or of the last of them that exists."""
     where, node = f"{path}", root
     for part in place:
         pairs = node.value if isinstance(node, MappingNode) else ()
@@ -118,7 +118,7 @@ def _configs(node: Node, path: Path, where: str) -> tuple[Setting, ...]:
 
 
 def _dotted(node: Node, path: Path) -> dict[str, tuple[Node, str]]:
-    """Options by dotted name, from nested groups or dotted keys; those that a sweep sets itself are refused."""
+    """Options by dotted name, from nested groups or dotted keys; options that a sweep sets itself are refused."""
     found = flatten_node(node, path)
     for name, (_, where) in found.items():
         if name in _OWN:
@@ -182,7 +182,7 @@ def _grid(node: Node, path: Path, where: str) -> tuple[tuple[Variant, ...], ...]
 
 
 def label_of(configs: Iterable[Setting], settings: Settings, among: Iterable[str] = ()) -> str:
-    """What a run is called by what it sets: `size12m-train_ratio_64`; full names where last parts are shared."""
+    """The name of a run after what it sets: `size12m-train_ratio_64`; full option names where last parts clash."""
     ends = [name.rsplit(".", 1)[-1] for name in among]
     parts = [Path(config.value).stem for config in configs]
     for name, setting in settings.items():
@@ -204,7 +204,7 @@ def _draws(node: Node, path: Path, where: str) -> dict[str, Draw]:
 
 
 def _part(kind: Any, what: str, readers: Mapping[str, Reader]) -> Reader:
-    """Reads a mapping with the keys of a class: by a reader each, or as plain values."""
+    """Reads a mapping with the keys of a class, each by its reader or as a plain value."""
 
     def read(node: Node, path: Path, where: str) -> dict[str, Any]:
         found = {}
@@ -228,7 +228,7 @@ def _slurm(node: Node, path: Path, where: str) -> dict[str, Any]:
     return {key: plain_node(inner, line) for key, line, inner in _pairs(node, path, "slurm")}
 
 
-#: How the values of these keys are read; all others are plain.
+#: Readers for the values of these keys; all others are plain.
 _READERS: dict[str, Reader] = {
     "configs": _configs,
     "options": _options,

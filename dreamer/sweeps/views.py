@@ -1,4 +1,4 @@
-"""What a person sees of a sweep: one live table of its runs, or plain lines where there is no terminal; the report."""
+"""What a person sees of a sweep: a live table of its runs, or plain lines where there is no terminal; the report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dreamer.terminal import Console, Table, can_redraw
 
 _LINE_SECONDS = 60.0
 _STYLES = {RUNNING: "cyan", FINISHED: "green", FAILED: "bold red", HOPELESS: "yellow", WAITING: "dim"}
-#: What is shown first where not all runs have room.
+#: Statuses in the order in which runs are shown where not all have room.
 _ORDER = {RUNNING: 0, FAILED: 1, FINISHED: 2, HOPELESS: 3, WAITING: 4}
 #: Lines of a terminal that are not for runs.
 _BESIDE = 8
@@ -37,8 +37,8 @@ def counts(entries: list[RunEntry]) -> str:
 
 
 def time_left(entries: list[RunEntry], slots: int) -> float | None:
-    """Seconds until all runs are over, as those that run and ran let one guess: their seconds per agent step, `slots`
-    at once. None: nothing to go by."""
+    """Seconds until all runs are over, estimated from the seconds per agent step of present and past runs, `slots` at
+    once. None: nothing to go by."""
     running = [(entry, left) for entry in entries if (left := entry.left()) is not None]
     paces = [1 / entry.progress.rate for entry in entries if entry.progress.rate]
     if not paces:
@@ -71,7 +71,7 @@ class SweepDisplay:
             self._live.stop()
 
     def event(self, entry: RunEntry, text: str) -> None:
-        """Something happened to a run; stays above the table."""
+        """Print what happened to a run; it stays above the table."""
         self.console.print(Text(f"{time.strftime('%H:%M:%S')}  {entry.run.name}: {text}"))
 
     def update(self, entries: list[RunEntry], now: float) -> None:
@@ -125,7 +125,7 @@ class SweepDisplay:
 
 
 REPORT = "report"
-#: The last tenth of a run is what its final score is the mean of.
+#: A final score is the mean over this last share of a run.
 LAST = 0.1
 
 
@@ -152,7 +152,7 @@ def comparison(folder: Path, runs: Sequence[str]) -> tuple[str, list[str], list[
     asked = request.Request(runs=runs, reference=(request.AUTO,), out=folder / REPORT)
     try:
         found = request.make_comparison(asked)
-    except ConfigError as error:  # nothing of the runs can be read, which must not hide what became of them
+    except ConfigError as error:  # unreadable runs must not hide how they ended
         return "", [f"No curves: {error}."], []
     text = markdown(found, asked.axis)
     if importlib.util.find_spec("matplotlib") is None:
