@@ -21,7 +21,7 @@ class Distribution:
     whole    Whether the bounds are integers.
     log      Whether the bounds must be above 0.
     draw     (generator, values of the file) -> a value.
-    space    (optuna.distributions, values of the file) -> Optuna's space. Choices go by index: Optuna's are plain values.
+    space    (optuna.distributions, values of the file) -> Optuna's space. Choices by index: Optuna's are plain values.
     """
 
     bounds: bool
