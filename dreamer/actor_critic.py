@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from dreamer import features
+from dreamer import features, scans
 from dreamer.config import ActorCriticConfig, ModelConfig
 from dreamer.distributions import Distribution, MaskedOneHot, MultiOneHot, Normal, OneHot, TwoHot, sum_of
 from dreamer.networks import MLP, Linear, at_least_float32
@@ -85,13 +85,7 @@ def lambda_return(rewards: jax.Array, values: jax.Array, discounts: jax.Array, l
     lambdas = jnp.broadcast_to(jnp.asarray(lambdas, values.dtype), values.shape)[1:]
     rewards, discounts, last = rewards[1:], discounts[1:], values[-1]
     fixed = rewards + discounts * (1 - lambdas) * values[1:]
-
-    def step(ret: jax.Array, inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        fixed, carry_over = inputs
-        ret = fixed + carry_over * ret
-        return ret, ret
-
-    return jax.lax.scan(step, last, (fixed, discounts * lambdas), reverse=True)[1]
+    return scans.recurrence(fixed, discounts * lambdas, last)
 
 
 def update_return_scale(scale: ReturnScale, returns: jax.Array, config: ActorCriticConfig) -> ReturnScale:

@@ -17,10 +17,9 @@ from dreamer import compiler, kernels
 from dreamer.actor_critic import ReturnScale, return_metrics, return_range, update_return_scale
 from dreamer.coders import split_actions
 from dreamer.config import Config
-from dreamer.insight import norms
 from dreamer.model import Act, Batch, DreamerModel, Outcome, SlowModules, act_by_policy
 from dreamer.networks import Draws
-from dreamer.optimizer import make_optimizer, root_mean_square
+from dreamer.optimizer import make_optimizer, norm, norms, root_mean_square, squares
 from dreamer.sharding import BATCH, BATCHES, STATE, WEIGHTS, WHOLE, make_devices
 from dreamer.types import ACTION_MASK, Field, Spaces, replay_fields
 
@@ -178,6 +177,7 @@ class Agent:
             "key": run_key,
         }
 
+    @for_target
     def learn(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array], dict[str, jax.Array]]:
         """One update: (new state, latents (B, T, ...) to write back, metrics).
 
@@ -206,8 +206,8 @@ class Agent:
             "updates": state["updates"] + 1,
             "key": state["key"],
         }
-        metrics["opt/grad_norm"] = optax.tree.norm(grads)
-        metrics |= {f"opt/module_grad_norm/{name}": norm for name, norm in norms(grads).items()}
+        metrics["opt/grad_norm"] = norm(squares(grads))
+        metrics |= {f"opt/module_grad_norm/{name}": size for name, size in norms(grads).items()}
         metrics["opt/grad_rms"] = root_mean_square(grads)
         metrics["opt/update_rms"] = root_mean_square(updates)
         metrics["opt/param_rms"] = root_mean_square(params)

@@ -4,16 +4,16 @@ These are written for items with features: ``(..., F)``. Between programs and sc
 before features. Inside a scan the items come last, ``(..., F, M)``, as in y = Wx on paper: then groups of features lie
 together, sums over features run along the items, and no block-linear layer moves its input. The numbers are the same.
 
-`over_time` and `items_last` change the order; everything else here asks for it. A distribution remembers the order in
+`items_last` changes the order; everything else here asks for it. A distribution remembers the order in
 which it was made.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -73,27 +73,18 @@ def leave(tree: Tree) -> Tree:
     return tree if axis() == _FIRST else jax.tree.map(lambda x: jnp.moveaxis(x, -1, 0), tree)
 
 
-def over_time(
-    step: Callable[[Any, Any, jax.Array | None], tuple[Any, Any]],
-    state: Any,
-    sequences: Any,
-    key: jax.Array | None,
-    remat: bool = False,
-) -> Any:
-    """``state, outputs = step(state, inputs, key)`` along sequences (B, T, ...); the outputs of all steps, (B, T, ...).
+def time_first(tree: Tree) -> Tree:
+    """Sequences (B, T, ...) as scans read them: time first, items in the order of the moment."""
+    if axis() == _FIRST:
+        return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tree)
+    return enter(tree)
 
-    Every step gets its own part of `key`. remat: recompute the steps in the backward pass.
-    """
-    length = jax.tree.leaves(sequences)[0].shape[1]
-    keys = None if key is None else jax.random.split(key, length)
-    body = lambda state, inputs: step(state, *inputs)  # noqa: E731
-    body = jax.checkpoint(body, prevent_cse=False) if remat else body
-    with in_scans():
-        if axis() == _FIRST:
-            swap = lambda tree: jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tree)  # noqa: E731
-            return swap(jax.lax.scan(body, state, (swap(sequences), keys))[1])
-        sequences = enter(sequences)
-        return leave(jax.lax.scan(body, enter(state), (sequences, keys))[1])
+
+def time_second(tree: Tree) -> Tree:
+    """The inverse of `time_first`."""
+    if axis() == _FIRST:
+        return jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tree)
+    return leave(tree)
 
 
 # --- What layers do with features --------------------------------------------------------------

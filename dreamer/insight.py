@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from dreamer.rssm import State
 from dreamer.world_model import WorldModel
@@ -55,11 +54,6 @@ def look(
     posterior = latent.dist(seen.posterior)
     views["kl"] = latent.kl(posterior, latent.dist(seen.prior))
     return seen.states, views | latent.shown(posterior)
-
-
-def norms(params: Mapping[str, Any]) -> dict[str, jax.Array]:
-    """The norm () of each module's parameters, or of a tree shaped like them, by name."""
-    return {name: optax.tree.norm(tree) for part in params.values() for name, tree in part.items()}
 
 
 def _magnitude(x: jax.Array) -> jax.Array:

@@ -1,7 +1,8 @@
 """Every rewrite for speed beside its plain twin; where each is used; `plain()` for benches and oracles.
 
 A rewrite computes the same function as the formula that it replaces, faster on the devices that it is `on`. A program
-takes it or its twin by the `Target` that it is traced for. `REWRITES` lists them all.
+takes it or its twin by the `Target` that it is traced for. `REWRITES` lists them all, those of `scans` and `optimizer`
+too.
 """
 
 from __future__ import annotations
@@ -71,6 +72,17 @@ def plain() -> Iterator[None]:
         _wanted.reset(token)
 
 
+@contextlib.contextmanager
+def without(*names: str) -> Iterator[None]:
+    """What is traced inside has the plain twins of these rewrites."""
+    rows = {name: REWRITES[name] for name in names}
+    REWRITES.update({name: row._replace(on=lambda target: False) for name, row in rows.items()})
+    try:
+        yield
+    finally:
+        REWRITES.update(rows)
+
+
 class Rewrite(NamedTuple):
     """A function, its plain twin, and the targets that it is used on."""
 
@@ -88,6 +100,14 @@ def everywhere(target: Target) -> bool:
 
 def cpu(target: Target) -> bool:
     return target.platform == "cpu"
+
+
+def accelerator(target: Target) -> bool:
+    return target.platform != "cpu"
+
+
+def one_accelerator(target: Target) -> bool:
+    return target.platform != "cpu" and target.devices == 1
 
 
 def one_cpu(target: Target) -> bool:
@@ -114,7 +134,7 @@ def rewrite(plain: Callable[..., Any], on: Callable[[Target], bool] = everywhere
 # --- How a program is laid out -----------------------------------------------------------------
 
 
-@rewrite(plain=lambda: False)
+@rewrite(plain=lambda: False, on=cpu)
 def items_last_in_scans() -> bool:
     """Whether the items lie last inside scans, see `features`."""
     return True

@@ -8,13 +8,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from dreamer import kernels
 from dreamer.config import OptimizerConfig
 
 Tree = Any
@@ -24,11 +26,11 @@ def clip_by_tensor_norm(clip: float, min_norm: float) -> optax.GradientTransform
     """Adaptive gradient clipping: scale each tensor to a norm of at most ``clip * max(min_norm, ||param||)``."""
 
     def update(grads: Tree, params: Tree) -> Tree:
-        def one(grad: jax.Array, param: jax.Array) -> jax.Array:
-            limit = clip * jnp.maximum(min_norm, jnp.linalg.norm(param.reshape(-1)))
-            return grad / jnp.maximum(1.0, jnp.linalg.norm(grad.reshape(-1)) / limit)
+        def one(grad: jax.Array, size: jax.Array, param_size: jax.Array) -> jax.Array:
+            limit = clip * jnp.maximum(min_norm, jnp.sqrt(param_size))
+            return grad / jnp.maximum(1.0, jnp.sqrt(size) / limit)
 
-        return jax.tree.map(one, grads, params)
+        return jax.tree.map(one, grads, squares(grads), squares(params))
 
     return optax.stateless(update)
 
@@ -87,10 +89,48 @@ def _chain(config: OptimizerConfig) -> optax.GradientTransformation:
     )
 
 
+#: Rows of which `square_sums` makes its array at most, and their least width.
+_ROWS, _WIDTH = 4096, 1024
+
+
+def plain_square_sums(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """The sum of the squares of each array, ()."""
+    return [jnp.square(x).sum() for x in arrays]
+
+
+@kernels.rewrite(plain=plain_square_sums, on=kernels.one_accelerator)
+def square_sums(arrays: Sequence[jax.Array]) -> list[jax.Array]:
+    """The sum of the squares of each array, (), in a few launches, not in two for each array.
+
+    The arrays are laid out below each other in rows of one width, whose sums are then added up by array.
+    """
+    width = max(_WIDTH, -(-sum(x.size for x in arrays) // _ROWS))
+    rows = [-(-x.size // width) for x in arrays]
+    padded = [jnp.pad(x.reshape(-1), (0, n * width - x.size)) for x, n in zip(arrays, rows, strict=True)]
+    sums = jnp.square(jnp.concatenate(padded).reshape(-1, width)).sum(1)
+    own = np.repeat(np.arange(len(arrays)), rows) == np.arange(len(arrays))[:, None]
+    return list(jnp.where(own, sums, 0).sum(1))
+
+
+def squares(tree: Tree) -> Tree:
+    """The sum of the squares () of each leaf, which is its norm squared."""
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, square_sums(leaves))
+
+
+def norm(of_leaves: Tree) -> jax.Array:
+    """The norm () of all elements, from the `squares` of the leaves."""
+    return jnp.sqrt(functools.reduce(jnp.add, jax.tree.leaves(of_leaves)))
+
+
+def norms(tree: Tree) -> dict[str, jax.Array]:
+    """The norm () of each module's parameters, or of a tree shaped like them, by name."""
+    return {name: norm(module) for part in squares(tree).values() for name, module in part.items()}
+
+
 def root_mean_square(tree: Tree) -> jax.Array:
     """Norm of all elements over the root of their count."""
-    count = sum(leaf.size for leaf in jax.tree.leaves(tree))
-    return optax.tree.norm(tree) / count**0.5
+    return norm(squares(tree)) / sum(leaf.size for leaf in jax.tree.leaves(tree)) ** 0.5
 
 
 @dataclasses.dataclass(frozen=True)

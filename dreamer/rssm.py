@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from dreamer import features
+from dreamer import features, scans
 from dreamer.config import ModelConfig
 from dreamer.latents import make_latent
 from dreamer.networks import MLP, BlockLinear, Dense, Linear, RMSNorm
@@ -109,7 +109,7 @@ class RSSM(nnx.Module):
             state, logits = self.observe_step(state, action, token, first, key)
             return state, (state, logits)
 
-        return features.over_time(step, state, (actions, tokens, is_first), key, self.remat)
+        return scans.over_time(step, state, (actions, tokens, is_first), key, self.remat)
 
     def imagine_step(self, state: State, action: jax.Array, key: jax.Array | None) -> State:
         """One prior step: the state that follows (M, ...) when `action` (M, A) is taken."""
@@ -133,7 +133,7 @@ class RSSM(nnx.Module):
             return state, (state, action, notes)
 
         keys = None if key is None else jax.random.split(key, horizon)
-        return jax.lax.scan(step, state, keys, length=horizon)[1]
+        return scans.scan(step, state, keys, horizon, False)
 
     def imagine_actions(self, state: State, actions: jax.Array, key: jax.Array | None) -> State:
         """Dream along given actions (M, H, A): states (M, H, ...) after each."""
@@ -142,7 +142,7 @@ class RSSM(nnx.Module):
             state = self.imagine_step(state, action, key)
             return state, state
 
-        return features.over_time(step, state, actions, key)
+        return scans.over_time(step, state, actions, key)
 
     def stored(self) -> dict[str, Field]:
         """How replay stores a state: deter as bfloat16 (D,), stoch as the latent says."""

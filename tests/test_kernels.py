@@ -209,15 +209,18 @@ def test_every_rewrite_is_used_and_plain_takes_all_of_them_away(monkeypatch):
         jax.make_jaxpr(agent.learn)(jax.eval_shape(agent.create, 0), batch)
         # The plain product needs no turned kernel; the plain convolutions call no other one of the table.
         missing = set() if form == "fast" else {"transposed_product", "conv", "items_last_in_scans"}
-        assert called.keys() == {form}, called
-        assert called[form] | missing == set(kernels.REWRITES)
+        rows = kernels.REWRITES.items()
+        for_others = {name for name, row in rows if not row.on(kernels.Target("cpu"))} if form == "fast" else set()
+        assert called.keys() - ({"plain"} if for_others else set()) == {form}, called
+        assert called[form] | missing | for_others == set(kernels.REWRITES)
+        assert called.get("plain", set()) in (for_others, called[form])
 
 
 def test_the_target_is_that_of_the_agents_device():
     gpu = kernels.Target("gpu")
     assert kernels.current() == kernels.Target("cpu")
     with kernels.traced_for(gpu):
-        assert kernels.current() == gpu and not kernels.heads_read_in_scan() and kernels.items_last_in_scans()
+        assert kernels.current() == gpu and not kernels.heads_read_in_scan() and not kernels.items_last_in_scans()
     with kernels.plain():
         assert kernels.target("cpu") == kernels.Target("cpu", rewrites=False) == kernels.current()
         assert not kernels.items_last_in_scans()

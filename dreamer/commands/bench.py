@@ -65,6 +65,20 @@ def add_parts(parts: argparse._SubParsersAction) -> None:
     update.add_argument("--protocol", action="store_true", help="time one update for each line on stdin, as JSON")
     update.add_argument("--trace", type=place, metavar="DIR", help="write a profile of one dispatch there")
 
+    launches = add("kernels", "what a GPU would launch for an update, counted without one", 1)
+    launches.add_argument(
+        "--sizes", nargs="+", default=["1m"], help="sizes of the model, as in the presets size1m, ..."
+    )
+    launches.add_argument("--obs", nargs="+", choices=("vector", "image"), default=["vector", "image"])
+    launches.add_argument("--cards", nargs="+", choices=("h100", "h200"), default=["h200"])
+    launches.add_argument("--launch-us", type=positive, default=2.0, help="modelled microseconds of a launch")
+    launches.add_argument("--tflops", type=positive, default=500.0, help="modelled rate of products, TFLOP/s")
+    launches.add_argument(
+        "--flags", nargs="+", default=[], metavar="NAME=VALUE", help="XLA's, instead of the usual ones"
+    )
+
+    launches.add_argument("--without", nargs="+", default=[], metavar="REWRITE", help="rewrites of kernels.py left out")
+
     policy = add("policy", "choosing actions", 15, OPTIONS)
     policy.add_argument("--envs", type=count, nargs="+", help="numbers of environments; default: 1 and env.num_envs")
 
@@ -106,6 +120,16 @@ def _update(given: argparse.Namespace, options: Sequence[str]) -> Report | None:
         parser().error(f"unrecognized arguments: {' '.join(options)}")
     names = ("size", "obs", "updates_per_dispatch", "against", "rounds", "protocol", "trace")
     return bench_update(Request(**{name: getattr(given, name) for name in names}))
+
+
+def _kernels(given: argparse.Namespace, options: Sequence[str]) -> Report:
+    if options:
+        parser().error(f"unrecognized arguments: {' '.join(options)}")
+    hide_accelerators()
+    from dreamer.bench.bench_kernels import Request, bench_kernels
+
+    names = ("sizes", "obs", "cards", "launch_us", "tflops", "flags", "without")
+    return bench_kernels(Request(**{name: getattr(given, name) for name in names}))
 
 
 def _policy(given: argparse.Namespace, options: Sequence[str]) -> Report:
@@ -151,6 +175,7 @@ def _checked(config: Config) -> Config:
 
 PARTS: dict[str, Callable[[argparse.Namespace, Sequence[str]], Report | None]] = {
     "update": _update,
+    "kernels": _kernels,
     "policy": _policy,
     "replay": _replay,
     "env": _env,

@@ -1,0 +1,279 @@
+"""What a GPU would launch for one update, counted on a machine without one: `dreamer bench kernels`.
+
+XLA's CUDA compiler needs no device, only the description of one. It gives the program that a GPU would run: every
+launch of a kernel, the loops around them with their numbers of trips, the memory. Nothing runs. Milliseconds are a
+model: so many for each launch, or the arithmetic, or the memory traffic, whichever is slower. Without a device nothing
+is tuned by trying, and library calls are those of the defaults.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from dreamer import compiler, kernels
+from dreamer.agent import Agent
+from dreamer.bench.bench_update import TASKS
+from dreamer.bench.jaxpr_cost import flops
+from dreamer.bench.measuring import Report, Rows
+from dreamer.config import Config
+from dreamer.presets import load_config
+from dreamer.schema import ConfigError
+from dreamer.types import Spaces, replay_fields
+
+_DEVICE = (
+    "gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 "
+    "shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 "
+    "block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: {bandwidth} "
+    "l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: {memory} shared_memory_per_block_optin: 232448 "
+    "cuda_compute_capability {{ major: 9 }} registers_per_core_limit: 65536 registers_per_block_limit: 65536 }} "
+    'platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} device_description_str: "{name}"'
+)
+#: Cards that can be compiled for.
+CARDS: dict[str, dict[str, Any]] = {
+    "h100": {"bandwidth": 3_350_000_000_000, "memory": 85_520_809_984, "name": "NVIDIA H100 80GB HBM3"},
+    "h200": {"bandwidth": 4_800_000_000_000, "memory": 151_397_597_184, "name": "NVIDIA H200 141GB HBM3e"},
+}
+#: HLO instructions that are no kernel of their own.
+_FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "while", "conditional", "call"),
+    *("opt-barrier", "partition-id", "replica-id", "copy-done", "async-done", "async-update", "get-dimension-size"),
+}
+#: What XLA's kinds of fusions are.
+_FUSIONS = {"Loop": "elementwise", "Input": "reduction", "Custom": "slice or library"}
+_NO_KERNELS = ("Sharding", "AllocateBuffer", "annotate")
+#: Bytes of one entry of an array.
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
+
+_HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
+_LINE = re.compile(r"^(?:ROOT )?%?([\w.\-]+) = (.*?[\]\})]) ([\w\-]+)\((.*)$")
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A kernel: its kind, the operation that it came from, bytes that it writes."""
+
+    kind: str
+    source: str
+    written: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """What is launched in each of `times` trips; the program outside of all loops is one of a single trip."""
+
+    name: str
+    times: int
+    launches: tuple[Launch, ...]
+
+    @property
+    def total(self) -> int:
+        return self.times * len(self.launches)
+
+    @property
+    def title(self) -> str:
+        return f"{self.times} x {len(self.launches)}, {self.name}"
+
+
+# --- Reading a compiled program ----------------------------------------------------------------
+
+
+def computations(text: str) -> dict[str, list[str]]:
+    """The lines of each computation of a module's text, by name; that of the program itself as ENTRY too."""
+    found: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        if head := _HEAD.match(line):
+            lines = found[head[1]] = []
+            if line.startswith("ENTRY"):
+                found["ENTRY"] = lines
+        elif line.startswith("  "):
+            lines.append(line.strip())
+    return found
+
+
+def loops(text: str) -> list[Loop]:
+    """Every loop of a compiled module with all of its launches, those with the most first."""
+    parts = computations(text)
+
+    def walk(name: str, times: int, label: str) -> Iterator[Loop]:
+        own: list[Launch] = []
+
+        def read(name: str) -> Iterator[Loop]:
+            for line in parts[name]:
+                matched = _LINE.match(line)
+                if matched is None:
+                    continue
+                _, shape, operation, rest = matched.groups()
+                if operation == "while":
+                    trips = re.search(r'known_trip_count":\{"n":"(\d+)"', rest)
+                    body = re.search(r"body=%?([\w.\-]+)", rest)
+                    assert body is not None
+                    yield from walk(body[1], times * int(trips[1] if trips else 1), _title(_source(rest)))
+                elif operation in ("call", "conditional", "async-start"):
+                    for inner in re.findall(r"%?([\w.\-]+)", rest):
+                        if inner in parts:
+                            yield from read(inner)
+                elif operation not in _FREE and (kind := _kind(operation, rest)):
+                    own.append(Launch(kind, _source(rest), _size(shape)))
+
+        inner = list(read(name))
+        yield Loop(label, times, tuple(own))
+        yield from inner
+
+    return sorted(walk("ENTRY", 1, "outside of loops"), key=lambda loop: -loop.total)
+
+
+def _kind(operation: str, rest: str) -> str:
+    """What a kernel is: a product, a reduction, ...; empty for an instruction that is none."""
+    if operation == "fusion":
+        kind = re.search(r"kind=k(\w+)", rest)
+        if "triton" in rest:
+            return "product (Triton)" if "gemm" in rest else "reduction (Triton)"
+        return _FUSIONS.get(kind[1] if kind else "", "fusion")
+    if operation == "custom-call":
+        target = re.search(r'custom_call_target="([^"]+)"', rest)
+        name = target[1] if target else "custom call"
+        return "" if any(word in name for word in _NO_KERNELS) else ("product (library)" if "cublas" in name else name)
+    return "copy" if operation in ("copy", "copy-start", "transpose") else operation
+
+
+def _source(rest: str) -> str:
+    label = re.search(r'op_name="([^"]*)"', rest)
+    return label[1] if label else ""
+
+
+def _title(source: str) -> str:
+    """The name of a loop, from that of its operation: the scope that `scans` gives it."""
+    scope = re.search(r"(backward )?loop of ([\w.]+)", source)
+    return scope[0].replace("loop of ", "") if scope else "a loop"
+
+
+def _size(shape: str) -> int:
+    """Bytes of a shape as HLO writes it."""
+    total = 0
+    for kind, dims in _SHAPE.findall(shape):
+        count = 1
+        for dim in filter(None, dims.split(",")):
+            count *= int(dim)
+        total += count * _BYTES.get(kind, 4)
+    return total
+
+
+# --- Compiling ---------------------------------------------------------------------------------
+
+
+def chip(card: str) -> Any:
+    """A device to compile for, which is not there. ConfigError without the CUDA compiler."""
+    try:
+        found = topologies.get_topology_desc("", "cuda", topology="1x1x1", target_config=_DEVICE.format(**CARDS[card]))
+    except NotImplementedError:
+        raise ConfigError(
+            "expected XLA's CUDA compiler, got a JAX without it; install the two wheels that hold it, which need "
+            "neither a driver nor CUDA: pip install 'dreamer[aot]'"
+        ) from None
+    return found.devices[0]
+
+
+def compile_update(agent: Agent, config: Config, card: str, options: dict[str, Any]) -> Any:
+    """One update as it would run on a card; compiled."""
+    shapes = update_shapes(agent, config)
+    place = SingleDeviceSharding(chip(card))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    return jax.jit(agent.learn, donate_argnums=0, compiler_options=options).lower(*shapes).compile()
+
+
+def update_shapes(agent: Agent, config: Config) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
+    """The training state and a batch, without their numbers."""
+    lead = config.run.batch_size, config.run.batch_length + 1
+    fields = replay_fields(agent.observations, agent.actions, agent.extras)
+    batch = {key: jax.ShapeDtypeStruct((*lead, *field.shape), field.dtype) for key, field in fields.items()}
+    return jax.eval_shape(agent.create, 0), batch
+
+
+def agent_for_gpu(spaces: tuple[Spaces, Spaces], config: Config) -> Agent:
+    """An agent whose programs are traced for one GPU, in bfloat16, wherever this is called."""
+    agent = Agent(*spaces, config, jnp.bfloat16)
+    agent.target = kernels.target("gpu")
+    return agent
+
+
+# --- The command -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What `dreamer bench kernels` was asked for; `--help` says what each means."""
+
+    sizes: Sequence[str] = ("1m",)
+    obs: Sequence[str] = ("vector", "image")
+    cards: Sequence[str] = ("h200",)
+    launch_us: float = 2.0
+    tflops: float = 500.0
+    flags: Sequence[str] = ()
+    without: Sequence[str] = ()
+
+
+def bench_kernels(request: Request) -> Report:
+    """Counts what each update would launch, a row for it and one for each of its loops."""
+    flags = dict(map(_flag, request.flags)) or compiler.OPTIONS["gpu"]
+    if unknown := sorted(set(request.without) - set(kernels.REWRITES)):
+        raise ConfigError(f"--without: expected rewrites among {', '.join(kernels.REWRITES)}, got {', '.join(unknown)}")
+    rows: Rows = {}
+    for size in request.sizes:
+        config = load_config([f"size{size}"], {})
+        for obs in request.obs:
+            agent = agent_for_gpu(TASKS[obs], config)
+            gflop = flops(jax.make_jaxpr(agent.learn)(*update_shapes(agent, config)).jaxpr) / 1e9
+            for card in request.cards:
+                name, start = f"{size} {obs}, {card}", time.perf_counter()
+                with kernels.without(*request.without):
+                    compiled = compile_update(agent, config, card, flags)
+                seconds = time.perf_counter() - start
+                found = loops(compiled.as_text())
+                facts = {"gflop": gflop, "temp_mb": compiled.memory_analysis().temp_size_in_bytes / 2**20}
+                rows[name] = modelled(found, gflop, card, request) | facts | {"compile_s": seconds}
+                rows |= {f"{name}: {loop.title}": kinds(loop) for loop in found}
+    columns = ("launches", "model_ms", "gflop", "written_gb", "temp_mb", "compile_s", "kinds")
+    note = (
+        f"Counted by the compiler; nothing ran. model_ms: {request.launch_us:g} us a launch, and behind them "
+        f"{request.tflops:g} TFLOP/s or the card's memory bandwidth, whichever is slower."
+    )
+    return Report("kernels", dataclasses.asdict(request), columns, rows, note)
+
+
+def _flag(text: str) -> tuple[str, Any]:
+    name, given, value = text.partition("=")
+    if not given:
+        raise ConfigError(f"--flags: expected NAME=VALUE, got {text!r}")
+    return name, {"true": True, "false": False}.get(value, value)
+
+
+def modelled(found: Sequence[Loop], gflop: float, card: str, request: Request) -> dict[str, float]:
+    """Launches of all loops, gigabytes that they write, and the milliseconds that both should take."""
+    launches = sum(loop.total for loop in found)
+    written = sum(loop.times * launch.written for loop in found for launch in loop.launches) / 1e9
+    # What is written was read before or will be read once.
+    behind = max(gflop / request.tflops, 2e12 * written / CARDS[card]["bandwidth"])
+    return {"launches": launches, "written_gb": written, "model_ms": launches * request.launch_us * 1e-3 + behind}
+
+
+def kinds(loop: Loop) -> dict[str, Any]:
+    """The launches of a loop by kind and, for files, by the operations that they came from."""
+    told = collections.Counter(launch.kind for launch in loop.launches)
+    sources = collections.Counter((launch.kind, launch.source) for launch in loop.launches)
+    return {
+        "launches": loop.total,
+        "kinds": ", ".join(f"{count} {kind}" for kind, count in told.most_common()),
+        "sources": [[*key, count] for key, count in sources.most_common()],
+    }
