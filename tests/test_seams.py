@@ -24,7 +24,7 @@ from dreamer.networks import Linear
 from dreamer.objectives import OBJECTIVES, Objective, Seen
 from dreamer.optimizer import Slow, make_optimizer
 from dreamer.replay import Replay, ReplayError
-from dreamer.run import loaded_agent, parts
+from dreamer.run import components, loaded_agent
 from dreamer.run.collector import Collector
 from dreamer.run.reports import make_report
 from dreamer.run.training import train
@@ -292,7 +292,7 @@ def test_a_run_of_stand_ins_learns_saves_goes_on_and_is_evaluated(tmp_path, monk
     def make(config: Any, observations: Any, actions: Any, devices: Any = ()) -> Agent:
         return build(tuple(observations.items()), tuple(actions.items()))
 
-    monkeypatch.setattr(parts, "make_agent", make)
+    monkeypatch.setattr(components, "make_agent", make)
     monkeypatch.setattr(loaded_agent, "make_agent", make)
     options = {"logdir": str(tmp_path), "run__report_every": 60, "run__eval_policy": "sample", "log__videos": True}
     for steps in (80, 120):
