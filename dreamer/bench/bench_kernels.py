@@ -27,6 +27,7 @@ from dreamer.bench.jaxpr_cost import flops
 from dreamer.bench.measuring import Report, Rows
 from dreamer.config import Config
 from dreamer.presets import load_config
+from dreamer.run.seeds import MappedAgent
 from dreamer.schema import ConfigError
 from dreamer.types import Spaces, replay_fields
 
@@ -185,12 +186,20 @@ def chip(card: str) -> Any:
     return found.devices[0]
 
 
-def compile_update(agent: Agent, config: Config, card: str, options: dict[str, Any]) -> Any:
-    """One update as it would run on a card; compiled."""
-    shapes = update_shapes(agent, config)
+def compile_dispatch(
+    agent: Agent, config: Config, card: str, flags: dict[str, Any], updates: int | None = None, seeds: int | None = None
+) -> Any:
+    """One dispatch as it would run on a card, compiled: a single update, `updates` in turn, or one of many `seeds`."""
+    state, batch = update_shapes(agent, config)
+    program: Any = jax.jit(agent.learn if updates is None else agent.learn_in_turn, donate_argnums=0)
+    batches: Any = batch if updates is None else [batch] * updates
+    if seeds is not None:
+        mapped = MappedAgent(agent)
+        state, program = jax.eval_shape(mapped.stack, [state] * seeds), mapped.update
+        batches = [[batch] * (updates or 1)] * seeds
     place = SingleDeviceSharding(chip(card))
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
-    return jax.jit(agent.learn, donate_argnums=0, compiler_options=options).lower(*shapes).compile()
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (state, batches))
+    return program.lower(*shapes).compile(compiler_options=flags)
 
 
 def update_shapes(agent: Agent, config: Config) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
@@ -222,10 +231,13 @@ class Request:
     tflops: float = 500.0
     flags: Sequence[str] = ()
     without: Sequence[str] = ()
+    updates_per_dispatch: int | None = None
+    seeds: int | None = None
 
 
 def bench_kernels(request: Request) -> Report:
-    """Counts what each update would launch, a row for it and one for each of its loops."""
+    """Counts what each update would launch, a row for it and one for each of its loops; of several updates in one
+    dispatch, or of several seeds, what all of them together would. gflop: of one update of one seed."""
     flags = dict(map(_flag, request.flags)) or compiler.OPTIONS["gpu"]
     if unknown := sorted(set(request.without) - set(kernels.REWRITES)):
         raise ConfigError(f"--without: expected rewrites among {', '.join(kernels.REWRITES)}, got {', '.join(unknown)}")
@@ -238,7 +250,8 @@ def bench_kernels(request: Request) -> Report:
             for card in request.cards:
                 name, start = f"{size} {obs}, {card}", time.perf_counter()
                 with kernels.without(*request.without):
-                    compiled = compile_update(agent, config, card, flags)
+                    dispatch = request.updates_per_dispatch, request.seeds
+                    compiled = compile_dispatch(agent, config, card, flags, *dispatch)
                 seconds = time.perf_counter() - start
                 found = loops(compiled.as_text())
                 facts = {"gflop": gflop, "temp_mb": compiled.memory_analysis().temp_size_in_bytes / 2**20}
@@ -264,7 +277,8 @@ def modelled(found: Sequence[Loop], gflop: float, card: str, request: Request) -
     launches = sum(loop.total for loop in found)
     written = sum(loop.times * launch.written for loop in found for launch in loop.launches) / 1e9
     # What is written was read before or will be read once.
-    behind = max(gflop / request.tflops, 2e12 * written / CARDS[card]["bandwidth"])
+    several = (request.updates_per_dispatch or 1) * (request.seeds or 1)
+    behind = max(several * gflop / request.tflops, 2e12 * written / CARDS[card]["bandwidth"])
     return {"launches": launches, "written_gb": written, "model_ms": launches * request.launch_us * 1e-3 + behind}
 
 

@@ -71,6 +71,8 @@ def add_parts(parts: argparse._SubParsersAction) -> None:
     )
     launches.add_argument("--obs", nargs="+", choices=("vector", "image"), default=["vector", "image"])
     launches.add_argument("--cards", nargs="+", choices=("h100", "h200"), default=["h200"])
+    launches.add_argument("--updates-per-dispatch", type=count, metavar="K", help="K updates in one program")
+    launches.add_argument("--seeds", type=count, metavar="S", help="S agents in one update mapped over them")
     launches.add_argument("--launch-us", type=positive, default=2.0, help="modelled microseconds of a launch")
     launches.add_argument("--tflops", type=positive, default=500.0, help="modelled rate of products, TFLOP/s")
     launches.add_argument(
@@ -118,7 +120,7 @@ def _update(given: argparse.Namespace, options: Sequence[str]) -> Report | None:
 
     if options:
         parser().error(f"unrecognized arguments: {' '.join(options)}")
-    names = ("size", "obs", "updates_per_dispatch", "against", "rounds", "protocol", "trace")
+    names = ("size", "obs", "updates_per_dispatch", "seeds", "against", "rounds", "protocol", "trace")
     return bench_update(Request(**{name: getattr(given, name) for name in names}))
 
 
@@ -128,7 +130,7 @@ def _kernels(given: argparse.Namespace, options: Sequence[str]) -> Report:
     hide_accelerators()
     from dreamer.bench.bench_kernels import Request, bench_kernels
 
-    names = ("sizes", "obs", "cards", "launch_us", "tflops", "flags", "without")
+    names = ("sizes", "obs", "cards", "launch_us", "tflops", "flags", "without", "updates_per_dispatch", "seeds")
     return bench_kernels(Request(**{name: getattr(given, name) for name in names}))
 
 

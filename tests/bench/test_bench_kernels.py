@@ -76,11 +76,12 @@ def test_launches_are_read_from_a_program_loop_by_loop():
 def test_arguments_reach_the_count(monkeypatch):
     seen: list[Request] = []
     monkeypatch.setattr(bench, "bench_kernels", seen.append)
-    line = "bench kernels --sizes 1m 12m --obs image --cards h100 --launch-us 4 --tflops 400 --flags a=b --without scan"
+    line = "bench kernels --sizes 1m 12m --obs image --cards h100 --launch-us 4 --tflops 400 --flags a=b"
+    line += " --without scan --seeds 4"
     assert cli.main(["bench", "kernels"]) == cli.main(line.split()) == 0
     assert seen == [
         Request(["1m"], ["vector", "image"], ["h200"], 2.0, 500.0, [], []),
-        Request(["1m", "12m"], ["image"], ["h100"], 4.0, 400.0, ["a=b"], ["scan"]),
+        Request(["1m", "12m"], ["image"], ["h100"], 4.0, 400.0, ["a=b"], ["scan"], seeds=4),
     ]
 
 
