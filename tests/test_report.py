@@ -11,7 +11,7 @@ import pytest
 from learner_data import B, T, perturb, random_batch, small_config
 
 from dreamer.agent import Agent
-from dreamer.insight import norms
+from dreamer.optimizer import norms
 from dreamer.replay import Replay
 from dreamer.run.reports import make_report
 from dreamer.types import Field, Space
