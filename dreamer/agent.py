@@ -19,7 +19,7 @@ from dreamer.coders import split_actions
 from dreamer.config import Config
 from dreamer.model import Act, Batch, DreamerModel, Outcome, SlowModules, act_by_policy
 from dreamer.networks import Draws
-from dreamer.optimizer import make_optimizer, norm, norms, root_mean_square, squares
+from dreamer.optimizer import make_optimizer, norm, norms, squares
 from dreamer.sharding import BATCH, BATCHES, STATE, WEIGHTS, WHOLE, make_devices
 from dreamer.types import ACTION_MASK, Field, Spaces, replay_fields
 
@@ -95,6 +95,7 @@ class Agent:
         self._slow_graphs = {name: nnx.graphdef(where.within(model)) for name, where in self._slow.items()}
         #: The parameters, as ShapeDtypeStructs.
         self.shapes = text_keys(self._numbered)
+        self._parameters = sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
         self._opt_shapes = jax.eval_shape(self.optimizer.init, self.shapes)
         #: What replay stores of a step beside the environment's data: latents, and what is remembered of the choice.
         self.extras: dict[str, Field] = {**model.world_model.rssm.stored(), **self._remembered()}
@@ -165,8 +166,7 @@ class Agent:
         """A fresh TrainState; `seed` is the run's seed if that is below 2**31, else what `seed_key` makes of it."""
         run_key = jnp.asarray(seed) if np.ndim(seed) else jax.random.key_data(jax.random.key(seed))
         # At least as many draws as there are weights; biases and norm scales need none.
-        count = sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
-        model = self._build(Draws(stream_key(run_key, "init", 0), count))
+        model = self._build(Draws(stream_key(run_key, "init", 0), self._parameters))
         params = text_keys(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
         return {
             "params": params,
@@ -206,11 +206,13 @@ class Agent:
             "updates": state["updates"] + 1,
             "key": state["key"],
         }
-        metrics["opt/grad_norm"] = norm(squares(grads))
-        metrics |= {f"opt/module_grad_norm/{name}": size for name, size in norms(grads).items()}
-        metrics["opt/grad_rms"] = root_mean_square(grads)
-        metrics["opt/update_rms"] = root_mean_square(updates)
-        metrics["opt/param_rms"] = root_mean_square(params)
+        root = self._parameters**0.5
+        of_grads = squares(grads)
+        metrics["opt/grad_norm"] = norm(of_grads)
+        metrics |= {f"opt/module_grad_norm/{name}": size for name, size in norms(of_grads).items()}
+        metrics["opt/grad_rms"] = metrics["opt/grad_norm"] / root
+        metrics["opt/update_rms"] = norm(squares(updates)) / root
+        metrics["opt/param_rms"] = norm(squares(params)) / root
         metrics["opt/updates"] = new["updates"]
         return new, latents, metrics
 
@@ -295,4 +297,4 @@ class Agent:
     @for_target
     def examine(self, params: Any, batch: Batch, key: jax.Array) -> dict[str, Any]:
         """`DreamerModel.look` of a batch (B, T+1, ...), and ``param_norm`` () by module."""
-        return self.model(params).look(batch, key) | {"param_norm": norms(params)}
+        return self.model(params).look(batch, key) | {"param_norm": norms(squares(params))}

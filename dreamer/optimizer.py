@@ -123,14 +123,9 @@ def norm(of_leaves: Tree) -> jax.Array:
     return jnp.sqrt(functools.reduce(jnp.add, jax.tree.leaves(of_leaves)))
 
 
-def norms(tree: Tree) -> dict[str, jax.Array]:
-    """The norm () of each module's parameters, or of a tree shaped like them, by name."""
-    return {name: norm(module) for part in squares(tree).values() for name, module in part.items()}
-
-
-def root_mean_square(tree: Tree) -> jax.Array:
-    """Norm of all elements over the root of their count."""
-    return norm(squares(tree)) / sum(leaf.size for leaf in jax.tree.leaves(tree)) ** 0.5
+def norms(of_leaves: Tree) -> dict[str, jax.Array]:
+    """The norm () of each module, by name, from the `squares` of the parameters or of a tree shaped like them."""
+    return {name: norm(module) for part in of_leaves.values() for name, module in part.items()}
 
 
 @dataclasses.dataclass(frozen=True)

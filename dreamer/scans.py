@@ -40,7 +40,7 @@ def plain_scan(step: Step, state: Any, inputs: Any, length: int, remat: bool) ->
 def scan(step: Step, state: Any, inputs: Any, length: int, remat: bool) -> Any:
     """``state, outputs = step(state, inputs)`` along inputs (length, ...): the outputs of all steps (length, ...).
 
-    remat: recompute the steps in the backward pass, as here is done in any case.
+    remat: recompute the steps in the backward pass, which this form always does.
     """
     first = jax.tree.map(lambda x: x[0], inputs)
     traced, (_, shapes) = jax.make_jaxpr(step, return_shape=True)(state, first)
@@ -171,13 +171,10 @@ def _in_turn(
 
     Only operations that depend on the state are in the loop.
     """
-    first = jax.tree.map(lambda x: x[0], each)
-    structure = jax.tree.structure((list(state), *fixed, *first))
-    flat = lambda *values: _leaves(step(*jax.tree.unflatten(structure, values)))  # noqa: E731
-    traced = jax.make_jaxpr(flat)(*jax.tree.leaves((list(state), *fixed, *first)))
-    shapes = jax.eval_shape(step, list(state), *fixed, *first)
-    inner = lambda *values: _evaluate(traced.jaxpr, traced.consts, values, _CALLS | _CUSTOM)  # noqa: E731
-    closed = jax.make_jaxpr(inner)(*jax.tree.leaves((list(state), *fixed, *first)))
+    arguments = (list(state), *fixed, *jax.tree.map(lambda x: x[0], each))
+    traced, shapes = jax.make_jaxpr(step, return_shape=True)(*arguments)
+    flat = lambda *values: _evaluate(traced.jaxpr, traced.consts, values, _CALLS | _CUSTOM)  # noqa: E731
+    closed = jax.make_jaxpr(flat)(*jax.tree.leaves(arguments))
     jaxpr, equations = closed.jaxpr, _needed(closed.jaxpr)
     states, constant = len(jax.tree.leaves(state)), len(jax.tree.leaves(fixed))
     carried, still, moving = (
@@ -269,10 +266,6 @@ def _reached(equations: Sequence[core.JaxprEqn], sources: Sequence[core.Var]) ->
 
 
 # --- Lists of values -----------------------------------------------------------------------------
-
-
-def _leaves(tree: Any) -> list[Any]:
-    return jax.tree.leaves(tree)
 
 
 def _differentiable(values: Values) -> list[bool]:

@@ -13,10 +13,11 @@ from jax import export
 
 from dreamer import compiler, kernels
 from dreamer.agent import Agent
+from dreamer.bench.bench_update import batch_shapes
 from dreamer.config import Config
 from dreamer.presets import load_config, preset_names
 from dreamer.run.devices import keep_compiled_programs
-from dreamer.types import Space, Spaces, replay_fields
+from dreamer.types import Space, Spaces
 
 
 def image(side: int, channels: int = 3) -> dict[str, Space]:
@@ -74,10 +75,7 @@ def _agents_are_built_for_an_accelerator():
 
 def shapes(agent: Agent, config: Config) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
     """The training state and a batch, without their numbers."""
-    lead = config.run.batch_size, config.run.batch_length + 1
-    fields = replay_fields(agent.observations, agent.actions, agent.extras)
-    batch = {key: jax.ShapeDtypeStruct((*lead, *field.shape), field.dtype) for key, field in fields.items()}
-    return jax.eval_shape(agent.create, 0), batch
+    return jax.eval_shape(agent.create, 0), batch_shapes(agent, config)
 
 
 def test_every_preset_is_here():

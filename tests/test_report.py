@@ -11,7 +11,7 @@ import pytest
 from learner_data import B, T, perturb, random_batch, small_config
 
 from dreamer.agent import Agent
-from dreamer.optimizer import norms
+from dreamer.optimizer import norms, squares
 from dreamer.replay import Replay
 from dreamer.run.reports import make_report
 from dreamer.types import Field, Space
@@ -108,7 +108,7 @@ def test_norms_by_module(agent, state, views):
     }
     assert set(expected) == {"encoder", "rssm", "objective", "reward", "cont", "policy", "value"}
     assert views["param_norm"] == pytest.approx(expected, rel=1e-5)
-    total = np.sqrt(sum(float(x) ** 2 for x in norms(state["params"]).values()))
+    total = np.sqrt(sum(float(x) ** 2 for x in norms(squares(state["params"])).values()))
     everything = np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(jax.device_get(state["params"]))])
     assert total == pytest.approx(float(np.linalg.norm(everything)), rel=1e-5)
 

@@ -22,14 +22,14 @@ from jax.sharding import SingleDeviceSharding
 
 from dreamer import compiler, kernels
 from dreamer.agent import Agent
-from dreamer.bench.bench_update import TASKS
+from dreamer.bench.bench_update import TASKS, batch_shapes
 from dreamer.bench.jaxpr_cost import flops
 from dreamer.bench.measuring import Report, Rows
 from dreamer.config import Config
 from dreamer.presets import load_config
 from dreamer.run.seeds import MappedAgent
 from dreamer.schema import ConfigError
-from dreamer.types import Spaces, replay_fields
+from dreamer.types import Spaces
 
 _DEVICE = (
     "gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 "
@@ -190,7 +190,7 @@ def compile_dispatch(
     agent: Agent, config: Config, card: str, flags: dict[str, Any], updates: int | None = None, seeds: int | None = None
 ) -> Any:
     """One dispatch as it would run on a card, compiled: a single update, `updates` in turn, or one of many `seeds`."""
-    state, batch = update_shapes(agent, config)
+    state, batch = jax.eval_shape(agent.create, 0), batch_shapes(agent, config)
     program: Any = jax.jit(agent.learn if updates is None else agent.learn_in_turn, donate_argnums=0)
     batches: Any = batch if updates is None else [batch] * updates
     if seeds is not None:
@@ -200,14 +200,6 @@ def compile_dispatch(
     place = SingleDeviceSharding(chip(card))
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (state, batches))
     return program.lower(*shapes).compile(compiler_options=flags)
-
-
-def update_shapes(agent: Agent, config: Config) -> tuple[Any, dict[str, jax.ShapeDtypeStruct]]:
-    """The training state and a batch, without their numbers."""
-    lead = config.run.batch_size, config.run.batch_length + 1
-    fields = replay_fields(agent.observations, agent.actions, agent.extras)
-    batch = {key: jax.ShapeDtypeStruct((*lead, *field.shape), field.dtype) for key, field in fields.items()}
-    return jax.eval_shape(agent.create, 0), batch
 
 
 def agent_for_gpu(spaces: tuple[Spaces, Spaces], config: Config) -> Agent:
@@ -246,7 +238,8 @@ def bench_kernels(request: Request) -> Report:
         config = load_config([f"size{size}"], {})
         for obs in request.obs:
             agent = agent_for_gpu(TASKS[obs], config)
-            gflop = flops(jax.make_jaxpr(agent.learn)(*update_shapes(agent, config)).jaxpr) / 1e9
+            shapes = jax.eval_shape(agent.create, 0), batch_shapes(agent, config)
+            gflop = flops(jax.make_jaxpr(agent.learn)(*shapes).jaxpr) / 1e9
             for card in request.cards:
                 name, start = f"{size} {obs}, {card}", time.perf_counter()
                 with kernels.without(*request.without):

@@ -59,6 +59,13 @@ def random_batch(agent: Agent, config: Config, seed: int = 0) -> dict[str, jax.A
     return jax.tree.map(jnp.asarray, batch)
 
 
+def batch_shapes(agent: Agent, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+    """Everything replay stores, (B, T+1, ...), without its numbers."""
+    lead = (config.run.batch_size, config.run.batch_length + 1)
+    fields = replay_fields(agent.observations, agent.actions, agent.extras)
+    return {name: jax.ShapeDtypeStruct((*lead, *field.shape), field.dtype) for name, field in fields.items()}
+
+
 class Program:
     """A compiled update and the state it changes. One call is one dispatch, waited for."""
 

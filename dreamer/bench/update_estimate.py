@@ -15,14 +15,13 @@ import psutil
 
 from dreamer.agent import Agent, seed_key
 from dreamer.bench.alone import EnvsAlone, PolicyAlone
-from dreamer.bench.bench_update import random_batch
+from dreamer.bench.bench_update import batch_shapes, random_batch
 from dreamer.bench.jaxpr_cost import flops, peak_bytes, tree_bytes
 from dreamer.config import Config
 from dreamer.records.display import format_bytes
 from dreamer.replay import machine_memory
 from dreamer.run.factories import free_device_bytes, training_envs
 from dreamer.run.seeds import MappedAgent
-from dreamer.types import replay_fields
 
 #: An update is tried if it needs less than this share of the free memory, and at the measured rate fewer seconds.
 MEMORY_SHARE, UPDATE_SECONDS = 0.7, 10.0
@@ -86,9 +85,7 @@ class TracedUpdate:
         self._config, self.agent = config, agent
         self.count, self.agents = most if due >= most else 1, config.run.seeds or 1
         self.state: Any = jax.eval_shape(agent.init, 0)
-        lead = (config.run.batch_size, config.run.batch_length + 1)
-        fields = replay_fields(agent.observations, agent.actions, agent.extras)
-        batch = {name: jax.ShapeDtypeStruct((*lead, *field.shape), field.dtype) for name, field in fields.items()}
+        batch = batch_shapes(agent, config)
         if config.run.seeds is None:
             program = agent.train_step if self.count == 1 else agent.train_steps
             self._stack: Callable = lambda states: states[0]

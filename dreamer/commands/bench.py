@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
 def add_parts(parts: argparse._SubParsersAction) -> None:
     """The options of each part."""
 
-    def add(part: str, summary: str, rounds: int, options: str = "") -> argparse.ArgumentParser:
+    def add(part: str, summary: str, rounds: int | None, options: str = "") -> argparse.ArgumentParser:
         added = parts.add_parser(
             part,
             help=summary,
@@ -47,7 +47,8 @@ def add_parts(parts: argparse._SubParsersAction) -> None:
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
             allow_abbrev=False,
         )
-        added.add_argument("--rounds", type=count, default=rounds, help="timed turns")
+        if rounds is not None:
+            added.add_argument("--rounds", type=count, default=rounds, help="timed turns")
         added.add_argument("--json", type=place, metavar="FILE", help="write the figures there")
         added.add_argument(
             "--compare", type=place, metavar="FILE", help="ratios to the figures that --json wrote there"
@@ -65,7 +66,7 @@ def add_parts(parts: argparse._SubParsersAction) -> None:
     update.add_argument("--protocol", action="store_true", help="time one update for each line on stdin, as JSON")
     update.add_argument("--trace", type=place, metavar="DIR", help="write a profile of one dispatch there")
 
-    launches = add("kernels", "what a GPU would launch for an update, counted without one", 1)
+    launches = add("kernels", "what a GPU would launch for an update, counted without one", None)
     launches.add_argument(
         "--sizes", nargs="+", default=["1m"], help="sizes of the model, as in the presets size1m, ..."
     )
@@ -115,18 +116,22 @@ def loop_configs(options: Sequence[str]) -> dict[str, Config]:
     return {name: load_config(presets, {"task": task, **overrides}) for name, (presets, task) in SUITES.items()}
 
 
+def _refuse(options: Sequence[str]) -> None:
+    """Of parts that take no options of the configuration."""
+    if options:
+        parser().error(f"unrecognized arguments: {' '.join(options)}")
+
+
 def _update(given: argparse.Namespace, options: Sequence[str]) -> Report | None:
     from dreamer.bench.bench_update import Request, bench_update
 
-    if options:
-        parser().error(f"unrecognized arguments: {' '.join(options)}")
+    _refuse(options)
     names = ("size", "obs", "updates_per_dispatch", "seeds", "against", "rounds", "protocol", "trace")
     return bench_update(Request(**{name: getattr(given, name) for name in names}))
 
 
 def _kernels(given: argparse.Namespace, options: Sequence[str]) -> Report:
-    if options:
-        parser().error(f"unrecognized arguments: {' '.join(options)}")
+    _refuse(options)
     hide_accelerators()
     from dreamer.bench.bench_kernels import Request, bench_kernels
 

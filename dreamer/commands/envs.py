@@ -39,9 +39,8 @@ def check(arguments: Sequence[str]) -> int:
         raise ConfigError(f"--steps: {error}") from None
     config = load_config(configs, {**overrides, "task": task})
 
-    os.environ.setdefault(
-        "JAX_PLATFORMS", "cpu"
-    )  # networks are only shaped, not computed: leave accelerators to whoever trains
+    # Networks are only shaped, not computed: leave accelerators to whoever trains.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from dreamer.envs.audit import audit
     from dreamer.envs.audit_table import show
     from dreamer.envs.registry import make_env

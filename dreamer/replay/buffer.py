@@ -74,6 +74,7 @@ class Replay:
             raise ReplayError(f"expected fields of plain numbers, got Python objects in {objects}")
         self.fields = dict(fields)
         self.length = length
+        self._latents = latents_of(self.fields)
         self._ring = Ring(num_envs, rows)
         self.budget = budget(storage, self.fields, folder, device_bytes)
         self.budget.check(num_envs * rows)
@@ -173,9 +174,8 @@ class Replay:
         if "priority" in values:
             self.prioritize(selection, values["priority"])
             values = {name: value for name, value in values.items() if name != "priority"}
-        latents = latents_of(self.fields)
-        if unknown := sorted(values.keys() - set(latents)):
-            raise ReplayError(f"expected latents among {list(latents)}, got {unknown}")
+        if unknown := sorted(values.keys() - set(self._latents)):
+            raise ReplayError(f"expected latents among {list(self._latents)}, got {unknown}")
         arrays = {name: np.asarray(value) for name, value in values.items()}
         for name, value in arrays.items():
             self._check_value(name, value, (len(selection), selection.length - 1))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,34 +26,42 @@ class Drawn:
     device: Any
 
 
-class Feed(Protocol):
-    """Between replay and the updates."""
-
-    def draw(self, selections: list[Selection]) -> list[Drawn]:
-        """The batches of these selections."""
-
-    def needed(self, latents: Mapping[str, Any]) -> dict[str, Any]:
-        """What the host must have of an update's latents before they can land."""
-
-    def land(self, selections: list[Selection], latents: dict[str, Any]) -> None:
-        """Have latents (K, B, T, ...), of a single update (B, T, ...), in replay before the next batch is gathered;
-        later updates overwrite earlier ones."""
-
-    def settle(self) -> None:
-        """Write everything that has landed."""
-
-
-class HostFeed:
-    """Replay is on the host: batches are gathered there and sent, latents are read and written there."""
+class Feed(abc.ABC):
+    """Between replay and the updates. place: puts a batch of host arrays on the device."""
 
     def __init__(self, replay: Replay, place: Callable[[dict[str, np.ndarray]], Any], watch: Stopwatch) -> None:
         self._replay, self._place, self._watch = replay, place, watch
 
+    def send(self, selection: Selection, batch: dict[str, np.ndarray]) -> Drawn:
+        """A batch that is on the host."""
+        with self._watch.section("transfer"):
+            return Drawn(selection, batch, self._place(batch))
+
+    @abc.abstractmethod
+    def draw(self, selections: list[Selection]) -> list[Drawn]:
+        """The batches of these selections."""
+
+    @abc.abstractmethod
+    def needed(self, latents: Mapping[str, Any]) -> dict[str, Any]:
+        """What the host must have of an update's latents before they can land."""
+
+    @abc.abstractmethod
+    def land(self, selections: list[Selection], latents: dict[str, Any]) -> None:
+        """Have latents (K, B, T, ...), of a single update (B, T, ...), in replay before the next batch is gathered;
+        later updates overwrite earlier ones."""
+
+    @abc.abstractmethod
+    def settle(self) -> None:
+        """Write everything that has landed."""
+
+
+class HostFeed(Feed):
+    """Replay is on the host: batches are gathered there and sent, latents are read and written there."""
+
     def draw(self, selections: list[Selection]) -> list[Drawn]:
         with self._watch.section("replay"):
             gathered = [self._replay.gather(selection) for selection in selections]
-        with self._watch.section("transfer"):
-            return [Drawn(*pair, self._place(pair[1])) for pair in zip(selections, gathered, strict=True)]
+        return [self.send(*pair) for pair in zip(selections, gathered, strict=True)]
 
     def needed(self, latents: Mapping[str, Any]) -> dict[str, Any]:
         return dict(latents)
@@ -65,11 +74,18 @@ class HostFeed:
         """Nothing waits."""
 
 
-class DeviceFeed:
+class DeviceFeed(Feed):
     """Replay is on the device: one compiled exchange writes landed latents and gathers batches; only indices cross."""
 
-    def __init__(self, replay: Replay, storage: DeviceStorage, watch: Stopwatch) -> None:
-        self._replay, self._storage, self._watch = replay, storage, watch
+    def __init__(
+        self,
+        replay: Replay,
+        storage: DeviceStorage,
+        place: Callable[[dict[str, np.ndarray]], Any],
+        watch: Stopwatch,
+    ) -> None:
+        super().__init__(replay, place, watch)
+        self._storage = storage
         self._exchange = jax.jit(_exchange, donate_argnums=0)
         self._landing: tuple[list[np.ndarray], Mapping[str, Any]] | None = None
 
@@ -106,7 +122,7 @@ class DeviceFeed:
 def make_feed(replay: Replay, place: Callable[[dict[str, np.ndarray]], Any], watch: Stopwatch) -> Feed:
     """place: puts a batch of host arrays on the device; watch: books the time under replay and transfer."""
     if isinstance(replay.storage, DeviceStorage):
-        return DeviceFeed(replay, replay.storage, watch)
+        return DeviceFeed(replay, replay.storage, place, watch)
     return HostFeed(replay, place, watch)
 
 

@@ -147,17 +147,13 @@ class Learner:
             self._newest = _Dispatched(drawn, newest["latents"], {}, np.bool_(True))
             if newest["latents"] is not None:
                 self._pending.append(self._newest)
-        self._waiting = [self._send(Selection(**one["selection"]), one["batch"]) for one in progress["waiting"]]
+        self._waiting = [self._feed.send(Selection(**one["selection"]), one["batch"]) for one in progress["waiting"]]
 
     def _draw(self, count: int) -> None:
         """Ensure that `count` batches are waiting."""
         with self._watch.section("replay"):
             selections = [self.replay.select(self._batch_size) for _ in range(count - len(self._waiting))]
         self._waiting += self._feed.draw(selections)
-
-    def _send(self, selection: Selection, batch: dict[str, np.ndarray]) -> Drawn:
-        with self._watch.section("transfer"):
-            return Drawn(selection, batch, self.agent.devices.place(batch))
 
     def _land(self, done: _Dispatched) -> None:
         """Write latents back."""

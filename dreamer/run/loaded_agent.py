@@ -122,8 +122,8 @@ class Agent:
         """The actions for one observation of each of N environments, chosen at once.
 
         observations  stacked, as in Gymnasium's vectors: like one of `act`, every array with a leading axis N; the
-        answer is then stacked too. Or a list of N, answered with a list of N first         bool (N,): which of them
-        begin an episode; at the beginning, and after `reset`, they all do
+                      answer is then stacked too. Or a list of N, answered with a list of N
+        first         bool (N,): which of them begin an episode; at the beginning, and after `reset`, they all do
 
         Each environment has a memory of its own, in this order, and N stays the same until `reset`. The most likely
         actions are those of N separate agents, up to rounding. Sampled ones are drawn together: the same N and the same

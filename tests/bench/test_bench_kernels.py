@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from dreamer import cli
@@ -16,7 +17,7 @@ from dreamer.bench import bench_kernels as bench
 from dreamer.bench.bench_kernels import Launch, Loop, Request
 
 ROOT = Path(__file__).resolve().parents[2]
-COMPILER = ROOT / ".cache" / "cuda-compiler"
+COMPILER = ROOT / ".cache" / f"cuda-compiler-{jax.__version__}"
 
 #: Most launches in each trip of the loops of the 1m vector update, and outside of them.
 MOST = {

@@ -22,6 +22,7 @@ from dreamer.replay import Replay
 from dreamer.run.devices import choose_device
 from dreamer.run.factories import make_agent, make_replay
 from dreamer.terminal import Console
+from dreamer.types import replay_fields
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +115,7 @@ def test_updates_are_those_of_the_loop(envs, batch, length, ratio, steps):
 
 
 def test_starts_of_a_real_replay_are_what_the_schedule_takes_them_for(agent):
-    replay = Replay(update_estimate.replay_fields(*task_spaces(tiny_config()), agent.extras), 3, 300, 9, 0)
+    replay = Replay(replay_fields(*task_spaces(tiny_config()), agent.extras), 3, 300, 9, 0)
     step = {name: jax.numpy.zeros((3, *field.shape), field.dtype) for name, field in replay.fields.items()}
     filled = 0
     while replay.starts < 2 * 8:

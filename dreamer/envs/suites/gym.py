@@ -30,7 +30,7 @@ class GymEnv:
     """A Gymnasium environment behind our interface. ``terminated`` is terminal, ``truncated`` a time limit.
 
     again  Makes another environment like `env`, on which to try whether it can be restored; None: it counts as not
-    restorable. Equal values stand for equal environments.
+           restorable. Equal values stand for equal environments.
     """
 
     def __init__(
