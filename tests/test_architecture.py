@@ -34,11 +34,13 @@ LAYERS = [
     ["imagination"],
     ["model"],
     ["agent"],
+    ["dreaming"],
     ["schema"],
     ["presets"],
     ["transfer"],
     ["records", "saves", "data"],
     ["run"],
+    ["dream_env"],
     ["plot", "doctor", "bench"],
     ["sweeps"],
     ["commands"],
@@ -67,7 +69,7 @@ OPTIONAL = set(
     """
     dm_control mujoco crafter Box2D pygame tensorflow torch moviepy minerl minari wandb mlflow bsuite
     minigrid memory_maze labmaze vizdoom procgen gym3 cffi dm_env deepmind_lab matplotlib optuna ray
-    submitit
+    submitit aiohttp stable_baselines3
     """.split()
 )
 VAGUE = {"utils", "util", "common", "helpers", "helper", "manager", "misc"}

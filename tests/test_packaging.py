@@ -187,13 +187,13 @@ def test_no_python_is_a_clear_error(checkout, tmp_path):
     assert "expected Python 3.11 or newer" in done.stderr and "PYTHON=" in done.stderr
 
 
-@pytest.mark.parametrize(("arguments", "marks"), [((), "not slow"), (("--slow",), "slow")])
-def test_test_chooses_the_default_or_the_slow_tests(checkout, arguments, marks):
+@pytest.mark.parametrize(("arguments", "marks", "more"), [((), "not slow", ""), (("--slow",), "slow", "sb3,")])
+def test_test_chooses_the_default_or_the_slow_tests(checkout, arguments, marks, more):
     _, log, script = checkout
     out = script("test", *arguments, "-x", "tests/test_config.py")
     assert out == f"ran -m pytest -m {marks} -x tests/test_config.py"
     assert installations(log) == [
-        "[box2d,bsuite,crafter,dev,dmc,memorymaze,minari,minigrid,optuna,plot,procgen,slurm,vizdoom]"
+        f"[box2d,bsuite,crafter,dev,dmc,memorymaze,minari,minigrid,optuna,play,plot,procgen,{more}slurm,vizdoom]"
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from dreamer.paths import absolute, make_folder
 from dreamer.presets import ConfigError
-from dreamer.replay import Replay, ReplayError, Selection
+from dreamer.replay import Replay, ReplayError, Selection, bytes_per_step
 from dreamer.replay.episodes import Episode, EpisodeCutter, EpisodeWriter
 from dreamer.run.factories import spaces_from_json
 from dreamer.saves.checkpoint import Checkpointer, CheckpointError
@@ -36,7 +37,7 @@ def export_episodes(
     writer = new_writer(out)
     checkpointer = Checkpointer(logdir, read_only=True)
     stored: list[Replay] = []
-    load = lambda meta, *_: stored.append(_load(checkpointer.replay_folder, meta))  # noqa: E731
+    load = lambda meta, *_: stored.append(load_replay(checkpointer.replay_folder, meta))  # noqa: E731
     step, _, meta = checkpointer.restore(parts=(), check=load)
     for episode in stored_episodes(stored[-1], meta, unfinished):
         writer.write(episode)
@@ -75,7 +76,8 @@ def stored_episodes(replay: Replay, meta: Mapping[str, Any], unfinished: bool) -
     too.
     """
     names = _episode_fields(meta)
-    head, tail = (np.array(meta["replay"][name], np.int64) for name in ("head", "tail"))
+    head = np.array(meta["replay"]["head"], np.int64)
+    tail = np.maximum(np.array(meta["replay"]["tail"], np.int64), head - replay.capacity // replay.num_envs)
     cutter = EpisodeCutter(replay.num_envs)
     # All environments from the same number of rows before their newest step: the same moment, where they step together.
     for back in range(int((head - tail).max()), 0, -_ROWS):
@@ -96,8 +98,8 @@ def _episode_fields(meta: Mapping[str, Any]) -> dict[str, Field]:
     return replay_fields(observations, actions, {})
 
 
-def _load(folder: Path, meta: Mapping[str, Any]) -> Replay:
-    """The replay of a checkpoint, no larger than what it holds."""
+def load_replay(folder: Path, meta: Mapping[str, Any], most_bytes: float = math.inf) -> Replay:
+    """The replay of a checkpoint, no larger than what it holds; if that exceeds `most_bytes`, its newest steps."""
     manifest = meta["replay"]
     whole = _episode_fields(meta)
     fields = {
@@ -106,6 +108,7 @@ def _load(folder: Path, meta: Mapping[str, Any]) -> Replay:
     }
     rows = int(np.subtract(manifest["head"], manifest["tail"]).max())
     envs, length = manifest["num_envs"], manifest["length"]
+    rows = int(min(rows, most_bytes / (envs * bytes_per_step(fields))))
     replay = Replay(fields, envs, max(rows, length) * envs, length, seed=0, online=False)
     replay.load(folder, manifest)
     return replay
