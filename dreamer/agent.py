@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from flax import nnx, serialization
 
-from dreamer import compiler, kernels
+from dreamer import compiler, features, kernels
 from dreamer.actor_critic import ReturnScale, return_metrics, return_range, update_return_scale
 from dreamer.coders import split_actions
 from dreamer.config import Config
@@ -97,8 +97,9 @@ class Agent:
         self.shapes = text_keys(self._numbered)
         self._parameters = sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
         self._opt_shapes = jax.eval_shape(self.optimizer.init, self.shapes)
+        remembered, self._memory = self._choice()
         #: What replay stores of a step beside the environment's data: latents, and what is remembered of the choice.
-        self.extras: dict[str, Field] = {**model.world_model.rssm.stored(), **self._remembered()}
+        self.extras: dict[str, Field] = {**model.world_model.rssm.stored(), **remembered}
         replay_fields(self.observations, self.actions, self.extras)  # names that are taken
         shapes = functools.partial(jax.eval_shape, self.create, 0)
         self.devices = over = make_devices(devices, config.run, config.optimizer.accumulate, shapes)
@@ -125,9 +126,11 @@ class Agent:
     # Acting
 
     def init_policy(self, envs: int) -> dict[str, jax.Array]:
-        """The policy's carry before the first observation: model state (N, ...) and previous action (N, A)."""
+        """The policy's carry before the first observation: model state (N, ...), previous action (N, A), and what
+        else the choice of actions carries along, (N, ...)."""
         width = sum(space.flat_width for space in self.actions.values())
-        return {**self._initial_state(envs, self.dtype), "action": jnp.zeros((envs, width), self.dtype)}
+        memory = {name: jnp.zeros((envs, *field.shape), field.dtype) for name, field in self._memory.items()}
+        return {**self._initial_state(envs, self.dtype), "action": jnp.zeros((envs, width), self.dtype), **memory}
 
     @for_target
     def act(
@@ -139,26 +142,28 @@ class Agent:
         """
         model = self.model(params)
         observe_key, act_key = (None, None) if key is None else jax.random.split(key)
-        previous = {k: v for k, v in carry.items() if k != "action"}
+        previous = {k: v for k, v in carry.items() if k != "action" and k not in self._memory}
+        first = obs["is_first"]
+        memory = {k: jnp.where(features.per_item(first, carry[k]), 0, carry[k]) for k in self._memory}
         rssm = model.world_model.rssm
-        tokens = model.world_model.encoder(obs, obs["is_first"].shape, self.dtype)
-        state, _ = rssm.observe_step(previous, carry["action"], tokens, obs["is_first"], observe_key)
+        tokens = model.world_model.encoder(obs, first.shape, self.dtype)
+        state, _ = rssm.observe_step(previous, carry["action"], tokens, first, observe_key)
         allowed = obs[ACTION_MASK] > 0 if self.masked else None
-        flat, remembered = self._chooses(model, state, act_key, allowed)
-        carry = {**state, "action": flat.astype(self.dtype)}
+        flat, remembered, memory = self._chooses(model, state, act_key, allowed, memory)
+        carry = {**state, "action": flat.astype(self.dtype), **memory}
         return carry, split_actions(flat, self.actions), {**rssm.pack(state), **remembered}
 
-    def _remembered(self) -> dict[str, Field]:
-        """What `chooses` returns beside actions, for one environment; found by tracing it."""
+    def _choice(self) -> list[dict[str, Field]]:
+        """What `chooses` returns beside actions, for one environment: extras and memory; found by tracing it."""
         width = sum(space.flat_width for space in self.actions.values())
         allowed = jax.ShapeDtypeStruct((1, width), jnp.bool_) if self.masked else None
 
-        def choose(params: Any, state: Any, key: jax.Array, allowed: jax.Array | None) -> dict[str, jax.Array]:
-            return self._chooses(self.model(params), state, key, allowed)[1]
+        def choose(params: Any, state: Any, key: jax.Array, allowed: jax.Array | None) -> tuple:
+            return self._chooses(self.model(params), state, key, allowed, {})[1:]
 
         state = jax.eval_shape(lambda: self._initial_state(1, self.dtype))
         found = jax.eval_shape(choose, self.shapes, state, jax.eval_shape(lambda: jax.random.key(0)), allowed)
-        return {name: Field(leaf.shape[1:], np.dtype(leaf.dtype)) for name, leaf in found.items()}
+        return [{name: Field(leaf.shape[1:], np.dtype(leaf.dtype)) for name, leaf in one.items()} for one in found]
 
     # Learning
 

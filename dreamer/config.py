@@ -1,5 +1,5 @@
 """Every option of the project: name, type, default, unit and meaning, each exactly once; those of environments are in
-`env_config.py`.
+`env_config.py`, those of planners in `planner_config.py`.
 
 The tree of frozen, validated dataclasses below *is* the configuration. YAML presets and command-line
 overrides (see `presets.py`) only change values; an unknown key or a value of the wrong type is an error.
@@ -15,6 +15,7 @@ from pydantic import Field
 
 from dreamer import contradictions, paths
 from dreamer.env_config import EnvConfig
+from dreamer.planner_config import PlannerConfig
 from dreamer.values import COUNT, LARGEST_SEED, LAYERS, SCALE, STEPS, UNITS, group, option
 
 
@@ -289,6 +290,7 @@ class Config:
     model: ModelConfig = option(ModelConfig, "Networks")
     loss: LossConfig = option(LossConfig, "Loss terms")
     actor_critic: ActorCriticConfig = option(ActorCriticConfig, "Behaviour")
+    planner: PlannerConfig = option(PlannerConfig, "Who acts, the policy or a planner")
     optimizer: OptimizerConfig = option(OptimizerConfig, "Optimizer")
     log: LogConfig = option(LogConfig, "Logging")
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def check(config: Config) -> None:
     """ValueError, in one line, for the first contradiction."""
-    for rule in (_networks, _behaviour, _batches, _devices, _seeds, _data):
+    for rule in (_networks, _behaviour, _planner, _batches, _devices, _seeds, _data):
         if fault := rule(config):
             raise ValueError(fault)
 
@@ -47,6 +47,18 @@ def _behaviour(config: Config) -> str | None:
             "expected actor_critic.return_low < actor_critic.return_high, "
             f"got {behaviour.return_low:g} and {behaviour.return_high:g}"
         )
+    return None
+
+
+def _planner(config: Config) -> str | None:
+    planner = config.planner
+    if planner.name is not None:
+        try:
+            planner.settled()
+        except ConfigError as error:
+            return str(error)
+    elif given := planner.given():
+        return f"expected planner.{given[0]} null without a planner, got a value; name one: --planner.name mppi"
     return None
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from dreamer.values import REPEAT, STEPS, Size, group, option, plain
+from dreamer.values import LARGEST_SEED, REPEAT, STEPS, Size, group, option, plain
 
 
 @group
@@ -114,11 +114,23 @@ class GymConfig:
 
 
 @group
+class GridworldConfig:
+    """The built-in slippery grid."""
+
+    layout: Literal["lake", "random"] = option("lake", "FrozenLake's 4 x 4 map, or one drawn from a seed")
+    side: int = option(8, "Height and width of a random map", "cells", ge=3, le=64)
+    seed: int = option(0, "Seed of a random map", ge=0, le=LARGEST_SEED)
+    slip: float = option(2 / 3, "Chance that a move goes to one of the two sides instead", ge=0, le=1)
+    observe: Literal["image", "cell"] = option("image", "Observe a picture of the grid, or the number of the cell")
+
+
+@group
 class ToyConfig:
-    """The built-in catch game."""
+    """The built-in games: catch, and a slippery grid."""
 
     size: int = option(32, "Image height and width", "pixels", ge=16, le=4096)
-    balls: int = option(3, "Balls that fall in one episode", ge=1, le=1_000_000)
+    balls: int = option(3, "Balls that fall in one episode of catch", ge=1, le=1_000_000)
+    grid: GridworldConfig = option(GridworldConfig, "Slippery grid")
 
 
 @group

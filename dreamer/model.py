@@ -18,37 +18,65 @@ from dreamer.distributions import sum_of
 from dreamer.imagination import imagine
 from dreamer.insight import look
 from dreamer.optimizer import Slow
+from dreamer.planner_config import PlannerConfig
+from dreamer.planners.learned import LearnedWorld
+from dreamer.planners.sequences import explore
+from dreamer.planners.table import make_planner
 from dreamer.rssm import State
-from dreamer.types import ACTION_MASK, Spaces, masks_actions
+from dreamer.types import ACTION_MASK, PLANNED, Spaces, masks_actions
 from dreamer.world_model import WorldModel
 
 sg = jax.lax.stop_gradient
 
 Batch = Mapping[str, jax.Array]
+#: What an `Act` carries from step to step of an episode, (N, ...) by name.
+Memory = dict[str, jax.Array]
 #: The slow copies of parts of the model, by name.
 SlowModules = Mapping[str, nnx.Module]
 
 
 class Act(Protocol):
-    """What chooses actions: ``act(model, state, key, allowed) -> (action, extras)``, a pure function.
+    """What chooses actions: ``act(model, state, key, allowed, memory) -> (action, extras, memory)``, a pure function.
 
     state (N, ...): the model's, after the newest observation; key: None asks for the most likely action; allowed: bool
-    (N, A), or None if every action is allowed. action (N, A): one-hot where discrete, at least float32; extras: what
-    replay is to remember about the choice, (N, ...) by name, such as visit counts of a search. It returns with the
-    batches.
+    (N, A), or None if every action is allowed; memory: what it returned as such a step before in the same episode,
+    (N, ...) by name, zeros where one begins, {} when it is traced for the first time. action (N, A): one-hot where
+    discrete, at least float32; extras: what replay is to remember about the choice, (N, ...) by name, such as the
+    return that a planner expects. It returns with the batches.
     """
 
     def __call__(
-        self, model: DreamerModel, state: State, key: jax.Array | None, allowed: jax.Array | None
-    ) -> tuple[jax.Array, dict[str, jax.Array]]: ...
+        self, model: DreamerModel, state: State, key: jax.Array | None, allowed: jax.Array | None, memory: Memory
+    ) -> tuple[jax.Array, dict[str, jax.Array], Memory]: ...
 
 
 def act_by_policy(
-    model: DreamerModel, state: State, key: jax.Array | None, allowed: jax.Array | None
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    model: DreamerModel, state: State, key: jax.Array | None, allowed: jax.Array | None, memory: Memory
+) -> tuple[jax.Array, dict[str, jax.Array], Memory]:
     """DreamerV3's way: a sample from the policy, with nothing to remember."""
     x = model.world_model.rssm.feature(state)
-    return sg(sample_actions(model.actor_critic.policy(x, allowed), key)), {}
+    return sg(sample_actions(model.actor_critic.policy(x, allowed), key)), {}, {}
+
+
+def act_by_planner(config: PlannerConfig) -> Act:
+    """A planner's way; replay remembers the return that it expected, ``planned`` (N,), the next step its plan.
+
+    Without a key it plans with a fixed one, and without `planner.noise`.
+    """
+    plan = make_planner(config)
+
+    def act(
+        model: DreamerModel, state: State, key: jax.Array | None, allowed: jax.Array | None, memory: Memory
+    ) -> tuple[jax.Array, dict[str, jax.Array], Memory]:
+        world, root = model.as_world(state, allowed)
+        plan_key, noise_key = jax.random.split(jax.random.key(0) if key is None else key)
+        action, extras = plan(world, root, plan_key, memory.get("plan"))
+        if key is not None and config.noise:
+            action = explore(action, allowed, model.actions, config.noise, noise_key)
+        kept = {"plan": extras["plan"]} if "plan" in extras else {}
+        return sg(action), {PLANNED: sg(extras["planned"])}, sg(kept)
+
+    return act
 
 
 class Outcome(NamedTuple):
@@ -151,6 +179,11 @@ class DreamerModel(nnx.Module):
         if self.config.replay.selection.prioritised:
             written["priority"] = sg(sum_of([scales[name] * term for name, term in observed.losses.items()]))
         return total, Outcome(return_scale, written, metrics, returns, returns - dream.value[:-1])
+
+    def as_world(self, state: State, allowed: jax.Array | None) -> tuple[LearnedWorld, State]:
+        """A world to plan in, and where: `state` (N, ...), with these actions allowed, bool (N, A), None: all."""
+        world = LearnedWorld(self.world_model, self.actor_critic, self.actions, dreams_masks=self.dreams_masks)
+        return world, world.begin(state, allowed)
 
     def dream(self, slow: SlowModules, starts: State, key: jax.Array | None) -> Dream:
         """Imagine from `starts` (M, ...); see `imagination`."""

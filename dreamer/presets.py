@@ -294,12 +294,18 @@ def stored_config(logdir: Path | str) -> Config | None:
     return load_config([path]) if os.path.isfile(path) else None
 
 
-def run_config(logdir: Path | str) -> Config:
+def run_config(logdir: Path | str, overrides: Mapping[str, Any] | None = None) -> Config:
     """The configuration of an existing run, to play with its agent: on the fastest device, with this folder as its
-    logdir. ConfigError, saying where runs are, for any other folder."""
+    logdir. ConfigError, saying where runs are, for any other folder.
+
+    overrides: options of `planner` by dotted name; naming another planner forgets the settings of the run's own.
+    """
     path = config_file(logdir)
     if os.path.isfile(path):
-        return load_config([path], {"logdir": str(path.parent), "run.platform": "auto"})
+        changes = dict(overrides or {})
+        if "planner.name" in changes:
+            changes = {name: option.default for name, option in options().items() if _of_planner(name)} | changes
+        return load_config([path], {"logdir": str(path.parent), "run.platform": "auto"} | changes)
     folder = path.parent
     above = next((parent for parent in folder.parents if os.path.isfile(parent / CONFIG_FILE)), None)
     if inside := runs_inside(folder):
@@ -308,6 +314,10 @@ def run_config(logdir: Path | str) -> Config:
         missing = "" if os.path.exists(folder) else "; there is no such folder"
         where = f"; it lies in the run {above}" if above else missing
     raise ConfigError(f"expected the folder of a run, with a {CONFIG_FILE} in it, got {brief(str(logdir))}{where}")
+
+
+def _of_planner(name: str) -> bool:
+    return name.startswith("planner.")
 
 
 def runs_inside(folder: Path) -> list[str]:

@@ -36,11 +36,15 @@ LOG_PREFIX = "log/"
 #: The reward as the environment gave it, where the learner sees a scaled one: what scores sum.
 UNSCALED_REWARD = f"{LOG_PREFIX}unscaled_reward"
 
+#: The return that a planner expected when it chose an action, stored with the step.
+PLANNED = "planned"
+
 #: Names that no observation or action may have, and what has them. Beside these, an observation that the decoder
 #: predicts must not be named like a loss term (`DreamerModel` says which there are).
 TAKEN: Mapping[str, str] = {
     **dict.fromkeys(TRANSITION_FIELDS, "a field of every transition"),
     **dict.fromkeys(("deter", "stoch"), "a latent, stored with every step"),
+    PLANNED: "what a planner expects",
     "cont": "the continue head, in reports",
     UNSCALED_REWARD: "what scores sum",
 }

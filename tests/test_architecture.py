@@ -18,6 +18,7 @@ LAYERS = [
         "values",
         "contradictions",
         "env_config",
+        "planner_config",
         "config",
         "yaml_files",
         "process",
@@ -31,7 +32,7 @@ LAYERS = [
     ["objectives"],
     ["world_model"],
     ["actor_critic", "insight"],
-    ["imagination"],
+    ["imagination", "planners"],
     ["model"],
     ["agent"],
     ["dreaming"],
@@ -49,7 +50,7 @@ LAYERS = [
 ]
 RANK = {name: rank for rank, row in enumerate(LAYERS) for name in row}
 CLOSED = {"envs", "replay"}  # these know only the vocabulary
-VOCABULARY = {"paths", "types", "values", "contradictions", "env_config", "config"}
+VOCABULARY = {"paths", "types", "values", "contradictions", "env_config", "planner_config", "config"}
 PRINTING = {"process", "terminal"}
 SEE_WHOLE_CONFIG = {
     "model",

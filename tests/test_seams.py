@@ -95,11 +95,16 @@ class SelfPrediction(Objective):
         return {"self": jnp.square(self.out(seen.feature) - jax.lax.stop_gradient(target + noise)).mean(-1)}
 
 
-def lookup(model: Any, state: Any, key: Any, allowed: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Acts by a table of the first units' signs, and has replay remember which row it was and a number of the key's."""
+def lookup(model: Any, state: Any, key: Any, allowed: Any, memory: Any) -> tuple[jax.Array, dict, dict]:
+    """Acts by a table of the first units' signs, and has replay remember which row it was and a number of the key's.
+
+    It counts the steps of an episode for itself, and has replay remember them too.
+    """
     row = (state["deter"][:, :3] > 0).astype(jnp.int32).sum(-1)
     drawn = jax.random.uniform(key, row.shape)
-    return jax.nn.one_hot(row % 3, model.actions["action"].flat_width), {"row": row.astype(jnp.uint8), "drawn": drawn}
+    count = memory.get("count", jnp.zeros_like(row)) + 1
+    action = jax.nn.one_hot(row % 3, model.actions["action"].flat_width)
+    return action, {"row": row.astype(jnp.uint8), "drawn": drawn, "step": count}, {"count": count}
 
 
 class Dynamics(ActorCritic):
@@ -197,7 +202,7 @@ def test_what_an_actor_remembers_comes_back_with_the_batch_and_is_never_rewritte
     envs = vector_env(lambda index, seed: Scripted([(1.0, False, False)] * 6 + [(1.0, True, False)]))
     agent = Agent(envs.observation_spaces, envs.action_spaces, tiny_config(), chooses=lookup)
     rewritten = {name: field.latent for name, field in agent.extras.items()}
-    assert rewritten == {"deter": True, "stoch": True, "row": False, "drawn": False}
+    assert rewritten == {"deter": True, "stoch": True, "row": False, "drawn": False, "step": False}
     state = agent.init(0)
     collector = Collector(agent, envs, np.asarray(state["key"]), "policy")
     replay = Replay(replay_fields(envs.observation_spaces, envs.action_spaces, agent.extras), 1, 100, 9, 0)
@@ -209,6 +214,10 @@ def test_what_an_actor_remembers_comes_back_with_the_batch_and_is_never_rewritte
     np.testing.assert_array_equal(batch["row"], (np.asarray(batch["deter"], np.float32)[..., :3] > 0).sum(-1))
     np.testing.assert_array_equal(batch["action"], batch["row"] % 3)
     assert len(np.unique(batch["drawn"])) > 8
+    # Its memory of an episode goes from step to step, and is empty where one begins.
+    assert (batch["step"][batch["is_first"]] == 1).all() and batch["is_first"].any()
+    follows = ~batch["is_first"][:, 1:]
+    np.testing.assert_array_equal(batch["step"][:, 1:][follows], batch["step"][:, :-1][follows] + 1)
     trained = agent.model(state["params"]).split_batch(batch)[2]
     np.testing.assert_array_equal(trained["row"], batch["row"][:, 1:])
     with pytest.raises(ReplayError, match="expected latents among"):

@@ -15,6 +15,7 @@ from dreamer.agent import Agent
 from dreamer.config import Config
 from dreamer.env_config import EnvConfig
 from dreamer.envs import VectorEnv, make_vector_env
+from dreamer.model import act_by_planner, act_by_policy
 from dreamer.presets import load_config
 from dreamer.replay import Replay
 from dreamer.run.collector import Collector, Episode
@@ -50,10 +51,11 @@ def newest(logdir: Path, name: str) -> Any:
 def tiny_agent(observations: Spaces, actions: Spaces, config: Config | None = None) -> Agent:
     """An agent; the same object for the same spaces, networks and losses: it holds nothing but compiled functions."""
     config = config or tiny_config()
-    parts = (config.model, config.loss, config.actor_critic, config.optimizer)
+    parts = (config.model, config.loss, config.actor_critic, config.optimizer, config.planner)
     name = repr((sorted(observations.items()), sorted(actions.items()), parts))
     if name not in _agents:
-        _agents[name] = Agent(observations, actions, config)
+        chooses = act_by_policy if config.planner.name is None else act_by_planner(config.planner)
+        _agents[name] = Agent(observations, actions, config, chooses=chooses)
     return _agents[name]
 
 

@@ -46,6 +46,16 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]
     return configs, overrides
 
 
+def planner_options(arguments: Sequence[str]) -> dict[str, str]:
+    """The options of the group `planner` of a command line, by dotted name; ConfigError for any others."""
+    configs, overrides = split_arguments(arguments)
+    if other := [f"--{name}" for name in overrides if not name.startswith("planner.")] or ["--configs"] * bool(configs):
+        raise ConfigError(
+            f"unrecognized arguments: {other[0]}; expected this command's own (see --help) or --planner.OPTION"
+        )
+    return overrides
+
+
 def presets_left_out(configs: Sequence[str], config: Config, environment: bool = False) -> str | None:
     """One line if the task's suite has presets with settings and none of them is among `configs`; None otherwise.
 

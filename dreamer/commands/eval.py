@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from dreamer.commands.arguments import Parser, count, hide_accelerators, seed
+from dreamer.commands.arguments import Parser, count, hide_accelerators, planner_options, seed
 from dreamer.presets import run_config
 
 
 def parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="dreamer eval",
-        description="Play episodes with the best or newest weights of a run, and print the scores.",
+        description="Play episodes with the best or newest weights of a run, and print the scores. Any "
+        "--planner.OPTION of `dreamer train` may follow: --planner.name mppi plans before each action, "
+        "--planner.name null asks the policy.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
@@ -26,11 +28,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: Sequence[str]) -> int:
-    given = parser().parse_args(arguments)
-    run_config(given.logdir)  # report a mistake before loading anything slow
+    given, options = parser().parse_known_args(arguments)
+    planner = planner_options(options)
+    run_config(given.logdir, planner)  # report a mistake before loading anything slow
     if given.platform == "cpu":
         hide_accelerators()
 
     from dreamer.run.evaluate import evaluate_run
 
-    return evaluate_run(given.logdir, episodes=given.episodes, video=given.video, policy=given.policy, seed=given.seed)
+    return evaluate_run(
+        given.logdir,
+        episodes=given.episodes,
+        video=given.video,
+        policy=given.policy,
+        seed=given.seed,
+        planner=planner,
+    )

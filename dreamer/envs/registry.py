@@ -57,7 +57,7 @@ class Suite:
     repeat: Callable[[EnvConfig], int] = lambda config: 1
     process: Callable[[EnvConfig], bool] = lambda config: True
     vector: Callable[[str, EnvConfig, Sequence[int]], VectorEnv | None] = lambda name, config, seeds: None
-    best_score: Callable[[str, EnvConfig], float] | None = None
+    best_score: Callable[[str, EnvConfig], float | None] | None = None
     normalized: Callable[[str, float], float | None] | None = None
     summary: Callable[[Sequence[Mapping[str, float]]], Mapping[str, float]] | None = None
 
@@ -85,7 +85,11 @@ _gym = functools.partial(Suite, repeat=lambda config: config.gym.repeat, process
 
 SUITES: Mapping[str, Suite] = {
     "toy": Suite(
-        "Built-in game of catch", toy.make, toy.tasks, process=lambda config: False, best_score=toy.best_score
+        "Built-in games: catch, a slippery grid",
+        toy.make,
+        toy.tasks,
+        process=lambda config: False,
+        best_score=toy.best_score,
     ),
     "atari": _atari("Atari 2600, 200M frames protocol"),
     "atari100k": _atari("Atari 2600, 400k frames protocol"),

@@ -98,10 +98,14 @@ def evaluate_run(
     seed: int | None = None,
     make_env: MakeEnv | None = None,
     console: Console | None = None,
+    planner: Mapping[str, Any] | None = None,
 ) -> int:
-    """`dreamer eval`: load weights, play, print a table, write a video if asked to. Returns the exit code."""
+    """`dreamer eval`: load weights, play, print a table, write a video if asked to. Returns the exit code.
+
+    planner: options of the group `planner` by dotted name, in place of the run's own.
+    """
     console = console or Console()
-    config = run_config(logdir)
+    config = run_config(logdir, planner)
     picture = None if video is None else absolute(video)
     if picture is not None:
         check_file(picture)

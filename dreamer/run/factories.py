@@ -18,6 +18,7 @@ from dreamer.config import Config
 from dreamer.contradictions import check_gigabytes, unmet
 from dreamer.envs import TaskError, VectorEnv, list_suites, make_vector_env
 from dreamer.envs.vector import MakeEnv
+from dreamer.model import act_by_planner, act_by_policy
 from dreamer.paths import PathError, absolute, make_folder
 from dreamer.presets import CONFIG_FILE, ConfigError
 from dreamer.records.display import Row, device_row, format_bytes, format_count, parameters_row
@@ -103,7 +104,8 @@ def make_agent(config: Config, observations: Spaces, actions: Spaces, devices: S
     do not fit, or if the networks cannot be built for these spaces."""
     device = choose_device(config.run.platform)
     try:
-        return Agent(observations, actions, config, compute_dtype(config.run, device), devices)
+        chooses = act_by_policy if config.planner.name is None else act_by_planner(config.planner)
+        return Agent(observations, actions, config, compute_dtype(config.run, device), devices, chooses)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -81,14 +81,25 @@ class Agent:
         self._first = np.ones(0, bool)
 
     @classmethod
-    def load(cls, logdir: str | Path, env: gymnasium.Env | VectorEnv | None = None, sample: bool = False) -> Agent:
+    def load(
+        cls,
+        logdir: str | Path,
+        env: gymnasium.Env | VectorEnv | None = None,
+        sample: bool = False,
+        planner: str | Mapping[str, Any] | None = None,
+    ) -> Agent:
         """The best evaluated weights of a run, or its newest. ConfigError if the folder is not that of a run,
         CheckpointError if it has no weights yet.
 
         env: a Gymnasium environment with the spaces of training, or a vector of such; then `act` takes its observations
         and returns its actions as they are, nested and within their own bounds. ValueError if its spaces differ.
+
+        planner: who acts in place of what the run was trained with: a planner's name, "null" for the policy, or
+        options of the group `planner`: ``{"name": "mppi", "horizon": 5}``.
         """
-        return cls(*load_agent(run_config(logdir)), env=env, sample=sample)
+        given = {"name": planner} if isinstance(planner, str) else dict(planner or {})
+        config = run_config(logdir, {f"planner.{name}": value for name, value in given.items()})
+        return cls(*load_agent(config), env=env, sample=sample)
 
     def reset(self, ended: Any = None) -> None:
         """Forget the episode; the next observation is the first of a new one.

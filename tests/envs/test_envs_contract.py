@@ -35,6 +35,8 @@ needs_procgen = pytest.mark.skipif(importlib.util.find_spec("procgen") is None, 
 
 CASES = {
     "toy": Case("toy_catch", limit=None),
+    "toy-gridworld": Case("toy_gridworld"),
+    "toy-gridworld-cells": Case("toy_gridworld", {"toy": {"grid": {"layout": "random", "side": 5, "observe": "cell"}}}),
     "atari": Case("atari100k_pong"),
     "atari-gray": Case("atari_breakout", {"atari": {"gray": True, "size": (96, 96), "actions": "all", "sticky": 0.25}}),
     "atari-native": Case("atari100k_pong", {"atari": {"native": True}}),
@@ -224,7 +226,7 @@ def test_every_suite_lists_its_tasks():
     tasks = list_tasks()
     assert len(tasks["atari"]) == len(tasks["atari100k"]) == 57
     assert "atari100k_up_n_down" in tasks["atari100k"]
-    assert tasks["toy"] == ["toy_catch"]
+    assert tasks["toy"] == ["toy_catch", "toy_gridworld"]
     assert tasks["crafter"] == ["crafter_reward", "crafter_noreward"]
     assert "gym_CartPole-v1" in tasks["gym"]
     assert "minigrid_DoorKey-8x8-v0" in tasks["minigrid"] and "minigrid_MultiRoom-N4-S5-v0" not in tasks["minigrid"]

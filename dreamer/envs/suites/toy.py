@@ -1,4 +1,4 @@
-"""Catch: the built-in game, small enough to learn in minutes on a laptop and easy to look at.
+"""The built-in games. Catch is small enough to learn in minutes on a laptop and easy to look at.
 
 A ball falls one row per step on a board of 8 x 8 cells; the paddle, two cells wide, moves one cell left, right or
 not at all along the bottom row. Reaching the bottom row, a ball gives +1 if the paddle is under it and -1 if not;
@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from dreamer.env_config import EnvConfig
-from dreamer.envs.interface import Transition, transition
+from dreamer.envs.interface import Env, Transition, transition
+from dreamer.envs.suites.gridworld import Gridworld
 from dreamer.types import Space
 
 CELLS = 8
@@ -103,15 +104,17 @@ class Catch:
         return image
 
 
-def make(name: str, config: EnvConfig, seed: int) -> Catch:
-    """The game of this name; there is one."""
+def make(name: str, config: EnvConfig, seed: int) -> Env:
+    """The game of this name."""
+    if name == "gridworld":
+        return Gridworld(config.toy.grid, config.toy.size, seed)
     return Catch(config.toy.size, config.toy.balls, seed)
 
 
 def tasks() -> Sequence[str]:
-    return ("catch",)
+    return ("catch", "gridworld")
 
 
-def best_score(name: str, config: EnvConfig) -> float:
-    """The score of perfect play."""
-    return float(config.toy.balls)
+def best_score(name: str, config: EnvConfig) -> float | None:
+    """The score of perfect play; of the grid it depends on the map (`planners.tabular.value_iteration`)."""
+    return float(config.toy.balls) if name == "catch" else None
