@@ -61,7 +61,7 @@ def act(scores: jax.Array, allowed: jax.Array | None, actions: Spaces, soft: boo
             continue
         hot = jax.nn.one_hot(part.argmax(-1), classes, dtype=part.dtype)
         probs = jax.nn.softmax(part) if soft else None
-        parts.append(hot if probs is None else hot + probs - jax.lax.stop_gradient(probs))
+        parts.append(hot if probs is None else hot + (probs - jax.lax.stop_gradient(probs)))
     return jnp.concatenate(parts, -1)
 
 
