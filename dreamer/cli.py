@@ -20,6 +20,7 @@ COMMANDS: dict[str, str] = {
     "eval": "play episodes with a trained agent and print its scores",
     "collect": "write episodes of a random or a trained policy",
     "export": "write the episodes of a run's replay",
+    "play": "play in the dream of a run, in a browser",
     "envs": "list the environments, or check one",
     "sweep": "train many runs from one file",
     "plot": "draw learning curves, beside published ones",

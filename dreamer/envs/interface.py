@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -101,6 +101,26 @@ def restorable(env: Env) -> bool:
     # No default for the attribute: it would also hide an AttributeError in a property.
     says = inspect.getattr_static(env, "restorable", None) is not None
     return bool(env.restorable) if says else True  # type: ignore[attr-defined]
+
+
+@runtime_checkable
+class NamesActions(Protocol):
+    """An `Env` that has names for what can be chosen in it. Optional.
+
+    action_names: by the key of a single discrete action, one name for each of its classes.
+    """
+
+    @property
+    def action_names(self) -> Mapping[str, Sequence[str]]: ...
+
+
+def action_names(env: Env) -> dict[str, list[str]]:
+    """The names that an environment, through its wrappers, has for the classes of its actions; those it has none for
+    are left out."""
+    found = env.action_names if isinstance(env, NamesActions) else {}
+    spaces = {key: space.classes or () for key, space in env.action_spaces.items()}
+    fits = {key: [str(name) for name in names] for key, names in found.items() if spaces.get(key) == (len(names),)}
+    return fits
 
 
 @dataclasses.dataclass(frozen=True)

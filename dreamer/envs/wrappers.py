@@ -17,6 +17,7 @@ from dreamer.envs.interface import (
     TaskError,
     Transition,
     TransitionError,
+    action_names,
     picture,
     restorable,
 )
@@ -45,6 +46,10 @@ class Wrapper:
 
     def close(self) -> None:
         self.env.close()
+
+    @property
+    def action_names(self) -> dict[str, list[str]]:
+        return action_names(self.env)
 
     @property
     def restorable(self) -> bool:

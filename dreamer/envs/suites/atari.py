@@ -46,6 +46,7 @@ class Atari:
         self._ale.loadROM(rom)
         minimal = config.actions == "minimal"
         self._actions = self._ale.getMinimalActionSet() if minimal else self._ale.getLegalActionSet()
+        self.action_names = {"action": [action.name for action in self._actions]}
         self._noop = ale_py.Action.NOOP
         self._before: tuple[Any, Any] | None = None
         height, width = self._ale.getScreenDims()

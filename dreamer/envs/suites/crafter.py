@@ -36,6 +36,7 @@ class Crafter:
             "image": Space("image", (height, width, 3)),
             **{key: Space("vector", ()) for key in logs},
         }
+        self.action_names = {"action": list(crafter.constants.actions)}
         self.action_spaces = {"action": Space("discrete", (), (len(crafter.constants.actions),))}
 
     def reset(self) -> Transition:

@@ -36,6 +36,7 @@ class MiniGrid:
         self._grid = cast(Any, self._env.unwrapped)
         self._config = config
         self.observation_spaces = {"image": Space("image", (*config.size, 3))}
+        self.action_names = {"action": [action.name for action in self._grid.actions]}
         self.action_spaces = {"action": Space("discrete", (), (int(self._grid.action_space.n),))}
 
     def begin(self, seed: int) -> Transition:

@@ -37,6 +37,8 @@ MARK = (64, 200, 120)
 class Catch:
     """The game. Its whole state is in plain attributes and one numpy generator."""
 
+    action_names = {"action": ("left", "stay", "right")}
+
     def __init__(self, size: int, balls: int, seed: int) -> None:
         self.observation_spaces = {"image": Space("image", (size, size, 3))}
         self.action_spaces = {"action": Space("discrete", (), (3,))}

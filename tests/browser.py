@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+#: Keys that type no character.
+KEYS = {"left": "\ue012", "up": "\ue013", "right": "\ue014", "down": "\ue015"}
 #: Every element of a page, through the roots that components hide their parts in.
 _ALL = """
 const found = [], walk = root => root.querySelectorAll('*').forEach(element => {
@@ -64,6 +66,14 @@ class Browser:
         """src, width, height of the pictures that are loaded, in their own pixels."""
         size = "({src: e.src, width: e.naturalWidth, height: e.naturalHeight})"
         return self.run(f"{_ALL} return found.filter(e => e.tagName == 'IMG' && e.naturalWidth).map(e => {size})")
+
+    def press(self, keys: str, seconds: float = 0.05) -> None:
+        """Strokes of keys one after the other, each held so long; special keys in WebDriver's code points (`KEYS`)."""
+        moves: list[dict[str, Any]] = []
+        for key in keys:
+            moves += [{"type": "keyDown", "value": key}, {"type": "pause", "duration": int(1000 * seconds)}]
+            moves += [{"type": "keyUp", "value": key}]
+        _ask(f"{self._session}/actions", {"actions": [{"type": "key", "id": "keyboard", "actions": moves}]})
 
     def screenshot(self, path: Path) -> None:
         """Once lines and pictures have moved to their places."""

@@ -1,0 +1,1 @@
+"""`dreamer play`: the dream of a run, played in a browser beside the real environment."""
