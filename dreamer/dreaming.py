@@ -45,6 +45,7 @@ class Dreams:
 
     def __init__(self, agent: Agent, params: Any) -> None:
         self.agent, self.params = agent, params
+        self._latents = [name for name, field in agent.extras.items() if field.latent]
         state = jax.eval_shape(lambda: self.blank(1))
         found = jax.eval_shape(lambda params, state: self._predicted(agent.model(params), state), params, state)
         self.observations = {key: space for key, space in agent.observations.items() if key in found}
@@ -58,7 +59,8 @@ class Dreams:
 
     def blank(self, count: int) -> State:
         """States (N, ...) that know nothing: those before an episode's first observation."""
-        return {name: x for name, x in self.agent.init_policy(count).items() if name != "action"}
+        carry = self.agent.init_policy(count)
+        return {name: carry[name] for name in self._latents}
 
     def watch(self, episodes: Mapping[str, np.ndarray]) -> State:
         """The states (B, L, ...) after each step of B stretches of L steps, the most likely latents.

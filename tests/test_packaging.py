@@ -48,6 +48,7 @@ def test_wheel_holds_the_package_and_every_preset(wheel):
     expected = {f"dreamer/_configs/{p.relative_to(ROOT / 'configs')}" for p in (ROOT / "configs").rglob("*.yaml")}
     expected |= {str(p.relative_to(ROOT)) for p in (ROOT / "dreamer").rglob("*.py")}
     expected |= {str(p.relative_to(ROOT)) for p in (ROOT / "dreamer" / "plot" / "published_scores").iterdir()}
+    expected |= {str(p.relative_to(ROOT)) for p in (ROOT / "dreamer" / "play" / "page").iterdir()}
     assert expected <= names
     assert not [
         name for name in names if not name.startswith(("dreamer/", f"dreamer-{dreamer.__version__}.dist-info/"))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,40 +13,73 @@ import numpy as np
 from dreamer import kernels
 from dreamer.coders import split_actions
 from dreamer.dreaming import Dreams
-from dreamer.model import Act, act_by_policy
+from dreamer.model import Act, act_by_planner, act_by_policy
+from dreamer.planner_config import Name, PlannerConfig
 from dreamer.rssm import State
 from dreamer.types import ACTION_MASK, Space
 
 PERSON, POLICY = "person", "policy"
+#: What an actor carries from step to step, (1, ...) by name.
+Memory = dict[str, Any]
 
 
 class Actors:
-    """The programs that can act, by name: each is compiled when it acts for the first time.
+    """The programs that can act, by name: the policy does what is most likely, planners draw. Each is compiled when it
+    acts for the first time, and those that cannot act in these spaces are left out."""
 
-    The policy does what is most likely; planners draw, from the seed and the step.
-    """
-
-    def __init__(self, dreams: Dreams, planners: Mapping[str, Act]) -> None:
+    def __init__(self, dreams: Dreams) -> None:
         self._dreams = dreams
-        self._programs = {POLICY: self._program(act_by_policy, sampled=False)}
-        self._programs |= {name: self._program(plan, sampled=True) for name, plan in planners.items()}
+        own = dreams.agent.config.planner
+        acts = {POLICY: act_by_policy}
+        acts |= {name: act_by_planner(own if own.name == name else PlannerConfig(name=name)) for name in get_args(Name)}
+        self._programs: dict[str, Callable[..., Any]] = {}
+        self._first: dict[str, Memory] = {}
+        for name, act in acts.items():
+            with contextlib.suppress(ValueError):
+                self._first[name] = self._memory_of(act)
+                self._programs[name] = self._program(act, sampled=name != POLICY)
         self.names = (PERSON, *self._programs)
 
-    def choose(self, name: str, state: State, observation: Mapping[str, Any], seed: int, step: int) -> dict[str, Any]:
-        """The action by name, without batch axis, that `name` takes in a state (1, ...)."""
-        agent = self._dreams.agent
-        allowed = np.asarray(observation[ACTION_MASK]) > 0 if agent.masked and ACTION_MASK in observation else None
-        chosen = self._programs[name](self._dreams.params, state, allowed, np.uint32(seed), np.uint32(step))
-        return {key: value[0] for key, value in jax.device_get(chosen).items()}
+    def begin(self, name: str) -> Memory:
+        """What an actor carries into its first step."""
+        return self._first.get(name, {})
 
-    def _program(self, act: Act, sampled: bool) -> Callable[..., dict[str, jax.Array]]:
+    def choose(
+        self, name: str, state: State, observation: Mapping[str, Any], memory: Memory, seed: int, step: int
+    ) -> tuple[dict[str, Any], Memory]:
+        """The action by name, without batch axis, that `name` takes in a state (1, ...), and what it carries on. Random
+        numbers come from seed and step."""
+        numbers = np.uint32(seed), np.uint32(step)
+        chosen, memory = self._programs[name](self._dreams.params, state, self._allowed(observation), memory, *numbers)
+        return {key: value[0] for key, value in jax.device_get(chosen).items()}, memory
+
+    def _allowed(self, observation: Mapping[str, Any]) -> np.ndarray | None:
+        """The predicted mask of actions, bool (1, A); None where there is none."""
+        masked = self._dreams.agent.masked and ACTION_MASK in observation
+        return np.asarray(observation[ACTION_MASK]) > 0 if masked else None
+
+    def _memory_of(self, act: Act) -> Memory:
+        """Zeros of what an `Act` carries; ValueError if it cannot act in these spaces. It is traced, not run."""
+        dreams = self._dreams
+
+        def carried(params: Any, state: State, key: jax.Array) -> Memory:
+            return act(dreams.agent.model(params), state, key, None, {})[2]
+
+        shapes = jax.eval_shape(lambda: (dreams.blank(1), jax.random.key(0)))
+        found = jax.eval_shape(carried, dreams.params, *shapes)
+        return {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in found.items()}
+
+    def _program(self, act: Act, sampled: bool) -> Callable[..., Any]:
         agent = self._dreams.agent
 
-        def choose(params: Any, state: State, allowed: Any, seed: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
+        def choose(
+            params: Any, state: State, allowed: Any, memory: Memory, seed: jax.Array, step: jax.Array
+        ) -> tuple[dict[str, jax.Array], Memory]:
             with kernels.traced_for(agent.target):
                 key = jax.random.fold_in(jax.random.key(seed), step) if sampled else None
-                flat, _ = act(agent.model(params), state, key, None if allowed is None else jnp.asarray(allowed))
-                return split_actions(flat, agent.actions)
+                mask = None if allowed is None else jnp.asarray(allowed)
+                flat, _, carried = act(agent.model(params), state, key, mask, memory)
+                return split_actions(flat, agent.actions), carried
 
         return jax.jit(choose)
 

@@ -53,7 +53,7 @@ class Game:
     def __init__(self, config: Config, real: Literal["auto", "yes", "no"], seed: int, out: Path) -> None:
         """ConfigError, CheckpointError or TaskError if there is nothing to play with."""
         self.config, self.dreams, self._seed = config, load_dreams(config), seed
-        self._actors = Actors(self.dreams, {})
+        self._actors = Actors(self.dreams)
         observations, actions = visible(self.dreams.agent.observations), self.dreams.agent.actions
         self._recorder = Recorder(out, observations, actions, self.dreams.observations)
         self._why_alone = why_alone(config.task, real)

@@ -11,7 +11,7 @@ import numpy as np
 
 from dreamer.dreaming import Dreams
 from dreamer.envs.interface import as_rgb
-from dreamer.play.actors import PERSON, Actors, read_action
+from dreamer.play.actors import PERSON, Actors, Memory, read_action
 from dreamer.play.keyboard import TWINS, keyboard
 from dreamer.play.real_world import RealWorld, Seen
 from dreamer.play.recording import Recorder
@@ -53,6 +53,8 @@ class Session:
         first = idle if idle is not None else self._keys["keys"][0]["action"]
         self._held = read_action(first, dreams.agent.actions)
         self._tapped: dict[str, np.ndarray] | None = None
+        #: What an actor carries on, and the actor and step that it is for.
+        self._carried: tuple[tuple[str, int], Memory] = ("", 0), {}
         self._shown: list[float] = []
         self.reset()
 
@@ -64,7 +66,7 @@ class Session:
     def reset(self) -> None:
         self._seed = int(self._rng.integers(2**32))
         self.timeline.begin(self._seed)
-        self._tapped = None
+        self._tapped, self._carried = None, (("", 0), {})
 
     def hello(self) -> dict[str, Any]:
         """What a page needs to know before the first frame."""
@@ -118,7 +120,10 @@ class Session:
         if self.actor == PERSON:
             action, self._tapped = self._held if self._tapped is None else self._tapped, None
         else:
-            action = self._actors.choose(self.actor, now.state, now.glimpse.observation, self._seed, at)
+            carried = self._carried[1] if self._carried[0] == (self.actor, at) else self._actors.begin(self.actor)
+            observation = now.glimpse.observation
+            action, carried = self._actors.choose(self.actor, now.state, observation, carried, self._seed, at)
+            self._carried = (self.actor, at + 1), carried
         self.timeline.step(action, self.actor)
         self.playing = self.playing and not self.over
 

@@ -290,6 +290,27 @@ def test_the_policy_acts_as_an_agent_would(session, game):
     assert session.timeline.moments[0].action["action"] == np.argmax(dist.mode()[0])
 
 
+def test_planners_act_where_they_can_and_carry_their_plans_on(session, game, monkeypatch):
+    names = session.hello()["actors"]
+    assert names == ["person", "policy", "random_shooting", "cem", "mppi", "gradient", "mcts"], "catch is discrete"
+    carried: list[Any] = []
+    choose = game._actors.choose
+
+    def spied(name: str, state: Any, observation: Any, memory: Any, seed: int, step: int) -> Any:
+        carried.append(memory)
+        return choose(name, state, observation, memory, seed, step)
+
+    monkeypatch.setattr(game._actors, "choose", spied)
+    do(session, "who", name="mppi")
+    for _ in range(3):
+        do(session, "step")
+    do(session, "seek", at=1)
+    do(session, "step")
+    zeros = [not np.any(memory["plan"]) for memory in carried]
+    assert zeros == [True, False, False, True], "what follows another moment is not its plan"
+    assert {moment.actor for moment in session.timeline.moments[:-1]} == {"mppi"}
+
+
 @pytest.mark.parametrize(
     "text",
     [
