@@ -24,6 +24,7 @@ from dreamer.commands import collect as collect_command
 from dreamer.commands import doctor as doctor_command
 from dreamer.commands import eval as eval_command
 from dreamer.commands import export as export_command
+from dreamer.commands import play as play_command
 from dreamer.commands import plot as plot_command
 from dreamer.commands import sweep as sweep_command
 from dreamer.commands import train as train_command
@@ -108,6 +109,8 @@ def test_commands_parse(path, tmp_path, monkeypatch):
             case ("collect", arguments):
                 config, _ = collect_command.collect_config(*collect_command.parser().parse_known_args(arguments))
                 check_task(config.task)
+            case ("play", arguments):
+                play_command.parser().parse_args(arguments)
             case ("export", arguments):
                 export_command.parser().parse_args(arguments)
             case ("plot", arguments):
@@ -148,6 +151,7 @@ def test_commands_parse(path, tmp_path, monkeypatch):
 def test_options_and_presets_exist(path):
     known = {*options(), "configs", "help", "plan", "slow", *FOREIGN_OPTIONS}
     parsers = [eval_command.parser(), collect_command.parser(), export_command.parser(), doctor_command.parser()]
+    parsers += [play_command.parser()]
     parsers += [plot_command.parser(), sweep_command.parser()]
     bench_command.add_parts(bench := argparse.ArgumentParser().add_subparsers())
     parsers += bench.choices.values()

@@ -92,6 +92,10 @@ def add_parts(parts: argparse._SubParsersAction) -> None:
     env = add("env", "stepping environments, by where they run; Atari also compared with ale-py's own", 15, OPTIONS)
     env.add_argument("--steps", type=count, default=100, help="of all environments, in each round")
 
+    play = add("play", "a frame of the page of dreamer play, by who acts", 11, OPTIONS)
+    play.add_argument("--frames", type=count, default=60, help="of each, in each round")
+    play.add_argument("--actors", nargs="+", metavar="NAME", help="who acts; default: a person and the policy")
+
     loop = add("loop", "the training loop compared with the bound set by its parts", 5, OPTIONS)
     loop.add_argument(
         "--seconds", type=positive, default=15.0, help="seconds of the loop for each row; its parts not counted"
@@ -160,6 +164,13 @@ def _env(given: argparse.Namespace, options: Sequence[str]) -> Report:
     return bench_env(config, given.rounds, given.steps)
 
 
+def _play(given: argparse.Namespace, options: Sequence[str]) -> Report:
+    config = _checked(bench_config(options))
+    from dreamer.bench.bench_play import bench_play
+
+    return bench_play(config, given.actors or ("person", "policy"), given.rounds, given.frames)
+
+
 def _loop(given: argparse.Namespace, options: Sequence[str]) -> Report:
     configs = {name: _checked(config) for name, config in loop_configs(options).items()}
     from dreamer.bench.bench_loop import bench_loop
@@ -186,6 +197,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, Sequence[str]], Report | None]] =
     "policy": _policy,
     "replay": _replay,
     "env": _env,
+    "play": _play,
     "loop": _loop,
 }
 

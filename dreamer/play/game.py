@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from dreamer.config import Config
+from dreamer.dreaming import Dreams
 from dreamer.envs import TaskError
 from dreamer.envs.vector import env_seed
 from dreamer.paths import absolute, check_folder
@@ -93,15 +94,13 @@ class Game:
 
     def _starting(self, seed: int) -> Callable[[Seen | None], State]:
         """Where dreams begin: in what the real environment shows first, else like an episode of the replay."""
-        rng = np.random.default_rng(seed)
+        rng, observed = np.random.default_rng(seed), observed_start(self.dreams)
 
         def start(seen: Seen | None) -> State:
-            if seen is None:
-                index = int(rng.integers(self._starts().drawn))
-                return jax.tree.map(lambda x: x[index : index + 1], self._starts().states)
-            steps = {key: np.asarray(value)[None, None] for key, value in seen.transition.items()}
-            idle = {k: np.zeros((1, 1, *space.shape), space.dtype) for k, space in self.dreams.agent.actions.items()}
-            return jax.tree.map(lambda x: x[:, 0], self.dreams.watch({**steps, **idle}))
+            if seen is not None:
+                return observed(seen)
+            index = int(rng.integers(self._starts().drawn))
+            return jax.tree.map(lambda x: x[index : index + 1], self._starts().states)
 
         return start
 
@@ -110,6 +109,19 @@ class Game:
             if self._replayed is None:
                 self._replayed = replayed_starts(self.dreams, self.config.logdir)
             return self._replayed
+
+
+def observed_start(dreams: Dreams) -> Callable[[Seen | None], State]:
+    """Where dreams begin that follow a first real observation."""
+    idle = {key: np.zeros((1, 1, *space.shape), space.dtype) for key, space in dreams.agent.actions.items()}
+
+    def start(seen: Seen | None) -> State:
+        if seen is None:
+            raise ValueError("expected a first real observation, got none; begin in a replayed one")
+        steps = {key: np.asarray(value)[None, None] for key, value in seen.transition.items()}
+        return jax.tree.map(lambda x: x[:, 0], dreams.watch({**steps, **idle}))
+
+    return start
 
 
 def why_alone(task: str, real: Literal["auto", "yes", "no"]) -> str:

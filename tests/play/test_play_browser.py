@@ -172,6 +172,7 @@ def test_other_tokens_and_other_pages_are_turned_away(browser, address):
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(f"{address}x")
     assert error.value.code == 403
+    error.value.close()
     # A page of another origin has the token, and a browser that says so.
     socket = address.replace("http://", "ws://").replace("/?", "/play?")
     browser.go("data:text/html,<title>elsewhere</title>")
