@@ -28,7 +28,7 @@ from dreamer.commands import play as play_command
 from dreamer.commands import plot as plot_command
 from dreamer.commands import sweep as sweep_command
 from dreamer.commands import train as train_command
-from dreamer.commands.arguments import split_arguments
+from dreamer.commands.arguments import planner_options, split_arguments
 from dreamer.envs.interface import Fault
 from dreamer.envs.registry import SUITES, check_task
 from dreamer.presets import load_config, preset_names, save_config
@@ -69,8 +69,8 @@ def spans(path: Path) -> list[str]:
 
 
 def commands(path: Path) -> list[list[str]]:
-    """Words of every command in shell blocks, comments and settings of variables left out."""
-    text = "\n".join(blocks(path, "sh")).replace("\\\n", " ")
+    """Words of every command in shell blocks; comments, settings of variables and what is fed to a command left out."""
+    text = re.sub(r"<<'END'\n.*?^END$", "", "\n".join(blocks(path, "sh")), flags=re.M | re.S).replace("\\\n", " ")
     lines = [shlex.split(part, comments=True) for line in text.splitlines() for part in line.split(" && ")]
     return [words[next(i for i, w in enumerate(words) if "=" not in w) :] for words in lines if words]
 
@@ -105,7 +105,7 @@ def test_commands_parse(path, tmp_path, monkeypatch):
                 if "my_" not in config.task:
                     check_task(config.task)
             case ("eval", arguments):
-                eval_command.parser().parse_args(arguments)
+                planner_options(eval_command.parser().parse_known_args(arguments)[1])
             case ("collect", arguments):
                 config, _ = collect_command.collect_config(*collect_command.parser().parse_known_args(arguments))
                 check_task(config.task)
@@ -135,6 +135,8 @@ def test_commands_parse(path, tmp_path, monkeypatch):
                     "docker",
                     "tensorboard",
                     "apt-get",
+                    "cat",
+                    "python",
                     "kubectl",
                     "source",
                     "mkdir",

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from dreamer.commands.arguments import Parser, count, hide_accelerators, place, positive, split_arguments
 from dreamer.config import Config
 from dreamer.paths import check_file, make_folder
+from dreamer.planner_config import SETTINGS
 from dreamer.presets import load_config
+from dreamer.values import brief
 
 if TYPE_CHECKING:
     from dreamer.bench.measuring import Report
@@ -85,6 +87,10 @@ def add_parts(parts: argparse._SubParsersAction) -> None:
     policy = add("policy", "choosing actions", 15, OPTIONS)
     policy.add_argument("--envs", type=count, nargs="+", help="numbers of environments; default: 1 and env.num_envs")
 
+    plan = add("plan", "decisions of the policy and of each planner, by budget", 5, OPTIONS)
+    plan.add_argument("--envs", type=count, nargs="+", default=[1, 16], help="numbers of environments")
+    plan.add_argument("--planners", nargs="+", metavar="NAME", help="policy, mppi, ...; default: all")
+
     replay = add("replay", "drawing batches, adding steps, writing latents, compared with plain copying", 100, OPTIONS)
     replay.add_argument("--capacity", type=count, default=32_000, help="steps in the buffer")
     replay.add_argument("--folder", type=place, help="folder for disk storage; default: a temporary folder")
@@ -150,6 +156,16 @@ def _policy(given: argparse.Namespace, options: Sequence[str]) -> Report:
     return bench_policy(config, given.envs, given.rounds)
 
 
+def _plan(given: argparse.Namespace, options: Sequence[str]) -> Report:
+    names = ("policy", *SETTINGS)
+    if odd := [name for name in given.planners or () if name not in names]:
+        parser().error(f"expected --planners among {', '.join(names)}, got {brief(odd[0])}")
+    config = _checked(bench_config(options))
+    from dreamer.bench.bench_planning import bench_planning
+
+    return bench_planning(config, given.envs, given.rounds, given.planners)
+
+
 def _replay(given: argparse.Namespace, options: Sequence[str]) -> Report:
     config = _checked(bench_config(options))
     from dreamer.bench.bench_replay import bench_replay
@@ -195,6 +211,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, Sequence[str]], Report | None]] =
     "update": _update,
     "kernels": _kernels,
     "policy": _policy,
+    "plan": _plan,
     "replay": _replay,
     "env": _env,
     "play": _play,

@@ -192,9 +192,16 @@ def _refuse(fault: Fault) -> None:
 
 
 def run_episodes(
-    collector: Collector, params: Any, count: int, on_step: Callable[[], bool] | None = None
+    collector: Collector,
+    params: Any,
+    count: int,
+    on_step: Callable[[], bool] | None = None,
+    on_transition: Callable[[Batch], None] | None = None,
 ) -> list[Episode]:
     """Play `count` episodes, fewer if `on_step`, called after each step, returns True to stop.
+
+    on_transition: called with what each step was, as `Collector.send` returns it, and with that at which the last
+    episode ended.
 
     Every environment plays the same number, so short episodes are not over-represented.
     """
@@ -202,11 +209,16 @@ def run_episodes(
     owed = [count // envs + (i < count % envs) for i in range(envs)]
     episodes: list[Episode] = []
     while any(owed):
-        collector.act(params)
+        transition = collector.act(params)
+        if on_transition is not None:
+            on_transition(transition)
         for episode in collector.wait():
             if owed[episode.env]:
                 owed[episode.env] -= 1
                 episodes.append(episode)
         if on_step is not None and on_step():
             break
+    if on_transition is not None:
+        on_transition(collector.act(params))
+        collector.wait()
     return episodes

@@ -22,6 +22,7 @@ from dreamer.records.video import save_gif
 from dreamer.run.collector import Collector, Episode, run_episodes
 from dreamer.run.factories import check_spaces_as_trained, evaluation_envs, is_listed
 from dreamer.run.loaded_agent import load_agent
+from dreamer.run.promises import Promises
 from dreamer.terminal import Console
 
 
@@ -123,11 +124,14 @@ def evaluate_run(
         collector = Collector(agent, envs, key, "eval", sample=policy == "sample")
         if picture is not None:
             collector.record()
-        played = run_episodes(collector, params, episodes)
+        promises = Promises(agent)
+        played = run_episodes(collector, params, episodes, on_transition=lambda step: promises.see(step, params))
     finally:
         envs.close()
     scores = [episode.score for episode in played]
     console.print(evaluation_table([as_evaluation(config, scores, [episode.logs for episode in played])]))
+    for who, gap in promises.gaps().items():
+        console.print(f"{who}: {gap}")
     frames = next((np.stack(e.frames) for e in played if e.frames), None)
     if picture is not None and frames is not None:
         console.print(f"video: {save_gif(picture, frames, config.log.video_fps)}")

@@ -14,11 +14,13 @@ from tiny_runs import share_agents, tiny_config
 
 from dreamer.bench import bench_loop, measuring
 from dreamer.bench.bench_env import ALONE, bench_env
+from dreamer.bench.bench_planning import bench_planning
 from dreamer.bench.bench_replay import bench_replay
 from dreamer.bench.bench_update import bench_policy
 from dreamer.bench.measuring import Report, figure, read_report, save_report, show, take_turns
 from dreamer.cli import main
 from dreamer.commands import bench
+from dreamer.planner_config import PlannerConfig
 from dreamer.presets import load_config
 from dreamer.schema import ConfigError
 
@@ -112,7 +114,9 @@ def test_the_loop_is_measured_on_three_suites_unless_told_otherwise():
     assert all(config.env.num_envs == 2 for config in configs.values())
 
 
-@pytest.mark.parametrize("line", ["update --seed 1", "policy 3", "env --configs", "loop --train-ratios x", "nothing"])
+@pytest.mark.parametrize(
+    "line", ["update --seed 1", "policy 3", "plan --planners mppy", "env --configs", "loop --train-ratios x", "nothing"]
+)
 def test_mistakes_end_in_one_line(line, capsys):
     assert main(["bench", *line.split()]) == 2
     assert "dreamer: error:" in capsys.readouterr().err
@@ -177,3 +181,15 @@ def test_the_bound_on_an_accelerator_is_the_slower_of_environments_and_updates(m
     assert line["bound_ms"] == bound and line["pass_ms"] == 10
     assert line["bound_cpu_ms"] == 160 and line["pass_cpu_ms"] == 400
     assert line["updates_per_pass"] == 3 and line["update_ms"] == 3
+
+
+def test_decisions_are_measured_by_who_takes_them_and_for_how_many(monkeypatch):
+    budgets = {"policy": PlannerConfig(), "mcts 2": PlannerConfig(name="mcts", simulations=2)}
+    monkeypatch.setattr(
+        "dreamer.bench.bench_planning.BUDGETS", budgets | {"dream_mpc": PlannerConfig(name="dream_mpc")}
+    )
+    found = bench_planning(tiny_config(), [1, 2], 2, None)
+    names = [f"{who}, {count}" for who in ("policy", "mcts 2") for count in ("1 environment", "2 environments")]
+    assert list(found.rows) == names  # dream_mpc cannot act here
+    assert all(row["ms"] > 0 and row["cpu_ms"] >= 0 and row["first_call_s"] > 0 for row in found.rows.values())
+    assert list(bench_planning(tiny_config(), [1], 1, ["policy"]).rows) == names[:1]
