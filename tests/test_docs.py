@@ -31,6 +31,8 @@ from dreamer.commands import train as train_command
 from dreamer.commands.arguments import planner_options, split_arguments
 from dreamer.envs.interface import Fault
 from dreamer.envs.registry import SUITES, check_task
+from dreamer.model import act_by_planner
+from dreamer.planner_config import PlannerConfig
 from dreamer.presets import load_config, preset_names, save_config
 from dreamer.records.logger import Logger, Steps
 from dreamer.records.meters import Aggregator, Stopwatch
@@ -300,7 +302,8 @@ def written(tmp_path_factory):
     """Every name that a run writes: the loop's own logging over a learner whose updates are only traced."""
     logdir, recorder = tmp_path_factory.mktemp("run"), Recorder()
     config = load_config(["debug"])
-    agent = Agent(OBSERVATIONS, ACTIONS, config)
+    planner = act_by_planner(PlannerConfig(name="random_shooting", horizon=1, candidates=2))
+    agent = Agent(OBSERVATIONS, ACTIONS, config, chooses=planner)
     fields = replay_fields(OBSERVATIONS, ACTIONS, agent.extras)
     shape = (config.run.batch_size, config.run.batch_length + 1)
     batch = {k: jax.ShapeDtypeStruct((*shape, *f.shape), f.dtype) for k, f in fields.items()}

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dreamer.types import PLANNED
+
 #: A class is dead if its mean probability is below this share of a uniform one, 1 / K.
 DEAD = 0.1
 #: Ranks at which predictions are split into groups. Narrow at the ends, where rare events are (a reward, an end).
@@ -71,6 +73,10 @@ class Health:
     real: np.ndarray | None
     """... and of the real ones that followed the same states."""
     param_norm: dict[str, float]
+    planned: float | None = None
+    """Mean return that a planner expected in states of the newest sequences, if one acts ..."""
+    came: np.ndarray | None = None
+    """... and what came of it, (H,): the first h real rewards, and the critic's value of the state after them."""
 
     @np.errstate(invalid="ignore", over="ignore")
     def scalars(self) -> dict[str, float]:
@@ -86,18 +92,27 @@ class Health:
         if self.imagined is not None and self.real is not None:
             values |= {"imagined_return": float(self.imagined[-1]), "real_return": float(self.real[-1])}
             values["return_gap"] = values["imagined_return"] - values["real_return"]
+        if self.planned is not None and self.came is not None:
+            values |= {"planned_return": self.planned, "planned_gap_first": self.planned - float(self.came[0])}
+            values["planned_gap"] = self.planned - float(self.came[-1])
         values |= {f"param_norm/{name}": norm for name, norm in self.param_norm.items()}
         return {name: value for name, value in values.items() if np.isfinite(value)}
 
 
 @np.errstate(invalid="ignore", over="ignore")  # what is not finite is left out
 def measure(
-    views: Arrays, batch: Arrays, newest: tuple[Arrays, Arrays] | None, discount: float, free_nats: float
+    views: Arrays,
+    batch: Arrays,
+    newest: tuple[Arrays, Arrays] | None,
+    discount: float,
+    free_nats: float,
+    with_critic: bool = True,
 ) -> Health:
     """views: `Agent.report` of a batch as trained on; batch: its reward and flags, (B, T+1) as from replay.
 
     newest: the same two for the newest sequences, collected by the current policy; None if there are none. They give
-    the calibration of the value and the returns, which belong to a policy. discount: gamma.
+    the calibration of the value and the returns, which belong to a policy; where a planner acts, the latter also has
+    what it planned, `PLANNED`, (B, T+1). discount: gamma. with_critic: whether that includes the critic's part.
     """
     reward, first, last, terminal = flags(batch)
     half = reward.shape[1] // 2
@@ -112,7 +127,7 @@ def measure(
         "reward": calibrate(views["reward"], reward),
         "cont": calibrate(views["cont"] / discount, live),
     }
-    imagined = real = None
+    imagined = real = planned = came = None
     if newest is not None:
         found, recent = newest
         reward, _, last, terminal = flags(recent)
@@ -124,6 +139,12 @@ def measure(
         if known.any():
             dreamed = imagined_returns(found["dream_reward"], found["dream_cont"])[..., :horizon]
             imagined, real = dreamed[known].mean(0), followed[known].mean(0)
+            if PLANNED in recent:
+                planned = float(np.asarray(recent[PLANNED], np.float64)[:, 1:][known].mean())
+                rest = values_after(
+                    np.asarray(found["value"], np.float64) * with_critic, terminal, last, discount, horizon
+                )
+                came = (followed + rest)[known].mean(0)
     return Health(
         curves={name: curve for name, curve in curves.items() if np.isfinite(curve).any()},
         seen={name: float(error[:, :half].mean()) for name, error in errors.items()},
@@ -135,6 +156,8 @@ def measure(
         imagined=imagined,
         real=real,
         param_norm={name: float(norm) for name, norm in views["param_norm"].items()},
+        planned=planned,
+        came=came,
     )
 
 
@@ -230,6 +253,20 @@ def real_returns(
             sums[:, t, k - 1] = total
         known[:, t] = whole
     return sums, known
+
+
+def values_after(
+    value: np.ndarray, terminal: np.ndarray, last: np.ndarray, discount: float, horizon: int
+) -> np.ndarray:
+    """γʰ v(sₜ₊ₕ), (B, T, H): what the critic (B, T) expects after the first h steps; 0 where the episode has ended
+    for good by then, and where the sequence ends (`real_returns` says which sums are known)."""
+    found = np.zeros((*value.shape, horizon))
+    for t in range(value.shape[1] - 1):
+        going = ~last[:, t]
+        for k in range(1, min(horizon, value.shape[1] - 1 - t) + 1):
+            found[:, t, k - 1] = np.where(going & ~terminal[:, t + k], discount**k * value[:, t + k], 0)
+            going = going & ~last[:, t + k]
+    return found
 
 
 def _entropy(probs: np.ndarray) -> np.ndarray:

@@ -139,7 +139,8 @@ def _returns(page: Page, at: Place, health: Health) -> None:
         axes = Axes(page, at, _PANEL, title, "", labels, (0, 1), (0, 1))
         axes.note("no new sequences to compare with")
         return
-    both = np.append(np.concatenate([health.imagined, health.real]), 0.0)
+    planned = [] if health.came is None else [np.full(1, health.planned), health.came]
+    both = np.append(np.concatenate([health.imagined, health.real, *planned]), 0.0)
     span = max(float(both.max() - both.min()), 1e-6)
     gap = float(health.imagined[-1] - health.real[-1])
     words = f"imagined {health.imagined[-1]:.3g}, real {health.real[-1]:.3g}, gap {gap:+.3g}"
@@ -149,3 +150,6 @@ def _returns(page: Page, at: Place, health: Health) -> None:
     steps = np.arange(len(health.real) + 1)
     axes.curve(steps, np.append(0.0, health.real), COLORS[0], "real")
     axes.curve(steps, np.append(0.0, health.imagined), COLORS[1], "imagined")
+    if health.came is not None and health.planned is not None:
+        axes.rule((0, len(health.came)), (health.planned, health.planned), COLORS[2])
+        axes.curve(steps[1:], health.came, COLORS[2], "real + critic; line: planned")

@@ -13,6 +13,7 @@ from dreamer.agent import Agent, TrainState, stream_key
 from dreamer.records.health import Arrays, measure
 from dreamer.records.health_page import draw
 from dreamer.records.video import dream_grid
+from dreamer.types import PLANNED
 
 #: Fields of a batch that say what happened.
 _HAPPENED = ("reward", "is_first", "is_last", "is_terminal")
@@ -47,10 +48,12 @@ def make_report(
     missing = 1.0 if agent.config.loss.discount_in_cont else discount
     found = None
     if newest is not None and recent is not None:
-        seen, followed = jax.device_get(({k: recent[k] for k in _OF_NEWEST}, {k: newest[k] for k in _HAPPENED}))
+        happened_too = {k: newest[k] for k in (*_HAPPENED, PLANNED) if k in newest}
+        seen, followed = jax.device_get(({k: recent[k] for k in _OF_NEWEST}, happened_too))
         found = _discounted(seen, missing), followed
     views = _discounted(views, missing)
-    health = measure(views, happened, found, discount, agent.config.loss.free_nats)
+    config = agent.config
+    health = measure(views, happened, found, discount, config.loss.free_nats, config.planner.critic)
     gradients = {
         name.removeprefix(_GRADIENTS): float(np.ravel(value)[-1])
         for name, value in metrics.items()

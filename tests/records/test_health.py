@@ -194,6 +194,28 @@ def test_a_policy_that_exploits_its_model_shows_as_a_gap(data):
     assert 2 < found["bias/value"] < 5 and found["bias/reward"] == pytest.approx(0, abs=1e-9)
 
 
+def test_plans_are_compared_with_what_came_by_horizon(data):
+    """Spelled out for one sequence: rewards 1, 2, 3, 4, critic 10 everywhere, an end for good at the last step."""
+    flags = np.zeros((1, 5), bool)
+    ends = flags.copy()
+    ends[0, 4] = True
+    value = np.full((1, 5), 10.0)
+    found = health.values_after(value, ends, ends, 0.5, 3)
+    np.testing.assert_array_equal(found[0, 0], [5, 2.5, 1.25])
+    np.testing.assert_array_equal(found[0, 2], [5, 0, 0])
+    np.testing.assert_array_equal(found[0, 3:], 0)
+    views, batch = perfect_views(data), full_batch(data)
+    planned = {"planned": np.full(batch["reward"].shape, 7.0)}
+    measured = health.measure(views, batch, (views, batch | planned), GAMMA, 1.0)
+    assert measured.planned == 7
+    # With a perfect critic it makes no difference after how many steps it takes over.
+    np.testing.assert_allclose(measured.came, measured.came[0], rtol=1e-6)
+    scalars = measured.scalars()
+    np.testing.assert_allclose(scalars["planned_gap"], 7 - measured.came[-1])
+    alone = health.measure(views, batch, (views, batch | planned), GAMMA, 1.0, with_critic=False)
+    np.testing.assert_allclose(alone.came, alone.real)
+
+
 def test_errors_are_those_of_each_imagined_step(data):
     quiet = {name: np.zeros_like(values) for name, values in data.items()}
     views = perfect_views(quiet)
