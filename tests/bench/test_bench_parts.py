@@ -15,6 +15,7 @@ from tiny_runs import share_agents, tiny_config
 from dreamer.bench import bench_loop, measuring
 from dreamer.bench.bench_env import ALONE, bench_env
 from dreamer.bench.bench_planning import bench_planning
+from dreamer.bench.bench_play import bench_play
 from dreamer.bench.bench_replay import bench_replay
 from dreamer.bench.bench_update import bench_policy
 from dreamer.bench.measuring import Report, figure, read_report, save_report, show, take_turns
@@ -193,3 +194,15 @@ def test_decisions_are_measured_by_who_takes_them_and_for_how_many(monkeypatch):
     assert list(found.rows) == names  # dream_mpc cannot act here
     assert all(row["ms"] > 0 and row["cpu_ms"] >= 0 and row["first_call_s"] > 0 for row in found.rows.values())
     assert list(bench_planning(tiny_config(), [1], 1, ["policy"]).rows) == names[:1]
+
+
+# Frames of the page
+
+
+def test_frames_are_measured_by_who_acts():
+    found = bench_play(tiny_config(), ("person", "policy"), rounds=2, frames=30)
+    assert list(found.rows) == ["person", "policy"] and found.request["frames"] == 30
+    for row in found.rows.values():
+        assert row["ms"] > 0 and row["frames_per_s"] == pytest.approx(1e3 / row["ms"], rel=0.5)
+    with pytest.raises(ConfigError, match="--actors: expected some of person, policy, .*mcts, got nobody"):
+        bench_play(tiny_config(), ("person", "nobody"), rounds=1, frames=1)

@@ -217,6 +217,7 @@ function tell(dream, real, comparable) {
   $("acted").textContent = now.at ? `${now.acted}: ${named(now.action)}` : "";
   if (now.numbers[0].length) {
     $("numbers-box").hidden = false;
+    $("numbers").classList.toggle("unsure", now.unsure);
     const lines = [0, 1].flatMap(kind => now.numbers[0].map((_, i) => history.map(one => one?.numbers[kind][i])));
     chart($("numbers"), lines, null, now.numbers[0].length);
   }
