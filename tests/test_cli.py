@@ -232,11 +232,12 @@ def test_the_same_command_resumes_without_a_word(capsys, trained, logdir):
 
 def test_eval_hands_over_its_arguments(capsys, evaluated, logdir):
     assert run(capsys, "eval", logdir)[0] == 0
-    line = f"eval {logdir} --episodes 3 --video a.gif --policy sample --seed 5"
+    line = f"eval {logdir} --episodes 3 --video a.gif --policy sample --seed 5 --planner.name mppi"
     assert run(capsys, *line.split())[0] == 0
+    planner = {"planner.name": "mppi"}
     assert evaluated == [
-        (logdir, {"episodes": 20, "video": None, "policy": "mode", "seed": None}),
-        (logdir, {"episodes": 3, "video": "a.gif", "policy": "sample", "seed": 5}),
+        (logdir, {"episodes": 20, "video": None, "policy": "mode", "seed": None, "planner": {}}),
+        (logdir, {"episodes": 3, "video": "a.gif", "policy": "sample", "seed": 5, "planner": planner}),
     ]
 
 

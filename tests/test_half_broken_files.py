@@ -244,7 +244,7 @@ def test_a_configuration_of_another_version_is_ours(tmp_path):
     folder = written(tmp_path / "run")
     save_config(load_config(["gym", "cpu"], {"task": "gym_A"}), folder / "config.yaml")
     with (folder / "config.yaml").open("a") as file:
-        file.write("planner: {depth: 3}\nnovel_option: 7\n")
+        file.write("oracle: {depth: 3}\nnovel_option: 7\n")
     (run,) = read([str(folder)]).runs
     assert run.label == OURS and run.config and run.config["novel_option"] == 7
 
