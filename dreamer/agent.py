@@ -103,7 +103,8 @@ class Agent:
         replay_fields(self.observations, self.actions, self.extras)  # names that are taken
         shapes = functools.partial(jax.eval_shape, self.create, 0)
         self.devices = over = make_devices(devices, config.run, config.optimizer.accumulate, shapes)
-        self.target = kernels.target((devices or jax.devices())[0].platform, math.prod(over.shape))
+        platform = (devices or jax.devices())[0].platform
+        self.target = kernels.target(platform, math.prod(over.shape), config.run.without)
         options = {"donate_argnums": 0, "compiler_options": compiler.options(self.target)}
         self.init = over.jit(self.create, [WHOLE], STATE)
         self.train_step = over.jit(self.learn, [STATE, BATCH], [STATE, BATCH, WHOLE], **options)

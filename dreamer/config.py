@@ -103,6 +103,11 @@ class RunConfig:
     compute_dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "Dtype of activations; auto: bfloat16 on accelerators, float32 on the CPU"
     )
+    without: tuple[str, ...] = option(
+        (),
+        "Rewrites for speed to do without, such as in_one_kernel on a GPU; docs/performance.md has them",
+        resume=True,
+    )
     collect: bool = option(
         True, "false: train on the preloaded data alone; run.agent_steps counts the steps that collecting would take"
     )

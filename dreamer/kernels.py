@@ -29,20 +29,26 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a program is traced for: kind of device, how many share the work, whether rewrites are wanted at all."""
+    """What a program is traced for: kind of device, how many share the work, whether rewrites are wanted at all, and
+    which are not."""
 
     platform: str
     devices: int = 1
     rewrites: bool = True
+    without: tuple[str, ...] = ()
 
 
 _target: ContextVar[Target | None] = ContextVar("kernels_target", default=None)
 _wanted: ContextVar[bool] = ContextVar("kernels_wanted", default=True)
 
 
-def target(platform: str, devices: int = 1) -> Target:
-    """The target of programs that are built now: without rewrites inside of `plain()`."""
-    return Target(platform, devices, _wanted.get())
+def target(platform: str, devices: int = 1, without: tuple[str, ...] = ()) -> Target:
+    """The target of programs that are built now: without rewrites inside of `plain()`, or without some. ValueError for
+    names that are none's."""
+    if unknown := sorted(set(without) - set(REWRITES)):
+        names = ", ".join(sorted(REWRITES))
+        raise ValueError(f"without: expected rewrites among {names}, got {', '.join(unknown)}")
+    return Target(platform, devices, _wanted.get(), without)
 
 
 def current() -> Target:
@@ -110,6 +116,10 @@ def one_accelerator(target: Target) -> bool:
     return target.platform != "cpu" and target.devices == 1
 
 
+def one_gpu(target: Target) -> bool:
+    return target.platform == "gpu" and target.devices == 1
+
+
 def one_cpu(target: Target) -> bool:
     return target.platform == "cpu" and target.devices == 1
 
@@ -124,7 +134,8 @@ def rewrite(plain: Callable[..., Any], on: Callable[[Target], bool] = everywhere
         @functools.wraps(fast)
         def chosen(*arguments: Any) -> Any:
             here, row = current(), REWRITES[name]
-            return (row.fast if here.rewrites and row.on(here) else row.plain)(*arguments)
+            wanted = here.rewrites and name not in here.without and row.on(here)
+            return (row.fast if wanted else row.plain)(*arguments)
 
         return chosen  # type: ignore[return-value]
 

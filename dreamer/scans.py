@@ -68,6 +68,22 @@ def over_time(
         return features.time_second(scan(one, features.enter(state), inputs, length, remat))
 
 
+def in_several_kernels(step: Step, state: Values, inputs: Values, length: int, reverse: bool) -> tuple[Any, Any]:
+    return jax.lax.scan(step, state, inputs, length=length, reverse=reverse)
+
+
+@kernels.rewrite(plain=in_several_kernels, on=kernels.one_gpu)
+def in_one_kernel(step: Step, state: Values, inputs: Values, length: int, reverse: bool) -> tuple[Any, Any]:
+    """`jax.lax.scan` of a step over lists of arrays, as one kernel if the step's weights are few enough."""
+    # Not at the top: Pallas takes a quarter of a second to load, and only GPUs need it.
+    from dreamer.one_kernel import UnsuitedError, loop_in_one_kernel
+
+    try:
+        return loop_in_one_kernel(step, state, inputs, length, reverse)
+    except UnsuitedError:
+        return in_several_kernels(step, state, inputs, length, reverse)
+
+
 def plain_recurrence(fixed: jax.Array, factor: jax.Array, last: jax.Array) -> jax.Array:
     """x[t] = fixed[t] + factor[t] x[t + 1], backwards from last = x[T]: (T, ...)."""
 
@@ -211,7 +227,7 @@ def _in_turn(
         return outputs[:states], outputs[states:]
 
     moved = [x for x, axis in zip(found, axes, strict=True) if axis == 0]
-    state, outputs = jax.lax.scan(body, jax.tree.leaves(state), moved, length=length, reverse=reverse)
+    state, outputs = in_one_kernel(body, jax.tree.leaves(state), moved, length, reverse)
     end, every = jax.tree.structure(shapes[0]), jax.tree.structure(shapes[1])
     return jax.tree.unflatten(end, state), jax.tree.unflatten(every, outputs)
 

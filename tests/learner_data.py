@@ -29,13 +29,14 @@ def small_config(
     loss: dict[str, Any] | None = None,
     actor_critic: dict[str, Any] | None = None,
     optimizer: dict[str, Any] | None = None,
+    run: dict[str, Any] | None = None,
 ) -> Config:
     """A tiny agent with one dense layer everywhere; the arguments change options of their section."""
     layers = ("encoder", "decoder", "prior", "posterior", "reward", "cont", "policy", "value")
     network: dict[str, Any] = dict(deter=16, hidden=8, stoch=4, classes=4, units=8, depth=2, blocks=2, bins=31)
     return Config(
         model=network | {f"{layer}_layers": 1 for layer in layers} | (model or {}),
-        run=dict(batch_size=B, batch_length=T),
+        run=dict(batch_size=B, batch_length=T) | (run or {}),
         loss=loss or {},
         actor_critic=dict(horizon=3) | (actor_critic or {}),
         optimizer=dict(learning_rate=1e-2, warmup=3) | (optimizer or {}),

@@ -207,13 +207,35 @@ def test_every_rewrite_is_used_and_plain_takes_all_of_them_away(monkeypatch):
             agent = Agent(*SPACES["image"], small_config())
         batch = {key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in random_batch(agent).items()}
         jax.make_jaxpr(agent.learn)(jax.eval_shape(agent.create, 0), batch)
-        # The plain product needs no turned kernel; the plain convolutions call no other one of the table.
-        missing = set() if form == "fast" else {"transposed_product", "conv", "items_last_in_scans"}
+        # The plain product needs no turned kernel; the plain convolutions and scan call no other one of the table.
+        missing = {"in_one_kernel"}
+        missing |= set() if form == "fast" else {"transposed_product", "conv", "items_last_in_scans"}
         rows = kernels.REWRITES.items()
         for_others = {name for name, row in rows if not row.on(kernels.Target("cpu"))} if form == "fast" else set()
+        for_others -= missing
         assert called.keys() - ({"plain"} if for_others else set()) == {form}, called
         assert called[form] | missing | for_others == set(kernels.REWRITES)
         assert called.get("plain", set()) in (for_others, called[form])
+
+
+def test_single_rewrites_are_left_out_where_an_option_says_so():
+    def trace(*without: str) -> None:
+        agent = Agent(*SPACES["image"], small_config(run={"without": without}))
+        batch = {key: jax.ShapeDtypeStruct(x.shape, x.dtype) for key, x in random_batch(agent).items()}
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("draw_class", "recomputed"):
+                patch.setitem(kernels.REWRITES, name, kernels.REWRITES[name]._replace(fast=partial(_refused, name)))
+            jax.make_jaxpr(agent.learn)(jax.eval_shape(agent.create, 0), batch)
+
+    trace("draw_class", "recomputed")
+    with pytest.raises(AssertionError, match="recomputed"):
+        trace("draw_class")
+    with pytest.raises(ValueError, match="expected rewrites among .*draw_class.*, got spell"):
+        Agent(*SPACES["image"], small_config(run={"without": ("spell",)}))
+
+
+def _refused(name: str, *arguments: Any) -> Any:
+    raise AssertionError(name)
 
 
 def test_the_target_is_that_of_the_agents_device():

@@ -62,11 +62,13 @@ _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """A kernel: its kind, the operation that it came from, bytes that it writes."""
+    """A kernel: its kind, the operation that it came from, bytes that it writes; of a loop in one kernel, also the
+    bytes of weights that each multiprocessor reads, one step after the other."""
 
     kind: str
     source: str
     written: int
+    read: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +128,7 @@ def loops(text: str) -> list[Loop]:
                         if inner in parts:
                             yield from read(inner)
                 elif operation not in _FREE and (kind := _kind(operation, rest)):
-                    own.append(Launch(kind, _source(rest), _size(shape)))
+                    own.append(Launch(kind, _source(rest), _size(shape), _read(rest)))
 
         inner = list(read(name))
         yield Loop(label, times, tuple(own))
@@ -145,13 +147,21 @@ def _kind(operation: str, rest: str) -> str:
     if operation == "custom-call":
         target = re.search(r'custom_call_target="([^"]+)"', rest)
         name = target[1] if target else "custom call"
-        return "" if any(word in name for word in _NO_KERNELS) else ("product (library)" if "cublas" in name else name)
+        if any(word in name for word in _NO_KERNELS):
+            return ""
+        return "loop in one kernel" if _read(rest) else "product (library)" if "cublas" in name else name
     return "copy" if operation in ("copy", "copy-start", "transpose") else operation
 
 
 def _source(rest: str) -> str:
     label = re.search(r'op_name="([^"]*)"', rest)
     return label[1] if label else ""
+
+
+def _read(rest: str) -> int:
+    """Bytes of weights in all steps of a loop that is one kernel, which `one_kernel` gives its name."""
+    loop = re.search(r'name = "loop_(\d+)_(\d+)"', rest)
+    return int(loop[1]) * int(loop[2]) if loop else 0
 
 
 def _title(source: str) -> str:
@@ -202,10 +212,14 @@ def compile_dispatch(
     return program.lower(*shapes).compile(compiler_options=flags)
 
 
-def agent_for_gpu(spaces: tuple[Spaces, Spaces], config: Config) -> Agent:
-    """An agent whose programs are traced for one GPU, in bfloat16, wherever this is called."""
+def agent_for_gpu(spaces: tuple[Spaces, Spaces], config: Config, without: Sequence[str] = ()) -> Agent:
+    """An agent whose programs are traced for one GPU, in bfloat16, wherever this is called; ConfigError for rewrites to
+    do without that are none."""
     agent = Agent(*spaces, config, jnp.bfloat16)
-    agent.target = kernels.target("gpu")
+    try:
+        agent.target = kernels.target("gpu", without=tuple(without))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
     return agent
 
 
@@ -221,6 +235,7 @@ class Request:
     cards: Sequence[str] = ("h200",)
     launch_us: float = 2.0
     tflops: float = 500.0
+    stream_gbs: float = 100.0
     flags: Sequence[str] = ()
     without: Sequence[str] = ()
     updates_per_dispatch: int | None = None
@@ -231,20 +246,17 @@ def bench_kernels(request: Request) -> Report:
     """Counts what each update would launch, a row for it and one for each of its loops; of several updates in one
     dispatch, or of several seeds, what all of them together would. gflop: of one update of one seed."""
     flags = dict(map(_flag, request.flags)) or compiler.OPTIONS["gpu"]
-    if unknown := sorted(set(request.without) - set(kernels.REWRITES)):
-        raise ConfigError(f"--without: expected rewrites among {', '.join(kernels.REWRITES)}, got {', '.join(unknown)}")
     rows: Rows = {}
     for size in request.sizes:
         config = load_config([f"size{size}"], {})
         for obs in request.obs:
-            agent = agent_for_gpu(TASKS[obs], config)
+            agent = agent_for_gpu(TASKS[obs], config, request.without)
             shapes = jax.eval_shape(agent.create, 0), batch_shapes(agent, config)
             gflop = flops(jax.make_jaxpr(agent.learn)(*shapes).jaxpr) / 1e9
             for card in request.cards:
                 name, start = f"{size} {obs}, {card}", time.perf_counter()
-                with kernels.without(*request.without):
-                    dispatch = request.updates_per_dispatch, request.seeds
-                    compiled = compile_dispatch(agent, config, card, flags, *dispatch)
+                dispatch = request.updates_per_dispatch, request.seeds
+                compiled = compile_dispatch(agent, config, card, flags, *dispatch)
                 seconds = time.perf_counter() - start
                 found = loops(compiled.as_text())
                 facts = {"gflop": gflop, "temp_mb": compiled.memory_analysis().temp_size_in_bytes / 2**20}
@@ -252,8 +264,9 @@ def bench_kernels(request: Request) -> Report:
                 rows |= {f"{name}: {loop.title}": kinds(loop) for loop in found}
     columns = ("launches", "model_ms", "gflop", "written_gb", "temp_mb", "compile_s", "kinds")
     note = (
-        f"Counted by the compiler; nothing ran. model_ms: {request.launch_us:g} us a launch, and behind them "
-        f"{request.tflops:g} TFLOP/s or the card's memory bandwidth, whichever is slower."
+        f"Counted by the compiler; nothing ran. model_ms: {request.launch_us:g} us a launch, the weights of loops that "
+        f"are one kernel at {request.stream_gbs:g} GB/s, and behind them {request.tflops:g} TFLOP/s or the card's "
+        "memory bandwidth, whichever is slower."
     )
     return Report("kernels", dataclasses.asdict(request), columns, rows, note)
 
@@ -272,7 +285,9 @@ def modelled(found: Sequence[Loop], gflop: float, card: str, request: Request) -
     # What is written was read before or will be read once.
     several = (request.updates_per_dispatch or 1) * (request.seeds or 1)
     behind = max(several * gflop / request.tflops, 2e12 * written / CARDS[card]["bandwidth"])
-    return {"launches": launches, "written_gb": written, "model_ms": launches * request.launch_us * 1e-3 + behind}
+    inside = sum(loop.times * launch.read for loop in found for launch in loop.launches) / (request.stream_gbs * 1e6)
+    taken = launches * request.launch_us * 1e-3 + inside + behind
+    return {"launches": launches, "written_gb": written, "model_ms": taken}
 
 
 def kinds(loop: Loop) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from dreamer.presets import load_config
 from dreamer.run.devices import choose_device, compute_dtype, reuse_freed_memory
 from dreamer.run.factories import make_agent
 from dreamer.run.seeds import MappedAgent
+from dreamer.schema import ConfigError
 from dreamer.types import Space, Spaces, replay_fields
 
 #: Observation and action spaces of the benchmark.
@@ -69,10 +70,12 @@ def batch_shapes(agent: Agent, config: Config) -> dict[str, jax.ShapeDtypeStruct
 class Program:
     """A compiled update and the state it changes. One call is one dispatch, waited for."""
 
-    def __init__(self, size: str, obs: str, dispatch: int | None = None, seeds: int | None = None) -> None:
+    def __init__(
+        self, size: str, obs: str, dispatch: int | None = None, seeds: int | None = None, without: Sequence[str] = ()
+    ) -> None:
         """size: of a preset, "1m"; obs: a row of `TASKS`; dispatch: updates in one dispatch, None for a single one;
-        seeds: agents updated together, None for a single one."""
-        config = load_config([f"size{size}"], {})
+        seeds: agents updated together, None for a single one; without: rewrites left out."""
+        config = load_config([f"size{size}"], {"run.without": list(without)})
         dtype = compute_dtype(config.run, choose_device("auto"))
         learner = Agent(*TASKS[obs], config, dtype)
         self.updates, self.seeds = dispatch or 1, seeds
@@ -129,6 +132,7 @@ class Request:
     updates_per_dispatch: int | None = None
     seeds: int | None = None
     against: str | None = None
+    without: Sequence[str] = ()
     rounds: int = 11
     protocol: bool = False
     trace: Path | None = None
@@ -159,10 +163,13 @@ def measure(programs: Mapping[str, Program], rounds: int) -> Rows:
 def bench_update(request: Request) -> Report | None:
     """Runs the benchmark; None after speaking the protocol of `serve`."""
     reuse_freed_memory()
-    arguments = (request.size, request.obs, request.updates_per_dispatch, request.seeds)
+    arguments = (request.size, request.obs, request.updates_per_dispatch, request.seeds, request.without)
     programs: dict[str, Program] = {}
     if not (request.protocol and request.against):
-        programs["update"] = Program(*arguments)
+        try:
+            programs["update"] = Program(*arguments)
+        except ValueError as error:  # rewrites to do without that are none
+            raise ConfigError(str(error)) from None
     if request.against == "plain":
         with kernels.plain():
             programs["plain"] = Program(*arguments)

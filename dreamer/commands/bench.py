@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -65,6 +66,7 @@ def add_parts(parts: argparse._SubParsersAction) -> None:
     update.add_argument(
         "--against", choices=("plain",), help="plain: compare with all rewrites replaced by their plain forms"
     )
+    update.add_argument("--without", nargs="+", default=[], metavar="REWRITE", help="rewrites of kernels.py left out")
     update.add_argument("--protocol", action="store_true", help="time one update for each line on stdin, as JSON")
     update.add_argument("--trace", type=place, metavar="DIR", help="write a profile of one dispatch there")
 
@@ -78,6 +80,8 @@ def add_parts(parts: argparse._SubParsersAction) -> None:
     launches.add_argument("--seeds", type=count, metavar="S", help="S agents in one update mapped over them")
     launches.add_argument("--launch-us", type=positive, default=2.0, help="modelled microseconds of a launch")
     launches.add_argument("--tflops", type=positive, default=500.0, help="modelled rate of products, TFLOP/s")
+    streaming = "modelled rate at which a loop that is one kernel reads weights, GB/s"
+    launches.add_argument("--stream-gbs", type=positive, default=100.0, help=streaming)
     launches.add_argument(
         "--flags", nargs="+", default=[], metavar="NAME=VALUE", help="XLA's, instead of the usual ones"
     )
@@ -136,7 +140,7 @@ def _update(given: argparse.Namespace, options: Sequence[str]) -> Report | None:
     from dreamer.bench.bench_update import Request, bench_update
 
     _refuse(options)
-    names = ("size", "obs", "updates_per_dispatch", "seeds", "against", "rounds", "protocol", "trace")
+    names = ("size", "obs", "updates_per_dispatch", "seeds", "against", "without", "rounds", "protocol", "trace")
     return bench_update(Request(**{name: getattr(given, name) for name in names}))
 
 
@@ -145,7 +149,7 @@ def _kernels(given: argparse.Namespace, options: Sequence[str]) -> Report:
     hide_accelerators()
     from dreamer.bench.bench_kernels import Request, bench_kernels
 
-    names = ("sizes", "obs", "cards", "launch_us", "tflops", "flags", "without", "updates_per_dispatch", "seeds")
+    names = [field.name for field in dataclasses.fields(Request)]
     return bench_kernels(Request(**{name: getattr(given, name) for name in names}))
 
 

@@ -46,8 +46,12 @@ def test_arguments_reach_the_benchmark(monkeypatch):
     seen: list[bench.Request] = []
     monkeypatch.setattr(bench, "bench_update", lambda request: seen.append(request))
     line = "bench update --size 12m --obs image --updates-per-dispatch 4 --seeds 2 --against plain --protocol"
+    line += " --without scan"
     assert cli.main(["bench", "update"]) == cli.main(line.split()) == 0
-    assert seen == [bench.Request(), bench.Request("12m", "image", 4, 2, against="plain", protocol=True)]
+    assert seen == [
+        bench.Request(without=[]),
+        bench.Request("12m", "image", 4, 2, against="plain", without=["scan"], protocol=True),
+    ]
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from dreamer.bench.bench_kernels import Launch, Loop, Request
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = ROOT / ".cache" / f"cuda-compiler-{jax.__version__}"
 
-#: Most launches in each trip of the loops of the 1m vector update, and outside of them.
+#: Most launches in each trip of the loops of the 1m vector update, and outside of them; loops as several kernels.
 MOST = {
     "RSSM.observe": (64, 25),
     "backward RSSM.observe": (64, 23),
@@ -45,6 +45,7 @@ ENTRY %main (a: f32[16,4]) -> f32[16,4] {
   %buffer = f32[16,4]{1,0} custom-call(), custom_call_target="AllocateBuffer"
   %start = (s32[]) tuple(%a)
   %w = (s32[]) while(%start), body=%body, {op_name="backward loop of RSSM.observe"}, "known_trip_count":{"n":"64"}
+  %one = f32[16,4]{1,0} custom-call(%a), custom_call_target="__gpu$xla.gpu.triton", config={name = "loop_64_1000"}
   ROOT %copy = f32[16,4]{1,0} copy(%a)
 }
 """
@@ -65,31 +66,32 @@ def test_launches_are_read_from_a_program_loop_by_loop():
         (
             Launch("reduction", "jit(learn)/reduce_sum", 4),
             Launch("product (library)", "", 16 * 4 * 4 + 64),
+            Launch("loop in one kernel", "", 16 * 4 * 4, 64 * 1000),
             Launch("copy", "", 16 * 4 * 4),
         ),
     )
     assert bench.loops(PROGRAM) == [loop, outside]
-    found = bench.modelled([loop, outside], 500.0, "h200", Request(launch_us=2, tflops=500))
-    written = 64 * (128 + 256) + 4 + 320 + 256
-    assert found == {"launches": 131, "written_gb": written / 1e9, "model_ms": pytest.approx(0.262 + 1)}
+    found = bench.modelled([loop, outside], 500.0, "h200", Request(launch_us=2, tflops=500, stream_gbs=64))
+    written = 64 * (128 + 256) + 4 + 320 + 256 + 256
+    assert found == {"launches": 132, "written_gb": written / 1e9, "model_ms": pytest.approx(0.264 + 1 + 0.001)}
 
 
 def test_arguments_reach_the_count(monkeypatch):
     seen: list[Request] = []
     monkeypatch.setattr(bench, "bench_kernels", seen.append)
     line = "bench kernels --sizes 1m 12m --obs image --cards h100 --launch-us 4 --tflops 400 --flags a=b"
-    line += " --without scan --seeds 4"
+    line += " --without scan --seeds 4 --stream-gbs 50"
     assert cli.main(["bench", "kernels"]) == cli.main(line.split()) == 0
     assert seen == [
-        Request(["1m"], ["vector", "image"], ["h200"], 2.0, 500.0, [], []),
-        Request(["1m", "12m"], ["image"], ["h100"], 4.0, 400.0, ["a=b"], ["scan"], seeds=4),
+        Request(["1m"], ["vector", "image"], ["h200"], 2.0, 500.0, 100.0, [], []),
+        Request(["1m", "12m"], ["image"], ["h100"], 4.0, 400.0, 50.0, ["a=b"], ["scan"], seeds=4),
     ]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--without", "spell"], "--without: expected rewrites among .*scan.*, got spell"),
+        (["--without", "spell"], "without: expected rewrites among .*scan.*, got spell"),
         (["--flags", "spell"], "--flags: expected NAME=VALUE, got 'spell'"),
         ([], "expected XLA's CUDA compiler.*dreamer\\[aot\\]"),
     ],
@@ -111,15 +113,43 @@ def count(*arguments: str, json_file: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.mark.skipif(not COMPILER.is_dir(), reason="no CUDA compiler for this system")
 def test_an_update_has_no_more_launches_than_it_had(tmp_path):
-    found = count(json_file=tmp_path / "found.json")
+    found = count("--without", "in_one_kernel", json_file=tmp_path / "found.json")
     assert found.keys() == MOST.keys()
     for name, (times, launches) in found.items():
         assert times == MOST[name][0] and launches <= MOST[name][1], f"{name}: {times} x {launches}, was {MOST[name]}"
+
+
+SMALL = """
+import sys
+from learner_data import small_config
+from test_one_kernel import CONTINUOUS, WIDE
+from dreamer.bench import bench_kernels as bench
+config = small_config(model=WIDE)
+compiled = bench.compile_dispatch(bench.agent_for_gpu(CONTINUOUS, config), config, "h100", {})
+for loop in bench.loops(compiled.as_text()):
+    print(loop.times, sum(launch.kind == "loop in one kernel" for launch in loop.launches))
+"""
+
+
+@pytest.mark.skipif(not COMPILER.is_dir(), reason="no CUDA compiler for this system")
+def test_loops_of_a_small_model_compile_to_one_kernel_each():
+    """Observe, its backward pass and imagine; around them is no loop any more."""
+    places = [COMPILER, ROOT, ROOT / "tests"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, places)), "JAX_PLATFORMS": "cpu"}
+    found = subprocess.run([sys.executable, "-c", SMALL], env=environment, check=True, capture_output=True, text=True)
+    assert found.stdout.split() == ["1", "3"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not COMPILER.is_dir(), reason="no CUDA compiler for this system")
+def test_an_update_of_the_smallest_size_has_no_loop_of_launches(tmp_path):
+    found = count(json_file=tmp_path / "found.json")
+    assert found.keys() == {"outside of loops"} and found["outside of loops"][1] <= 570, found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lever", ["scan", "square_sums", "recurrence"])
 @pytest.mark.skipif(not COMPILER.is_dir(), reason="no CUDA compiler for this system")
 def test_each_lever_is_seen_in_the_count(lever, tmp_path):
-    found = count("--without", lever, json_file=tmp_path / "found.json")
+    found = count("--without", lever, "in_one_kernel", json_file=tmp_path / "found.json")
     assert any(launches > MOST.get(name, (1, 0))[1] for name, (_, launches) in found.items()), found

@@ -49,7 +49,7 @@ def test_a_program_that_hangs_is_given_up(monkeypatch):
 
 def test_everything_asked_for_is_timed():
     found = jobs(SIZES, "python update.py")
-    assert len(found) == len({(job.group, job.name) for job in found}) == 14 + len(SEEDS) + 14 + 4
+    assert len(found) == len({(job.group, job.name) for job in found}) == 14 + 2 + len(SEEDS) + 14 + 4
     assert [job.updates for job in found if job.group == "seeds"] == list(SEEDS)
     assert jobs(["1m"], "python update.py")[-3].command == ("python", "update.py", "--size", "1m", "--obs", "image")
     assert not any(job.group == "yardstick" for job in jobs(SIZES, None))
