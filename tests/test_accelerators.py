@@ -89,9 +89,12 @@ def test_every_preset_is_here():
 def test_the_update_of_every_preset_lowers_for_gpu_and_tpu(name):
     config = load_config([name])
     agent = Agent(*TASKS[name], config, jnp.bfloat16)
+    ours = [export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]  # kept by no promise of XLA's, nor stored
     for kind, platform in (("gpu", "cuda"), ("tpu", "tpu")):
         agent.target = kernels.Target(kind)
-        lowered = export.export(jax.jit(agent.learn), platforms=[platform])(*shapes(agent, config))
+        lowered = export.export(jax.jit(agent.learn), platforms=[platform], disabled_checks=ours)(
+            *shapes(agent, config)
+        )
         assert lowered.platforms == (platform,)
         assert len(lowered.out_avals) > len(jax.tree.leaves(agent.shapes))
 
