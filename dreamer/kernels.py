@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dreamer import features
+from dreamer.values import ConfigError
 
 #: What is added (top, bottom), (left, right).
 Padding = tuple[tuple[int, int], ...]
@@ -43,11 +44,11 @@ _wanted: ContextVar[bool] = ContextVar("kernels_wanted", default=True)
 
 
 def target(platform: str, devices: int = 1, without: tuple[str, ...] = ()) -> Target:
-    """The target of programs that are built now: without rewrites inside of `plain()`, or without some. ValueError for
+    """The target of programs that are built now: without rewrites inside of `plain()`, or without some. ConfigError for
     names that are none's."""
     if unknown := sorted(set(without) - set(REWRITES)):
         names = ", ".join(sorted(REWRITES))
-        raise ValueError(f"without: expected rewrites among {names}, got {', '.join(unknown)}")
+        raise ConfigError(f"without: expected rewrites among {names}, got {', '.join(unknown)}")
     return Target(platform, devices, _wanted.get(), without)
 
 
@@ -76,17 +77,6 @@ def plain() -> Iterator[None]:
             yield
     finally:
         _wanted.reset(token)
-
-
-@contextlib.contextmanager
-def without(*names: str) -> Iterator[None]:
-    """What is traced inside has the plain twins of these rewrites."""
-    rows = {name: REWRITES[name] for name in names}
-    REWRITES.update({name: row._replace(on=lambda target: False) for name, row in rows.items()})
-    try:
-        yield
-    finally:
-        REWRITES.update(rows)
 
 
 class Rewrite(NamedTuple):

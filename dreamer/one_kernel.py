@@ -79,8 +79,12 @@ class _Kernel:
             size = columns(math.prod(shape.shape[1:]), width)
             return jax.ShapeDtypeStruct((*([self._length] if each else []), rows, size), kind)
 
+        def body(*refs: Any) -> None:
+            self._body(*refs)
+
+        body.__name__ = self._name  # by which newer versions of JAX call the kernel
         kernel = pl.pallas_call(
-            self._body,
+            body,
             out_shape=[result(shape, i >= self._states) for i, shape in enumerate(shapes)],
             grid=(rows // ROWS,),
             interpret=interpret,

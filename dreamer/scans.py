@@ -75,9 +75,12 @@ def in_several_kernels(step: Step, state: Values, inputs: Values, length: int, r
 @kernels.rewrite(plain=in_several_kernels, on=kernels.one_gpu)
 def in_one_kernel(step: Step, state: Values, inputs: Values, length: int, reverse: bool) -> tuple[Any, Any]:
     """`jax.lax.scan` of a step over lists of arrays, as one kernel if the step's weights are few enough."""
-    # Not at the top: Pallas takes a quarter of a second to load, and only GPUs need it.
-    from dreamer.one_kernel import UnsuitedError, loop_in_one_kernel
-
+    # Not at the top: Pallas takes a quarter of a second to load, and only GPUs need it. Its Triton compiler is to leave
+    # JAX one day.
+    try:
+        from dreamer.one_kernel import UnsuitedError, loop_in_one_kernel
+    except ImportError:
+        return in_several_kernels(step, state, inputs, length, reverse)
     try:
         return loop_in_one_kernel(step, state, inputs, length, reverse)
     except UnsuitedError:

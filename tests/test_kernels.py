@@ -20,6 +20,7 @@ from dreamer.agent import Agent
 from dreamer.imagination import imagine
 from dreamer.networks import BlockLinear
 from dreamer.types import Space
+from dreamer.values import ConfigError
 
 RNG = np.random.default_rng(0)
 few = hypothesis.settings(max_examples=2)
@@ -230,7 +231,7 @@ def test_single_rewrites_are_left_out_where_an_option_says_so():
     trace("draw_class", "recomputed")
     with pytest.raises(AssertionError, match="recomputed"):
         trace("draw_class")
-    with pytest.raises(ValueError, match="expected rewrites among .*draw_class.*, got spell"):
+    with pytest.raises(ConfigError, match="without: expected rewrites among .*draw_class.*, got spell"):
         Agent(*SPACES["image"], small_config(run={"without": ("spell",)}))
 
 

@@ -61,14 +61,13 @@ def test_an_update_whose_loops_are_single_kernels_is_the_plain_one(spaces, inter
     with jax.enable_x64(True):
         for names in ((), ("scan",)):
             agent = Agent(*spaces, small_config(model=WIDE, actor_critic=dict(horizon=2)))
-            agent.target = GPU
+            agent.target = kernels.Target("gpu", without=names)
             double = lambda tree: jax.tree.map(lambda x: x.astype(jnp.float64), tree)  # noqa: E731
             state = agent.init(0)
             params, slow, scale = map(double, (perturb(state["params"]), state["slow"], state["return_scale"]))
             batch = random_batch(agent, length=3)
-            with kernels.without(*names):
-                slopes = jax.jit(jax.grad(agent.loss, has_aux=True), compiler_options=CHEAP)
-                grads, outcome = slopes(params, slow, scale, batch, jax.random.key(0))
+            slopes = jax.jit(jax.grad(agent.loss, has_aux=True), compiler_options=CHEAP)
+            grads, outcome = slopes(params, slow, scale, batch, jax.random.key(0))
             results.append((grads, outcome.metrics, outcome.written))
     # observe, imagine, and the way back through each
     assert interpreted == ["one kernel"] * 4
@@ -179,16 +178,15 @@ def test_updates_with_single_kernels_may_be_accumulated_and_mapped_over_seeds(ho
     results = []
     for names in ((), ("scan",)):
         agent = Agent(*CONTINUOUS, small_config(model=WIDE, **options))
-        agent.target = GPU
+        agent.target = kernels.Target("gpu", without=names)
         batches = [random_batch(agent, seed, length=3) for seed in (1, 2)]
         states = [agent.init(seed) for seed in (3, 4)]
-        with kernels.without(*names):
-            if how == "mapped":
-                stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)  # noqa: E731
-                run = jax.jit(jax.vmap(agent.learn), compiler_options=CHEAP)
-                results.append(run(stack(states), stack(batches)))
-            else:
-                results.append(jax.jit(agent.learn, compiler_options=CHEAP)(states[0], batches[0]))
+        if how == "mapped":
+            stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)  # noqa: E731
+            run = jax.jit(jax.vmap(agent.learn), compiler_options=CHEAP)
+            results.append(run(stack(states), stack(batches)))
+        else:
+            results.append(jax.jit(agent.learn, compiler_options=CHEAP)(states[0], batches[0]))
     # When accumulated, the way back through a dream, which nobody needs, adds up over rows.
     assert interpreted.count("one kernel") >= 3
     ours, oracle = (jax.tree.leaves_with_path(result) for result in results)

@@ -150,18 +150,17 @@ def test_updates_for_an_accelerator_may_be_accumulated_mapped_over_seeds_and_in_
     results = []
     for names in ((), ("scan", "square_sums", "recurrence")):
         agent = Agent(*VECTOR, config)
-        agent.target = GPU
+        agent.target = kernels.Target("gpu", without=names)
         batches = [random_batch(agent, seed) for seed in (1, 2)]
         states = [agent.init(seed) for seed in (3, 4)]
-        with kernels.without(*names):
-            if how == "mapped":
-                stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)  # noqa: E731
-                run = jax.jit(jax.vmap(agent.learn), compiler_options=CHEAP)
-                results.append(run(stack(states), stack(batches)))
-            elif how == "in turn":
-                results.append(jax.jit(agent.learn_in_turn, compiler_options=CHEAP)(states[0], batches))
-            else:
-                results.append(jax.jit(agent.learn, compiler_options=CHEAP)(states[0], batches[0]))
+        if how == "mapped":
+            stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)  # noqa: E731
+            run = jax.jit(jax.vmap(agent.learn), compiler_options=CHEAP)
+            results.append(run(stack(states), stack(batches)))
+        elif how == "in turn":
+            results.append(jax.jit(agent.learn_in_turn, compiler_options=CHEAP)(states[0], batches))
+        else:
+            results.append(jax.jit(agent.learn, compiler_options=CHEAP)(states[0], batches[0]))
     ours, oracle = (jax.tree.leaves_with_path(result) for result in results)
     for (path, x), (_, y) in zip(ours, oracle, strict=True):
         np.testing.assert_allclose(np.float32(x), np.float32(y), rtol=2e-3, atol=2e-4, err_msg=str(path))
