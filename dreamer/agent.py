@@ -97,7 +97,7 @@ class Agent:
         self.shapes = text_keys(self._numbered)
         self._parameters = sum(leaf.size for leaf in jax.tree.leaves(self.shapes))
         self._opt_shapes = jax.eval_shape(self.optimizer.init, self.shapes)
-        remembered, self._memory = self._choice()
+        remembered, self._memory = self.noted(chooses)
         #: What replay stores of a step beside the environment's data: latents, and what is remembered of the choice.
         self.extras: dict[str, Field] = {**model.world_model.rssm.stored(), **remembered}
         replay_fields(self.observations, self.actions, self.extras)  # names that are taken
@@ -123,6 +123,15 @@ class Agent:
         """The modules that have slow copies, with the slow weights in them."""
         keys = {name: where.of(self._numbered) for name, where in self._slow.items()}
         return {name: nnx.merge(graph, like_keys(keys[name], slow[name])) for name, graph in self._slow_graphs.items()}
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A pure function of these networks, compiled for the agent's own devices."""
+
+        def traced(*arguments: Any) -> Any:
+            with kernels.traced_for(self.target):
+                return function(*arguments)
+
+        return jax.jit(traced)
 
     # Acting
 
@@ -154,13 +163,14 @@ class Agent:
         carry = {**state, "action": flat.astype(self.dtype), **memory}
         return carry, split_actions(flat, self.actions), {**rssm.pack(state), **remembered}
 
-    def _choice(self) -> list[dict[str, Field]]:
-        """What `chooses` returns beside actions, for one environment: extras and memory; found by tracing it."""
+    def noted(self, chooses: Act) -> list[dict[str, Field]]:
+        """What an `Act` returns beside actions, for one environment: extras and memory; found by tracing it. ValueError
+        if it cannot act in these spaces."""
         width = sum(space.flat_width for space in self.actions.values())
         allowed = jax.ShapeDtypeStruct((1, width), jnp.bool_) if self.masked else None
 
         def choose(params: Any, state: Any, key: jax.Array, allowed: jax.Array | None) -> tuple:
-            return self._chooses(self.model(params), state, key, allowed, {})[1:]
+            return chooses(self.model(params), state, key, allowed, {})[1:]
 
         state = jax.eval_shape(lambda: self._initial_state(1, self.dtype))
         found = jax.eval_shape(choose, self.shapes, state, jax.eval_shape(lambda: jax.random.key(0)), allowed)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dreamer import kernels
 from dreamer.agent import Agent
 from dreamer.coders import join_actions, split_actions
 from dreamer.distributions import Output
 from dreamer.model import DreamerModel
+from dreamer.replay.memory import latents_of
 from dreamer.rssm import State
 from dreamer.types import Space
 
@@ -45,7 +45,7 @@ class Dreams:
 
     def __init__(self, agent: Agent, params: Any) -> None:
         self.agent, self.params = agent, params
-        self._latents = [name for name, field in agent.extras.items() if field.latent]
+        self._latents = latents_of(agent.extras)
         state = jax.eval_shape(lambda: self.blank(1))
         found = jax.eval_shape(lambda params, state: self._predicted(agent.model(params), state), params, state)
         self.observations = {key: space for key, space in agent.observations.items() if key in found}
@@ -54,8 +54,7 @@ class Dreams:
                 "expected a model that predicts observations, got one without a decoder; take a run that was trained "
                 "with --loss.objective reconstruction"
             )
-        self._step = self._compiled(self._advance)
-        self._watch = self._compiled(self._filter)
+        self._step, self._watch = agent.compiled(self._advance), agent.compiled(self._filter)
 
     def blank(self, count: int) -> State:
         """States (N, ...) that know nothing: those before an episode's first observation."""
@@ -87,13 +86,6 @@ class Dreams:
         count, uint32 (N,), so equal ones give equal steps, whatever the others do.
         """
         return self._step(self.params, starts, states, dict(actions), begins, index, seeds, counts)
-
-    def _compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def traced(*arguments: Any) -> Any:
-            with kernels.traced_for(self.agent.target):
-                return function(*arguments)
-
-        return jax.jit(traced)
 
     def _filter(self, params: Any, episodes: Mapping[str, jax.Array]) -> State:
         model, agent = self.agent.model(params), self.agent

@@ -42,13 +42,13 @@ def loop_in_one_kernel(
     batches = {x.shape[:1] for x in (*state, *(x[0] for x in inputs))}
     if not state or len(batches) != 1 or batches == {()}:
         raise UnsuitedError("arrays without rows")
+    reason = UnsuitedError()
     for width in WIDTHS:
         try:
             return _Kernel(traced, width, len(state), length, reverse).run(list(state), list(inputs), interpret)
-        except UnsuitedError:
-            if width == WIDTHS[-1]:
-                raise
-    raise AssertionError
+        except UnsuitedError as error:
+            reason = error
+    raise reason
 
 
 class _Kernel:

@@ -25,8 +25,6 @@ from jax.extend import core
 
 #: Rows of a batch in one copy of the kernel: as few as the GPU's matrix units take.
 ROWS = 16
-
-
 #: Operations that compute every number from those in its place.
 _ELEMENTWISE = set(
     "add add_any sub mul div neg abs sign max min square sqrt rsqrt integer_pow exp log log1p expm1 tanh logistic "

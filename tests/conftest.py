@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,6 +53,23 @@ def pytest_make_collect_report() -> Iterator[None]:
     report = yield
     _fail_if_not_allowed(report)
     return report
+
+
+@pytest.fixture(scope="session")
+def quickstart_run(tmp_path_factory) -> Path:
+    """The folder of the quickstart's run, which takes minutes; DREAMER_TEST_QUICKSTART: one that is there."""
+    if given := os.environ.get("DREAMER_TEST_QUICKSTART"):
+        return Path(given)
+    folder = tmp_path_factory.mktemp("runs") / "quickstart"
+    command = [sys.executable, "-m", "dreamer", "train", "--configs", "quickstart", "--run.display", "false"]
+    subprocess.run([*command, "--logdir", str(folder)], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def shots(tmp_path) -> Path:
+    """Where screenshots go; DREAMER_TEST_SHOTS: to keep them."""
+    return Path(os.environ.get("DREAMER_TEST_SHOTS", tmp_path))
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from dreamer.commands.arguments import Parser, count, hide_accelerators, place, positive, split_arguments
 from dreamer.config import Config
@@ -17,6 +17,7 @@ from dreamer.values import brief
 if TYPE_CHECKING:
     from dreamer.bench.measuring import Report
 
+Asked = TypeVar("Asked")
 #: What is measured without --configs and --task.
 DEFAULT = "quickstart"
 #: What `dreamer bench loop` measures without them: presets and task, by name.
@@ -61,12 +62,9 @@ def add_parts(parts: argparse._SubParsersAction) -> None:
     update = add("update", "one gradient step, with everything that a run does in it", 11)
     update.add_argument("--size", default="1m", help="size of the model, as in the presets size1m, size12m, ...")
     update.add_argument("--obs", choices=("vector", "image"), default="vector", help="what the agent observes")
-    update.add_argument("--updates-per-dispatch", type=count, metavar="K", help="K updates in one program")
-    update.add_argument("--seeds", type=count, metavar="S", help="S agents in one update mapped over them")
     update.add_argument(
         "--against", choices=("plain",), help="plain: compare with all rewrites replaced by their plain forms"
     )
-    update.add_argument("--without", nargs="+", default=[], metavar="REWRITE", help="rewrites of kernels.py left out")
     update.add_argument("--protocol", action="store_true", help="time one update for each line on stdin, as JSON")
     update.add_argument("--trace", type=place, metavar="DIR", help="write a profile of one dispatch there")
 
@@ -76,8 +74,6 @@ def add_parts(parts: argparse._SubParsersAction) -> None:
     )
     launches.add_argument("--obs", nargs="+", choices=("vector", "image"), default=["vector", "image"])
     launches.add_argument("--cards", nargs="+", choices=("h100", "h200"), default=["h200"])
-    launches.add_argument("--updates-per-dispatch", type=count, metavar="K", help="K updates in one program")
-    launches.add_argument("--seeds", type=count, metavar="S", help="S agents in one update mapped over them")
     launches.add_argument("--launch-us", type=positive, default=2.0, help="modelled microseconds of a launch")
     launches.add_argument("--tflops", type=positive, default=500.0, help="modelled rate of products, TFLOP/s")
     streaming = "modelled rate at which a loop that is one kernel reads weights, GB/s"
@@ -85,8 +81,10 @@ def add_parts(parts: argparse._SubParsersAction) -> None:
     launches.add_argument(
         "--flags", nargs="+", default=[], metavar="NAME=VALUE", help="XLA's, instead of the usual ones"
     )
-
-    launches.add_argument("--without", nargs="+", default=[], metavar="REWRITE", help="rewrites of kernels.py left out")
+    for part in (update, launches):
+        part.add_argument("--updates-per-dispatch", type=count, metavar="K", help="K updates in one program")
+        part.add_argument("--seeds", type=count, metavar="S", help="S agents in one update mapped over them")
+        part.add_argument("--without", nargs="+", default=[], metavar="REWRITE", help="rewrites of kernels.py left out")
 
     policy = add("policy", "choosing actions", 15, OPTIONS)
     policy.add_argument("--envs", type=count, nargs="+", help="numbers of environments; default: 1 and env.num_envs")
@@ -130,6 +128,12 @@ def loop_configs(options: Sequence[str]) -> dict[str, Config]:
     return {name: load_config(presets, {"task": task, **overrides}) for name, (presets, task) in SUITES.items()}
 
 
+def _as_asked(request: type[Asked], given: argparse.Namespace) -> Asked:
+    """A part's request, a dataclass, from the arguments of the same names."""
+    names = [field.name for field in dataclasses.fields(request)]  # type: ignore[arg-type]
+    return request(**{name: getattr(given, name) for name in names})
+
+
 def _refuse(options: Sequence[str]) -> None:
     """Of parts that take no options of the configuration."""
     if options:
@@ -140,8 +144,7 @@ def _update(given: argparse.Namespace, options: Sequence[str]) -> Report | None:
     from dreamer.bench.bench_update import Request, bench_update
 
     _refuse(options)
-    names = ("size", "obs", "updates_per_dispatch", "seeds", "against", "without", "rounds", "protocol", "trace")
-    return bench_update(Request(**{name: getattr(given, name) for name in names}))
+    return bench_update(_as_asked(Request, given))
 
 
 def _kernels(given: argparse.Namespace, options: Sequence[str]) -> Report:
@@ -149,8 +152,7 @@ def _kernels(given: argparse.Namespace, options: Sequence[str]) -> Report:
     hide_accelerators()
     from dreamer.bench.bench_kernels import Request, bench_kernels
 
-    names = [field.name for field in dataclasses.fields(Request)]
-    return bench_kernels(Request(**{name: getattr(given, name) for name in names}))
+    return bench_kernels(_as_asked(Request, given))
 
 
 def _policy(given: argparse.Namespace, options: Sequence[str]) -> Report:

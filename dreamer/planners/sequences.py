@@ -40,9 +40,14 @@ def class_sums(x: jax.Array, actions: Spaces) -> jax.Array:
     return jnp.concatenate(parts, -1)
 
 
+def _widths(actions: Spaces) -> list[int]:
+    """Entries of a flat action, variable by variable; a continuous action is one variable."""
+    return [n for space in actions.values() for n in (space.classes or (space.flat_width,))]
+
+
 def _split(x: jax.Array, actions: Spaces) -> list[tuple[jax.Array, int]]:
     """The parts of (..., A): (part, number of classes) of each variable, 0 classes for a continuous action."""
-    sizes = [n for s in actions.values() for n in (s.classes or (s.flat_width,))]
+    sizes = _widths(actions)
     classes = [n for s in actions.values() for n in (s.classes or (0,))]
     return list(zip(jnp.split(x, np.cumsum(sizes)[:-1].tolist(), -1), classes, strict=True))
 
@@ -70,7 +75,7 @@ def explore(action: jax.Array, allowed: jax.Array | None, actions: Spaces, noise
     which_key, class_key, normal_key = jax.random.split(key, 3)
     scores = jax.random.gumbel(class_key, action.shape)
     entries = discrete_entries(actions)
-    variables = [n for space in actions.values() for n in (space.classes or (space.flat_width,))]
+    variables = _widths(actions)
     chance = jax.random.uniform(which_key, (action.shape[0], len(variables)))
     random = jnp.repeat(chance < noise, np.array(variables), 1, total_repeat_length=len(entries))
     moved = jnp.where(random, scores, jnp.where(action > 0, -NEVER, NEVER))

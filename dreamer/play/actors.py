@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dreamer import kernels
 from dreamer.coders import split_actions
 from dreamer.dreaming import Dreams
 from dreamer.model import Act, act_by_planner, act_by_policy
@@ -36,7 +35,8 @@ class Actors:
         self._first: dict[str, Memory] = {}
         for name, act in acts.items():
             with contextlib.suppress(ValueError):
-                self._first[name] = self._memory_of(act)
+                _, memory = dreams.agent.noted(act)
+                self._first[name] = {key: np.zeros((1, *field.shape), field.dtype) for key, field in memory.items()}
                 self._programs[name] = self._program(act, sampled=name != POLICY)
         self.names = (PERSON, *self._programs)
 
@@ -58,30 +58,18 @@ class Actors:
         masked = self._dreams.agent.masked and ACTION_MASK in observation
         return np.asarray(observation[ACTION_MASK]) > 0 if masked else None
 
-    def _memory_of(self, act: Act) -> Memory:
-        """Zeros of what an `Act` carries; ValueError if it cannot act in these spaces. It is traced, not run."""
-        dreams = self._dreams
-
-        def carried(params: Any, state: State, key: jax.Array) -> Memory:
-            return act(dreams.agent.model(params), state, key, None, {})[2]
-
-        shapes = jax.eval_shape(lambda: (dreams.blank(1), jax.random.key(0)))
-        found = jax.eval_shape(carried, dreams.params, *shapes)
-        return {name: np.zeros(leaf.shape, leaf.dtype) for name, leaf in found.items()}
-
     def _program(self, act: Act, sampled: bool) -> Callable[..., Any]:
         agent = self._dreams.agent
 
         def choose(
             params: Any, state: State, allowed: Any, memory: Memory, seed: jax.Array, step: jax.Array
         ) -> tuple[dict[str, jax.Array], Memory]:
-            with kernels.traced_for(agent.target):
-                key = jax.random.fold_in(jax.random.key(seed), step) if sampled else None
-                mask = None if allowed is None else jnp.asarray(allowed)
-                flat, _, carried = act(agent.model(params), state, key, mask, memory)
-                return split_actions(flat, agent.actions), carried
+            key = jax.random.fold_in(jax.random.key(seed), step) if sampled else None
+            mask = None if allowed is None else jnp.asarray(allowed)
+            flat, _, carried = act(agent.model(params), state, key, mask, memory)
+            return split_actions(flat, agent.actions), carried
 
-        return jax.jit(choose)
+        return agent.compiled(choose)
 
 
 def read_action(value: Any, spaces: Mapping[str, Space]) -> dict[str, np.ndarray]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,11 @@ from dreamer.config import Config
 from dreamer.dreaming import Dreams
 from dreamer.paths import absolute
 from dreamer.presets import ConfigError
-from dreamer.replay import Replay, ReplayError
+from dreamer.replay import ReplayError
 from dreamer.replay.episodes import Episode, read_episode
 from dreamer.rssm import State
-from dreamer.run.export_episodes import load_replay, stored_episodes
+from dreamer.run.export_episodes import newest_replay, stored_episodes
 from dreamer.run.loaded_agent import load_agent
-from dreamer.saves.checkpoint import Checkpointer
 from dreamer.types import visible
 
 #: Most episodes of a replay that dreams begin like, the newest, and most bytes that are read to find them.
@@ -59,15 +58,8 @@ def replayed_starts(dreams: Dreams, logdir: Path | str) -> Starts:
 
     ConfigError if it holds none.
     """
-    checkpointer = Checkpointer(logdir, read_only=True)
-    stored: list[Replay] = []
-
-    def load(meta: Mapping[str, Any], *_: Any) -> None:
-        if "replay" in meta:
-            stored.append(load_replay(checkpointer.replay_folder, meta, MOST_BYTES))
-
-    _, _, meta = checkpointer.restore(parts=(), check=load)
-    episodes = list(stored_episodes(stored[-1], meta, unfinished=True))[-EPISODES:] if stored else []
+    _, meta, replay = newest_replay(logdir, MOST_BYTES)
+    episodes = [] if replay is None else list(stored_episodes(replay, meta, unfinished=True))[-EPISODES:]
     if not episodes:
         raise ConfigError(
             f"expected episodes in the replay of {logdir}, found none whose beginning is kept; begin in a recorded "

@@ -35,11 +35,8 @@ def export_episodes(
     """
     console = console or Console()
     writer = new_writer(out)
-    checkpointer = Checkpointer(logdir, read_only=True)
-    stored: list[Replay] = []
-    load = lambda meta, *_: stored.append(load_replay(checkpointer.replay_folder, meta))  # noqa: E731
-    step, _, meta = checkpointer.restore(parts=(), check=load)
-    for episode in stored_episodes(stored[-1], meta, unfinished):
+    step, meta, replay = newest_replay(logdir)
+    for episode in stored_episodes(replay, meta, unfinished) if replay is not None else ():
         writer.write(episode)
     if not writer.scores:
         raise CheckpointError(
@@ -98,7 +95,23 @@ def _episode_fields(meta: Mapping[str, Any]) -> dict[str, Field]:
     return replay_fields(observations, actions, {})
 
 
-def load_replay(folder: Path, meta: Mapping[str, Any], most_bytes: float = math.inf) -> Replay:
+def newest_replay(logdir: Path | str, most_bytes: float = math.inf) -> tuple[int, Mapping[str, Any], Replay | None]:
+    """(step, meta, replay) of a run's newest intact checkpoint, as `_load`; None where it was saved without one.
+
+    CheckpointError if there is no checkpoint.
+    """
+    checkpointer = Checkpointer(logdir, read_only=True)
+    stored: list[Replay] = []
+
+    def load(meta: Mapping[str, Any], *_: Any) -> None:
+        if "replay" in meta:
+            stored.append(_load(checkpointer.replay_folder, meta, most_bytes))
+
+    step, _, meta = checkpointer.restore(parts=(), check=load)
+    return step, meta, stored[-1] if "replay" in meta else None
+
+
+def _load(folder: Path, meta: Mapping[str, Any], most_bytes: float) -> Replay:
     """The replay of a checkpoint, no larger than what it holds; if that exceeds `most_bytes`, its newest steps."""
     manifest = meta["replay"]
     whole = _episode_fields(meta)

@@ -10,6 +10,7 @@ import numpy as np
 from dreamer.agent import Agent
 from dreamer.envs.interface import Batch
 from dreamer.records.display import format_number
+from dreamer.replay.memory import latents_of
 from dreamer.types import PLANNED
 
 #: The name of what the critic expects of a state, where the policy or a planner acts in it.
@@ -39,14 +40,14 @@ class Promises:
     def __init__(self, agent: Agent) -> None:
         self._seen: list[Batch] = []
         self._discount = 1 - 1 / agent.config.actor_critic.discount_horizon
-        self._latents = [name for name, field in agent.extras.items() if field.latent]
+        self._latents = latents_of(agent.extras)
 
         def value(params: Any, latents: Any) -> jax.Array:
             model = agent.model(params)
             rssm = model.world_model.rssm
             return model.actor_critic.value(rssm.feature(rssm.unpack(latents, agent.dtype))).mode()
 
-        self._value = jax.jit(value)
+        self._value = agent.compiled(value)
 
     def see(self, transition: Batch, params: Any) -> None:
         """One step of all environments, as `Collector.act` returns it."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -21,24 +19,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")
-def logdir(tmp_path_factory) -> Path:
-    """The quickstart's run; DREAMER_TEST_QUICKSTART: one that is there."""
-    if given := os.environ.get("DREAMER_TEST_QUICKSTART"):
-        return Path(given)
-    folder = tmp_path_factory.mktemp("runs") / "quickstart"
-    command = [sys.executable, "-m", "dreamer", "train", "--configs", "quickstart", "--run.display", "false"]
-    subprocess.run([*command, "--logdir", str(folder)], check=True, capture_output=True)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def recordings(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("out") / "played"
 
 
 @pytest.fixture(scope="module")
-def address(logdir, recordings) -> Iterator[str]:
-    command = [sys.executable, "-m", "dreamer", "play", str(logdir), "--port", "0", "--out", str(recordings)]
+def address(quickstart_run, recordings) -> Iterator[str]:
+    command = [sys.executable, "-m", "dreamer", "play", str(quickstart_run), "--port", "0", "--out", str(recordings)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
         lines = ""
@@ -51,8 +38,6 @@ def address(logdir, recordings) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    if shutil.which("chromedriver") is None:
-        pytest.skip("no chromedriver; apt-get install chromium chromium-driver")
     with open_browser(1280, 800) as browser:
         yield browser
 
@@ -62,12 +47,6 @@ def page(browser, address) -> Browser:
     browser.go(address)
     wait_for("the first frame", lambda: browser.run("return document.body.dataset.step") == "0")
     return browser
-
-
-@pytest.fixture
-def shots(tmp_path):
-    """Where screenshots go; DREAMER_TEST_SHOTS: to keep them."""
-    return Path(os.environ.get("DREAMER_TEST_SHOTS", tmp_path))
 
 
 def step(page: Browser) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,17 +37,9 @@ def viewer(logdir):
 
 @pytest.fixture(scope="module")
 def browser(viewer):
-    if shutil.which("chromedriver") is None:
-        pytest.skip("no chromedriver; apt-get install chromium chromium-driver")
     with open_browser() as browser:
         wait_for("TensorBoard", lambda: browser.go(viewer) is None and "TensorBoard" in browser.text())
         yield browser
-
-
-@pytest.fixture
-def shots(tmp_path):
-    """Where screenshots go; DREAMER_TEST_SHOTS: to keep them."""
-    return Path(os.environ.get("DREAMER_TEST_SHOTS", tmp_path))
 
 
 def visit(browser: Browser, viewer: str, tab: str, words: list[str], images: int = 0) -> str:
