@@ -121,6 +121,9 @@ class GridworldConfig:
     side: int = option(8, "Height and width of a random map", "cells", ge=3, le=64)
     seed: int = option(0, "Seed of a random map", ge=0, le=LARGEST_SEED)
     slip: float = option(2 / 3, "Chance that a move goes to one of the two sides instead", ge=0, le=1)
+    starts: Literal["fixed", "anywhere"] = option(
+        "fixed", "Begin at the map's start, or in a free cell drawn for each episode"
+    )
     observe: Literal["image", "cell"] = option("image", "Observe a picture of the grid, or the number of the cell")
 
 

@@ -278,25 +278,41 @@ def test_dream_mpc_says_what_it_cannot_do():
 # Keys, traces, noise
 
 
-@pytest.mark.parametrize("name", [name for name in PLANNERS if name != "mcts"])
+@pytest.mark.parametrize("name", PLANNERS)
 def test_a_key_decides_the_plan_and_nothing_is_traced_again(name):
+    """From step to step, the state, the last plan and the key change: by `mcts` no plan is kept."""
     world, traces = LinearQuadratic(), []
     plan = make_planner(PlannerConfig(name=name, **ON_SYSTEMS[name]))
 
     @jax.jit
-    def decide(state: jax.Array, key: jax.Array, before: jax.Array) -> Any:
+    def decide(state: jax.Array, key: jax.Array, before: Any) -> Any:
         traces.append(1)
         return plan(world, state, key, before)
 
     state = jnp.asarray(world.STARTS, jnp.float32)
-    before = jnp.zeros((4, ON_SYSTEMS[name]["horizon"], 1))
+    before = None if name == "mcts" else jnp.zeros((4, ON_SYSTEMS[name]["horizon"], 1))
     found = [decide(state, jax.random.key(seed), before) for seed in (0, 0, 1)]
-    np.testing.assert_array_equal(found[0][1]["plan"], found[1][1]["plan"])
+    jax.tree.map(np.testing.assert_array_equal, found[0], found[1])
     assert (np.asarray(found[0][0]) != np.asarray(found[2][0])).any()
     for _ in range(3):
         action, extras = decide(state, jax.random.key(0), before)
-        state, before = world.step(state, action, None)[0], extras["plan"]
+        state, before = world.step(state, action, None)[0], extras.get("plan")
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize("name", PLANNERS)
+def test_an_agent_s_decisions_are_one_program(name):
+    """Compiled for the first step; the steps after it, and the first of the next episode, take the same."""
+    spaces = {"push": Space("vector", (2,))}
+    budget = {"horizon": 2, "candidates": 4, "elites": 2, "rounds": 2, "simulations": 4}
+    options = PlannerConfig(name=name, noise=0.1, **{k: v for k, v in budget.items() if k in SETTINGS[name]})
+    agent = Agent(VECTOR, spaces, small_config(), chooses=act_by_planner(options))
+    params, carry = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), agent.shapes), agent.init_policy(2)
+    for i, first in enumerate([True, False, False, True]):
+        seen = {"position": np.full((2, 3), i, np.float32), "is_first": np.full(2, first)}
+        carry, action, _ = agent.policy(params, carry, seen, jax.random.key(i))
+        assert action["push"].shape == (2, 2)
+    assert agent.policy._cache_size() == 1
 
 
 def test_noise_moves_continuous_actions_and_sometimes_replaces_discrete_ones():

@@ -52,12 +52,16 @@ def policy_values(table: Table, policy: np.ndarray, discount: float = 1.0) -> np
     Without discount, the policy must end its episodes sooner or later, but for cells where it never earns anything.
     """
     live = ~table.terminal
-    chance = np.einsum("ca,cat->ct", policy, table.transition)[live]
+    chance = np.einsum("ca,cat->ct", policy, table.transition)
+    if discount == 1:
+        # Where a policy stays for ever the system is singular, and 0 is the value that a discount would approach.
+        ends = table.terminal
+        for _ in live:
+            ends = ends | (chance[:, ends] > 0).any(-1)
+        live = live & ends
     earned = np.einsum("ca,cat,cat->c", policy, table.transition, table.reward)[live]
-    system = np.eye(int(live.sum())) - discount * chance[:, live]
     values = np.zeros(len(live))
-    # Least squares: where a policy stays for ever the system is singular, and the smallest solution is 0 there.
-    values[live] = np.linalg.lstsq(system, earned, rcond=None)[0]
+    values[live] = np.linalg.solve(np.eye(int(live.sum())) - discount * chance[np.ix_(live, live)], earned)
     return values
 
 

@@ -69,6 +69,16 @@ def test_values_against_a_case_done_by_hand():
         value_iteration(table, 1.0, rounds=50)
 
 
+def test_a_policy_that_may_stay_for_ever_is_worth_what_it_earns_before():
+    """From 0 it ends with 1, or in 1, which it never leaves: half a chance."""
+    transition, reward = np.zeros((3, 1, 3)), np.zeros((3, 1, 3))
+    transition[0, 0] = 0, 0.5, 0.5
+    transition[1, 0, 1] = transition[2, 0, 2] = reward[0, 0, 2] = 1
+    table = Table(transition, reward, np.array([False, False, True]))
+    np.testing.assert_allclose(policy_values(table, np.ones((3, 1))), [0.5, 0, 0])
+    np.testing.assert_allclose(policy_values(table, np.ones((3, 1)), 0.9), [0.5, 0, 0])
+
+
 def test_a_counted_model_approaches_the_truth():
     counts = Counts(16, 4)
     for episode in episodes(30_000, 0):
@@ -121,6 +131,15 @@ def test_random_maps_have_a_way_and_depend_on_the_seed_alone():
         assert value_iteration(Table(*grid.probabilities()))[grid.start] == 1
         maps[grid.rows] = seed
     assert len(maps) == 30
+
+
+def test_episodes_that_begin_anywhere_begin_in_every_free_cell_alike():
+    env = GridworldEnv(observe="cell", starts="anywhere")
+    found = np.bincount([env.reset(seed=None if i else 0)[0] for i in range(2200)], minlength=16)
+    free = np.array([letter in "SF" for letter in LAKE.letters])
+    assert free.sum() == 11 and not found[~free].any()
+    np.testing.assert_allclose(found[free], 200, atol=60)
+    assert {GridworldEnv(observe="cell").reset()[0] for _ in range(20)} == {LAKE.start}
 
 
 def test_the_grid_for_gymnasium():

@@ -135,12 +135,14 @@ class Gridworld:
         spaces = {"image": Space("image", (size, size, 3)), "cell": Space("discrete", (), (self.grid.cells,))}
         self.observation_spaces: Spaces = {self._observe: spaces[self._observe]}
         self.action_spaces = {"action": Space("discrete", (), (len(MOVES),))}
+        free = [cell for cell, letter in enumerate(self.grid.letters) if letter in "SF"]
+        self._starts = free if config.starts == "anywhere" else [self.grid.start]
         self.rng = np.random.default_rng(seed)
         self.cell = self.grid.start
         self._pictures: dict[int, np.ndarray] = {}
 
     def reset(self) -> Transition:
-        self.cell = self.grid.start
+        self.cell = self._starts[int(self.rng.integers(len(self._starts)))]
         return transition(self._seen(), is_first=True)
 
     def step(self, action: Mapping[str, np.ndarray]) -> Transition:
