@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -13,10 +14,11 @@ import numpy as np
 from flax import nnx
 
 from dreamer import features, scans
-from dreamer.config import ActorCriticConfig, ModelConfig
-from dreamer.distributions import Distribution, MaskedOneHot, MultiOneHot, Normal, OneHot, TwoHot, sum_of
+from dreamer.config import ActorCriticConfig, LossConfig, ModelConfig
+from dreamer.distributions import Distribution, MaskedOneHot, MultiOneHot, Normal, OneHot, Output, sum_of
 from dreamer.networks import MLP, Linear, at_least_float32
 from dreamer.optimizer import Slow
+from dreamer.rssm import State
 from dreamer.types import Space, Spaces
 from dreamer.world_model import Head
 
@@ -95,9 +97,17 @@ def update_return_scale(scale: ReturnScale, returns: jax.Array, config: ActorCri
     return {"low": mix(scale["low"], low), "high": mix(scale["high"], high)}
 
 
+#: What returns are scaled by -> S ().
+RETURN_SCALES: Mapping[str, Callable[[ReturnScale, ActorCriticConfig], jax.Array]] = {
+    # S = max(1, p95 - p5): small returns are never blown up (paper v2, eq. 7).
+    "percentiles": lambda scale, config: jnp.maximum(config.return_limit, scale["high"] - scale["low"]),
+    "none": lambda scale, config: jnp.ones_like(scale["high"]),
+}
+
+
 def return_range(scale: ReturnScale, config: ActorCriticConfig) -> jax.Array:
-    """S = max(1, p95 - p5): small returns are never blown up (paper v2, eq. 7)."""
-    return jnp.maximum(config.return_limit, scale["high"] - scale["low"])
+    """S (), which divides the returns."""
+    return RETURN_SCALES[config.return_scale](scale, config)
 
 
 def return_metrics(returns: jax.Array, advantage: jax.Array, low: jax.Array, span: jax.Array) -> dict[str, jax.Array]:
@@ -128,15 +138,33 @@ class Dream:
     cont: jax.Array
     slow_value: jax.Array
     value: jax.Array
-    critic: TwoHot
+    critic: Output
     log_prob: jax.Array
     entropy: dict[str, jax.Array]
     actions: jax.Array
     allowed: jax.Array | None = None
 
 
-def critic_loss(dist: TwoHot, target: jax.Array, slow_value: jax.Array, slow_scale: float) -> jax.Array:
-    """Cross entropy with the return, plus cross entropy with the slow critic's prediction as a regulariser."""
+#: Whose values returns and advantages are made of -> these values (H+1, M).
+VALUES: Mapping[str, Callable[[Dream], jax.Array]] = {
+    "own": lambda dream: dream.value,
+    "slow": lambda dream: dream.slow_value,
+}
+
+
+class Learned(NamedTuple):
+    """What behaviour learned from: losses by name, each of its own shape, returns R and R - v (H, M), the new return
+    scale, metrics ()."""
+
+    losses: dict[str, jax.Array]
+    returns: jax.Array
+    advantages: jax.Array
+    return_scale: ReturnScale
+    metrics: dict[str, jax.Array]
+
+
+def critic_loss(dist: Output, target: jax.Array, slow_value: jax.Array, slow_scale: float) -> jax.Array:
+    """The return's loss (a cross entropy), plus that of the slow critic's prediction as a regulariser."""
     return dist.loss(sg(target)) + slow_scale * dist.loss(sg(slow_value))
 
 
@@ -162,8 +190,22 @@ class ActorCritic(nnx.Module):
     ) -> None:
         self.config, self.discount = nnx.static(config), discount
         self.policy = Policy(feature, actions, model, rngs=rngs)
-        self.value = Head("two_hot", feature, model.units, model.value_layers, model.bins, rngs=rngs)
-        self.slow = nnx.static({"value": Slow(("actor_critic", "value"), config.slow_rate)})
+        self.value = Head(model.value_head, feature, model.units, model.value_layers, model.bins, rngs=rngs)
+        self.slow = nnx.static({"value": Slow(("actor_critic", "value"), config.slow_rate, config.slow_every)})
+
+    @staticmethod
+    def scales(loss: LossConfig) -> dict[str, float]:
+        """The scale of every loss, by its name."""
+        return {"policy": loss.policy, "value": loss.value, "repval": loss.replay_value}
+
+    def frozen_heads(self) -> dict[str, Head]:
+        """Heads that a dream is read by beside those of the world model, by name; here none: the values are what the
+        critic says of the dream as data."""
+        return {}
+
+    def objective(self, log_prob: jax.Array, advantage: jax.Array) -> jax.Array:
+        """What the policy makes large, (H, M): REINFORCE with a baseline."""
+        return log_prob * advantage
 
     def judge(self, x: jax.Array, dists: Mapping[str, Distribution], actions: jax.Array) -> dict[str, Any]:
         """What training needs of features x (..., F) where `actions` (..., A) were drawn from the policy's `dists`.
@@ -176,6 +218,33 @@ class ActorCritic(nnx.Module):
         entropy = {key: dist.entropy() for key, dist in dists.items()}
         return {"critic": self.value(x), "log_prob": sum_of(log_prob), "entropy": entropy}
 
+    def learn(
+        self,
+        dream: Callable[[State], Dream],
+        states: State,
+        x: jax.Array,
+        batch: Mapping[str, jax.Array],
+        slow: Mapping[str, nnx.Module],
+        scale: ReturnScale,
+        factor: jax.Array | None = None,
+    ) -> Learned:
+        """All losses of behaviour: in dreams that start at a batch's states, and on the batch itself.
+
+        dream: of starts (M, ...); states, x: filtered, and their features, (B, T, ...); batch: the trained steps
+        (B, T, ...); slow: slow copies; factor: see `imagination_loss`.
+        """
+        length = x.shape[1]
+        last = self.config.imagine_last or length
+        states, x, batch = jax.tree.map(lambda x: x[:, length - last :], (states, x, dict(batch)))
+        dreamed = dream(jax.tree.map(lambda x: sg(x).reshape(-1, *x.shape[2:]), states))
+        losses, returns, scale, metrics = self.imagination_loss(dreamed, scale, factor)
+        losses["repval"] = self.replay_loss(x, slow, batch, returns[0].reshape(-1, last))
+        for key, head in self.policy.heads.items():
+            # An action without a choice (each entry has one class) has no randomness to measure.
+            if head.classes is not None and max(head.classes) > 1:
+                metrics[f"rand/{key}"] = metrics[f"ent/{key}"] / sum(math.log(n) for n in head.classes)
+        return Learned(losses, returns, returns - VALUES[self.config.values](dreamed)[:-1], scale, metrics)
+
     def imagination_loss(
         self, dream: Dream, scale: ReturnScale, factor: jax.Array | None = None
     ) -> tuple[dict[str, jax.Array], jax.Array, ReturnScale, dict[str, jax.Array]]:
@@ -186,27 +255,29 @@ class ActorCritic(nnx.Module):
             -w (ln π(a|z) sg(R - v) / S + η H[π])
              w (CE(v, twohot(R)) + CE(v, twohot(slow v)))
 
+        `BEHAVIOURS` has other gradients of the policy, the options other values, scales and critics.
         factor: stands for 1/S, where this dream is only a part of the dreams that S is computed from.
         """
         config = self.config
-        value, slow_value = dream.value, dream.slow_value
+        value = VALUES[config.values](dream)
         discounts = self.discount * dream.cont
         weight = sg(jnp.cumprod(discounts, 0) / self.discount)
-        returns = sg(lambda_return(dream.reward, value, discounts, config.lambda_))
+        returns = self.through_dreams(lambda_return(dream.reward, value, discounts, config.lambda_))
         scale = update_return_scale(scale, returns, config)
-        advantage = sg(returns - value[:-1])
+        advantage = returns - sg(value[:-1])
         span = return_range(scale, config)
         advantage = advantage / span if factor is None else advantage * factor
 
         entropy = sum_of(list(dream.entropy.values()))
-        losses = {"policy": -weight[:-1] * (dream.log_prob * advantage + config.entropy * entropy)}
-        losses["value"] = weight[:-1] * critic_loss(dream.critic, returns, slow_value[:-1], config.slow_scale)
+        objective = self.objective(dream.log_prob, advantage)
+        losses = {"policy": -weight[:-1] * (objective + config.entropy * entropy)}
+        losses["value"] = weight[:-1] * critic_loss(dream.critic, returns, dream.slow_value[:-1], config.slow_scale)
 
         metrics = return_metrics(returns, advantage, scale["low"], span) | {
             "rew": dream.reward.mean(),
             "con": dream.cont.mean(),
-            "val": value.mean(),
-            "slowval": slow_value.mean(),
+            "val": dream.value.mean(),
+            "slowval": dream.slow_value.mean(),
             "weight": weight.mean(),
             "tar": returns.mean(),
         }

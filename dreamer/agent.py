@@ -19,7 +19,7 @@ from dreamer.coders import split_actions
 from dreamer.config import Config
 from dreamer.model import Act, Batch, DreamerModel, Outcome, SlowModules, act_by_policy
 from dreamer.networks import Draws
-from dreamer.optimizer import make_optimizer, norm, norms, squares
+from dreamer.optimizer import groups_of, make_optimizer, norm, norms, squares
 from dreamer.sharding import BATCH, BATCHES, STATE, WEIGHTS, WHOLE, make_devices
 from dreamer.types import ACTION_MASK, Field, Spaces, replay_fields
 
@@ -87,7 +87,7 @@ class Agent:
     ) -> None:
         self.observations, self.actions, self.config = dict(observations), dict(sorted(actions.items())), config
         self.dtype, self._chooses = jnp.dtype(dtype), chooses
-        self.optimizer = make_optimizer({"": config.optimizer})
+        self.optimizer = make_optimizer(groups_of(config.optimizer))
         model = nnx.eval_shape(lambda: self._build(nnx.Rngs(params=0)))
         self._graph, state = nnx.split(model)
         self._numbered = nnx.to_pure_dict(state)
@@ -213,13 +213,13 @@ class Agent:
         params = state["params"]
         opt = serialization.from_state_dict(self._opt_shapes, state["opt"])
         updates, opt = self.optimizer.update(grads, opt, params)
-        params = optax.apply_updates(params, updates)
+        params, count = optax.apply_updates(params, updates), state["updates"] + 1
         new = {
             "params": params,
-            "slow": {name: where.update(state["slow"][name], params) for name, where in self._slow.items()},
+            "slow": {name: where.update(state["slow"][name], params, count) for name, where in self._slow.items()},
             "opt": serialization.to_state_dict(opt),
             "return_scale": scale,
-            "updates": state["updates"] + 1,
+            "updates": count,
             "key": state["key"],
         }
         root = self._parameters**0.5

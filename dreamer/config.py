@@ -160,8 +160,14 @@ class ModelConfig:
 
     deter: int = option(2048, "Units of the deterministic state (D)", **UNITS)
     hidden: int = option(256, "Units of the layers inside the RSSM", **UNITS)
-    stoch: int = option(32, "Categorical latent variables (S)", gt=0, le=4096)
-    classes: int = option(16, "Classes per latent variable (K)", ge=2, le=4096)
+    latent: Literal["categorical", "gaussian", "deterministic"] = option(
+        "categorical", "Kind of the latent variables: classes (DreamerV2, V3), normals (PlaNet, V1), or without chance"
+    )
+    stoch: int = option(32, "Latent variables (S)", gt=0, le=4096)
+    classes: int = option(16, "Classes per categorical latent variable (K)", ge=2, le=4096)
+    dynamics: Literal["block_gru", "gru", "normed_gru"] = option(
+        "block_gru", "How the deterministic state follows: a GRU in blocks (V3), dense (PlaNet, V1), normalised (V2)"
+    )
     blocks: int = option(8, "Blocks of the block-linear layers (G)", gt=0, le=4096)
     units: int = option(256, "Units of the layers outside the RSSM", **UNITS)
     depth: int = option(16, "Channels of the convolutions, times the multipliers", gt=0, le=4096)
@@ -179,8 +185,14 @@ class ModelConfig:
     cont_layers: int = option(1, "Dense layers of the continue head", **LAYERS)
     policy_layers: int = option(3, "Dense layers of the policy", **LAYERS)
     value_layers: int = option(3, "Dense layers of the critic", **LAYERS)
+    reward_head: Literal["two_hot", "normal"] = option(
+        "two_hot", "What the reward is to the model: two-hot over bins, or normal: half the squared error"
+    )
+    value_head: Literal["two_hot", "normal"] = option("two_hot", "The same for the return, which the critic predicts")
     bins: int = option(255, "Two-hot bins of reward and value (odd)", ge=3, le=65_535)
-    unimix: float = option(0.01, "Share of a uniform distribution mixed into prior and posterior", ge=0, le=1)
+    unimix: float = option(
+        0.01, "Share of a uniform distribution mixed into categorical priors and posteriors", ge=0, le=1
+    )
     min_std: float = option(0.1, "Least standard deviation of a continuous policy", ge=1e-6, le=1e6)
     max_std: float = option(1.0, "Largest standard deviation of a continuous policy", ge=1e-6, le=1e6)
     remat: bool = option(False, "Recompute the convolutions and scans in the backward pass: slower, less memory")
@@ -200,6 +212,7 @@ class LossConfig:
     value: float = option(1.0, "Scale of the imagined value loss", **SCALE)
     replay_value: float = option(0.3, "Scale of the replayed value loss", **SCALE)
     free_nats: float = option(1.0, "KL below which no gradient flows", "nats", **SCALE)
+    free_nats_of: Literal["step", "mean"] = option("step", "Which KL that is: of each step, or the mean of the batch")
     discount_in_cont: bool = option(
         True, "The continue head learns the discount too; false: the returns multiply its predictions by the discount"
     )
@@ -218,23 +231,51 @@ class ActorCriticConfig:
     )
     discount_horizon: float = option(333.0, "Horizon of the discount, 1 / (1 - gamma)", "agent steps", gt=1, le=1e6)
     lambda_: float = option(0.95, "Mixing of the lambda-return", ge=0, le=1)
+    gradient: Literal["reinforce", "dynamics", "mixed", "none"] = option(
+        "reinforce",
+        "How the policy learns: from the log-probability of its actions, through the dream's dynamics, by both, or not "
+        "at all: a planner acts",
+    )
+    reinforce_share: float = option(0.1, "Share of reinforce where actor_critic.gradient is mixed", ge=0, le=1)
+    noise: float = option(
+        0.0,
+        "Standard deviation of noise on the policy's sampled continuous actions, chance of a random discrete one",
+        **SCALE,
+    )
     entropy: float = option(3e-4, "Scale of the entropy bonus", "per nat", **SCALE)
+    return_scale: Literal["percentiles", "none"] = option(
+        "percentiles", "What returns are divided by: their range between two percentiles, or nothing"
+    )
     return_rate: float = option(0.01, "EMA rate of the return percentiles", "per update", gt=0, le=1)
     return_low: float = option(5.0, "Lower percentile of returns", "%", ge=0, le=100)
     return_high: float = option(95.0, "Upper percentile of returns", "%", ge=0, le=100)
     return_limit: float = option(1.0, "Least return scale", ge=1e-6, le=1e6)
-    slow_rate: float = option(0.02, "EMA rate of the slow critic", "per update", gt=0, le=1)
+    values: Literal["own", "slow"] = option("own", "Whose values returns are made of: the critic's, the slow critic's")
+    slow_rate: float = option(0.02, "EMA rate of the slow critic; 1: a copy of the critic", gt=0, le=1)
+    slow_every: int = option(1, "Interval between steps of the slow critic", "updates", ge=1, le=10**9)
     slow_scale: float = option(1.0, "Scale of the slow critic's part in both critic losses; 0: without it", **SCALE)
 
 
 @group
 class OptimizerConfig:
-    """Adaptive gradient clipping and LaProp."""
+    """How weights follow their gradients."""
 
+    kind: Literal["laprop", "adam"] = option(
+        "laprop", "Adaptive gradient clipping and LaProp (V3), or Adam with a clipped global norm (PlaNet to V2)"
+    )
     learning_rate: float = option(4e-5, "Learning rate after warm-up", gt=0, le=10)
+    policy_rate: float | None = option(None, "Learning rate of the policy; null: optimizer.learning_rate", gt=0, le=10)
+    value_rate: float | None = option(None, "Learning rate of the critic; null: optimizer.learning_rate", gt=0, le=10)
     warmup: int = option(1000, "Linear warm-up of the learning rate", "updates", ge=0, le=10**9)
-    clip: float = option(0.3, "Largest gradient norm as a share of the tensor's norm", gt=0, le=1e6)
-    clip_min_norm: float = option(1e-3, "Least tensor norm used for clipping", ge=1e-12, le=1e6)
+    clip: float = option(0.3, "With laprop: largest gradient norm as a share of the tensor's norm", gt=0, le=1e6)
+    clip_min_norm: float = option(1e-3, "With laprop: least tensor norm used for clipping", ge=1e-12, le=1e6)
+    clip_norm: float = option(
+        100.0,
+        "With adam: largest norm of all gradients together, of policy and critic each if their rate is own",
+        gt=0,
+        le=1e6,
+    )
+    weight_decay: float = option(0.0, "With adam: share of every weight that an update takes away", ge=0, lt=1)
     beta1: float = option(0.9, "Decay of the momentum", ge=0, lt=1)
     beta2: float = option(0.999, "Decay of the second moment", ge=0, lt=1)
     eps: float = option(1e-20, "Added to the root of the second moment", ge=1e-30, le=1)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def check(config: Config) -> None:
     """ValueError, in one line, for the first contradiction."""
-    for rule in (_networks, _behaviour, _planner, _batches, _devices, _seeds, _data):
+    for rule in (_networks, _planner, _behaviour, _batches, _devices, _seeds, _data):
         if fault := rule(config):
             raise ValueError(fault)
 
@@ -47,6 +47,25 @@ def _behaviour(config: Config) -> str | None:
             "expected actor_critic.return_low < actor_critic.return_high, "
             f"got {behaviour.return_low:g} and {behaviour.return_high:g}"
         )
+    if behaviour.noise and config.planner.name is not None:
+        return f"expected actor_critic.noise 0 where a planner acts, got {behaviour.noise:g}; pass --planner.noise"
+    if behaviour.gradient == "none":
+        return _nobody_learns(config)
+    return None
+
+
+def _nobody_learns(config: Config) -> str | None:
+    """With an untrained policy and critic, a planner must act that asks neither."""
+    planner = config.planner
+    alone = "with an untrained policy (actor_critic.gradient none)"
+    if planner.name is None:
+        return f"expected a planner {alone}, got planner.name null; name one: --planner.name cem"
+    if planner.critic:
+        return f"expected planner.critic false {alone}, whose critic knows nothing; pass --planner.critic false"
+    if planner.name in ("mcts", "dream_mpc"):
+        return f"expected a planner that asks no policy {alone}, got {planner.name}; name another: --planner.name cem"
+    if share := planner.settled().policy_share:
+        return f"expected planner.policy_share 0 {alone}, got {share:g}; pass --planner.policy_share 0"
     return None
 
 
@@ -66,6 +85,11 @@ def _batches(config: Config) -> str | None:
     run, slices = config.run, config.optimizer.accumulate
     if run.batch_size % slices:
         return f"expected run.batch_size ({run.batch_size}) to be a multiple of optimizer.accumulate, got {slices}"
+    whole = {"loss.free_nats_of": (config.loss.free_nats_of, "mean"),
+             "actor_critic.gradient": (config.actor_critic.gradient, "none")}  # fmt: skip
+    for name, (got, needs) in whole.items():
+        if slices > 1 and got == needs:
+            return f"expected optimizer.accumulate 1 with {name} {needs}, got {slices}; leave it out"
     devices = (run.mesh_data or 1) * (run.mesh_model or 1)
     if run.batch_size // slices % devices:
         return (

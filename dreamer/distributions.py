@@ -207,6 +207,40 @@ class Normal:
     def entropy(self) -> jax.Array:
         return (jnp.log(self.std) + 0.5 * jnp.log(2 * jnp.pi * jnp.e)).sum(self.over)
 
+    def kl(self, other: Normal) -> jax.Array:
+        """KL(self || other), (...): ln(σ₂/σ₁) + (σ₁² + (μ₁ - μ₂)²) / 2σ₂² - 1/2, summed over A."""
+        ratio, apart = self.std / other.std, (self.mean - other.mean) / other.std
+        return (0.5 * (jnp.square(ratio) + jnp.square(apart) - 1) - jnp.log(ratio)).sum(self.over)
+
+
+@tree_of("value")
+class Point:
+    """Numbers (..., A) without chance."""
+
+    def __init__(self, value: jax.Array) -> None:
+        self.value, self.over = at_least_float32(value), features.axis()
+
+    def mode(self) -> jax.Array:
+        return self.value
+
+    def sample(self, key: jax.Array | None) -> jax.Array:
+        return self.value
+
+
+@tree_of("mean")
+class UnitNormal:
+    """A number (...) that is normal around a mean with standard deviation 1; its loss leaves out the constant."""
+
+    def __init__(self, mean: jax.Array) -> None:
+        self.mean = at_least_float32(mean)
+
+    def mode(self) -> jax.Array:
+        return self.mean
+
+    def loss(self, target: jax.Array) -> jax.Array:
+        """(target - mean)² / 2."""
+        return 0.5 * jnp.square(sg(target).astype(self.mean.dtype) - self.mean)
+
 
 @tree_of("logit")
 class Bernoulli:

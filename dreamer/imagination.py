@@ -12,6 +12,7 @@ from flax import nnx
 from dreamer import features, kernels
 from dreamer.actor_critic import ActorCritic, Dream, sample_actions
 from dreamer.distributions import Distribution
+from dreamer.networks import frozen
 from dreamer.rssm import State
 from dreamer.world_model import WorldModel
 
@@ -31,21 +32,20 @@ def imagine(
     """Imagine `horizon` steps from `starts` (M, ...), without gradient to the world model's weights.
 
     Whether anything in it is differentiated is the behaviour's choice, `through_dreams`: DreamerV3 trains its weights
-    on dreams as on data. slow: slow copies; that of the critic is read beside the critic. masked: the dream predicts
-    which actions are allowed, and the policy keeps to them.
+    on dreams as on data. What the policy reads of a state is data in any case. slow: slow copies; that of the critic is
+    read beside the critic. masked: the dream predicts which actions are allowed, and the policy keeps to them.
     """
-    graph, weights = nnx.split(world_model)
-    world: WorldModel = nnx.merge(graph, jax.tree.map(sg, weights))
+    world: WorldModel = frozen(world_model)
     stop = behaviour.through_dreams
+    heads = {"reward": world.reward, "cont": world.cont, "slow_value": slow["value"], **behaviour.frozen_heads()}
 
     def look(state: State) -> tuple[jax.Array, jax.Array | None, dict[str, Distribution]]:
         """The features of a state, the allowed actions, the policy's distributions."""
         x = stop(world.rssm.feature(state))
         allowed = world.objective.allowed(x) if masked else None
-        return x, allowed, behaviour.policy(x, allowed)
+        return x, allowed, behaviour.policy(sg(x), allowed)
 
     def read(x: jax.Array) -> dict[str, jax.Array]:
-        heads = {"reward": world.reward, "cont": world.cont, "slow_value": slow["value"]}
         return {name: stop(head(x).mode()) for name, head in heads.items()}
 
     def note(x: jax.Array, allowed: jax.Array | None, dists: dict[str, Distribution], action: jax.Array) -> tuple:
@@ -66,8 +66,8 @@ def imagine(
             notes = note(*look(before), actions)
         numbers, judged, allowed = notes
         x = stop(world.rssm.feature(jax.tree.map(lambda x: x[-1], states)))
-        end = {**read(x), "value": stop(behaviour.value(x).mode())}
-        numbers["value"] = stop(judged["critic"].mode())
+        end = {"value": stop(behaviour.value(x).mode()), **read(x)}
+        numbers = {"value": stop(judged["critic"].mode()), **numbers}
         numbers = {name: jnp.concatenate([value, end[name][None]]) for name, value in numbers.items()}
         actions, allowed = jax.vmap(features.leave)((actions, allowed))
     return Dream(**numbers, **judged, actions=actions, allowed=allowed)

@@ -1,20 +1,23 @@
 """The stochastic part of a model state: how it is distributed, drawn, compared, stored, and read by heads.
 
-The RSSM asks a latent for everything that depends on its kind, and replay stores what it `pack`s.
+The RSSM asks a latent for everything that depends on its kind, and replay stores what it `pack`s. `LATENTS` has them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 from dreamer import features
 from dreamer.config import ModelConfig
-from dreamer.distributions import OneHot
+from dreamer.distributions import Normal, OneHot, Point
+from dreamer.networks import at_least_float32
 from dreamer.types import Field
 
 
@@ -111,6 +114,86 @@ class Categorical:
         return jax.nn.one_hot(stored, self.classes, dtype=dtype)
 
 
-def make_latent(config: ModelConfig) -> Latent:
-    """The latent that the options describe."""
-    return Categorical(config.stoch, config.classes, config.unimix)
+@dataclasses.dataclass(frozen=True)
+class _Numbers:
+    """A latent of S numbers (..., S), which heads read as they are and replay stores as bfloat16."""
+
+    variables: int
+
+    @property
+    def width(self) -> int:
+        return self.variables
+
+    def init(self, batch: int, dtype: jnp.dtype) -> jax.Array:
+        return jnp.zeros((batch, self.variables), dtype)
+
+    def shaped(self, x: jax.Array) -> jax.Array:
+        return x
+
+    def shown(self, p: Any) -> dict[str, jax.Array]:
+        """Nothing: what reports know to show are classes."""
+        return {}
+
+    def flat(self, stoch: jax.Array) -> jax.Array:
+        return stoch
+
+    def stored(self) -> Field:
+        return Field((self.variables,), np.dtype(ml_dtypes.bfloat16), latent=True)
+
+    def pack(self, stoch: jax.Array) -> jax.Array:
+        return stoch.astype(jnp.bfloat16)
+
+    def unpack(self, stored: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        return stored.astype(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian(_Numbers):
+    """S independent normals, reparametrised, as in PlaNet (Hafner et al., 2019) and DreamerV1.
+
+    A network outputs the means, and what becomes standard deviations: softplus + 0.1.
+    """
+
+    @property
+    def numbers(self) -> int:
+        return 2 * self.variables
+
+    def dist(self, logits: jax.Array) -> Normal:
+        mean, raw = features.split(at_least_float32(logits), 2)
+        return Normal(mean, jax.nn.softplus(raw) + 0.1)
+
+    def kl(self, p: Normal, q: Normal) -> jax.Array:
+        return p.kl(q)
+
+    def entropy(self, p: Normal) -> jax.Array:
+        return p.entropy()
+
+
+@dataclasses.dataclass(frozen=True)
+class Deterministic(_Numbers):
+    """S numbers without chance, as in MuZero and TD-MPC.
+
+    Points have no KL. In its place is half the squared distance, the KL of unit normals around them: then `dyn` teaches
+    the prior to predict the posterior's point.
+    """
+
+    @property
+    def numbers(self) -> int:
+        return self.variables
+
+    def dist(self, logits: jax.Array) -> Point:
+        return Point(logits)
+
+    def kl(self, p: Point, q: Point) -> jax.Array:
+        return 0.5 * jnp.square(p.value - q.value).sum(p.over)
+
+    def entropy(self, p: Point) -> jax.Array:
+        return jnp.zeros_like(p.value).sum(p.over)
+
+
+#: Kind of latent -> that which the options describe.
+LATENTS: Mapping[str, Callable[[ModelConfig], Latent]] = {
+    "categorical": lambda config: Categorical(config.stoch, config.classes, config.unimix),
+    "gaussian": lambda config: Gaussian(config.stoch),
+    "deterministic": lambda config: Deterministic(config.stoch),
+}

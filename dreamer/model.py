@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dreamer.actor_critic import ActorCritic, Dream, ReturnScale, sample_actions
+from dreamer.actor_critic import Dream, ReturnScale, sample_actions
+from dreamer.behaviours import BEHAVIOURS
 from dreamer.coders import join_actions
 from dreamer.config import Config
 from dreamer.distributions import sum_of
@@ -53,9 +54,12 @@ class Act(Protocol):
 def act_by_policy(
     model: DreamerModel, state: State, key: jax.Array | None, allowed: jax.Array | None, memory: Memory
 ) -> tuple[jax.Array, dict[str, jax.Array], Memory]:
-    """DreamerV3's way: a sample from the policy, with nothing to remember."""
-    x = model.world_model.rssm.feature(state)
-    return sg(sample_actions(model.actor_critic.policy(x, allowed), key)), {}, {}
+    """DreamerV3's way: a sample from the policy, with nothing to remember; around it `actor_critic.noise`, if any."""
+    x, noise = model.world_model.rssm.feature(state), model.config.actor_critic.noise
+    action = sample_actions(model.actor_critic.policy(x, allowed), key)
+    if key is not None and noise:
+        action = explore(action, allowed, model.actions, noise, jax.random.fold_in(key, 0))
+    return sg(action), {}, {}
 
 
 def act_by_planner(config: PlannerConfig) -> Act:
@@ -107,7 +111,8 @@ class DreamerModel(nnx.Module):
         learned, beside = (discount, 1.0) if config.loss.discount_in_cont else (1.0, discount)
         self.world_model = WorldModel(observations, action, config.model, config.loss, learned, rngs=rngs)
         width = self.world_model.rssm.width
-        self.actor_critic = ActorCritic(width, actions, config.model, config.actor_critic, beside, rngs=rngs)
+        behaviour = BEHAVIOURS[config.actor_critic.gradient]
+        self.actor_critic = behaviour(width, actions, config.model, config.actor_critic, beside, rngs=rngs)
         self.masked = masks_actions(observations, actions)
         self.dreams_masks = self._dreams_masks()
         self.scales = nnx.static(self._scales())
@@ -127,7 +132,7 @@ class DreamerModel(nnx.Module):
     def _scales(self) -> dict[str, float]:
         config, ours = self.config.loss, self.world_model.objective.scales
         scales = {"rew": config.reward, "con": config.cont, "dyn": config.dyn, "rep": config.rep}
-        scales |= {"policy": config.policy, "value": config.value, "repval": config.replay_value}
+        scales |= self.actor_critic.scales(config)
         if taken := sorted(set(ours) & set(scales)):
             raise ValueError(
                 f"expected observations not named like the loss terms {sorted(scales)}, got {taken}; rename these "
@@ -148,37 +153,26 @@ class DreamerModel(nnx.Module):
         batch (B, T+1, ...): one context step and T trained steps of everything `replay_fields` names.
         factor: see `ActorCritic.imagination_loss`.
         """
-        config, behaviour = self.config.actor_critic, self.actor_critic
         world_key, dream_key = (None, None) if key is None else jax.random.split(key)
         context, actions, trained = self.split_batch(batch)
         observed = self.world_model.loss(context, actions, trained, slow, world_key)
 
-        length = actions.shape[1]
-        last = config.imagine_last or length
-        recent = (observed.seen.states, observed.seen.feature, trained)
-        states, x, trained = jax.tree.map(lambda x: x[:, length - last :], recent)
-        starts = jax.tree.map(lambda x: sg(x).reshape(-1, *x.shape[2:]), states)
-        dream = self.dream(slow, starts, dream_key)
-        losses, returns, return_scale, metrics = behaviour.imagination_loss(dream, return_scale, factor)
-        losses["repval"] = behaviour.replay_loss(x, slow, trained, returns[0].reshape(-1, last))
-        losses.update(observed.losses)
+        dream = functools.partial(self.dream, slow, key=dream_key)
+        states, x = observed.seen.states, observed.seen.feature
+        learned = self.actor_critic.learn(dream, states, x, trained, slow, return_scale, factor)
+        losses, metrics = learned.losses | observed.losses, learned.metrics | observed.metrics
 
         scales = self.scales
         if set(scales) != set(losses):
             raise ValueError(f"loss terms {sorted(losses)} and their scales {sorted(scales)} differ")
         means = {name: term.mean() for name, term in losses.items()}
         total = sum_of([scales[name] * mean for name, mean in means.items()])
-        metrics.update(observed.metrics)
-        for name, space in self.actions.items():
-            # An action without a choice (each entry has one class) has no randomness to measure.
-            if space.classes is not None and max(space.classes) > 1:
-                metrics[f"rand/{name}"] = metrics[f"ent/{name}"] / sum(math.log(n) for n in space.classes)
         metrics.update({f"loss/{name}": mean for name, mean in means.items()})
         metrics["opt/loss"] = total
         written = self.world_model.rssm.pack(sg(observed.seen.states))
         if self.config.replay.selection.prioritised:
             written["priority"] = sg(sum_of([scales[name] * term for name, term in observed.losses.items()]))
-        return total, Outcome(return_scale, written, metrics, returns, returns - dream.value[:-1])
+        return total, Outcome(learned.return_scale, written, metrics, learned.returns, learned.advantages)
 
     def as_world(self, state: State, allowed: jax.Array | None) -> tuple[LearnedWorld, State]:
         """A world to plan in, and where: `state` (N, ...), with these actions allowed, bool (N, A), None: all."""

@@ -8,6 +8,7 @@ out-scale, biases 0, norm scales 1.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from dreamer import features, kernels
 
 #: 1 / (standard deviation of a unit normal truncated to [-2, 2]); makes the drawn weights have variance 1 / fan_in.
 TRUNCATED_NORMAL_GAIN = 1.1368
-RMS_EPSILON = 1e-4
+RMS_EPSILON, LAYER_EPSILON = 1e-4, 1e-3
 
 
 class Draws:
@@ -46,6 +47,12 @@ def initial_weights(rngs: nnx.Rngs | Draws, shape: tuple[int, ...], fan_in: int,
 def at_least_float32(x: jax.Array) -> jax.Array:
     """Raise the precision of `x` to float32; float64 passes through, so that float64 oracles work."""
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
+
+
+def frozen(module: Any) -> Any:
+    """The module with weights that get no gradient."""
+    graph, weights = nnx.split(module)
+    return nnx.merge(graph, jax.tree.map(jax.lax.stop_gradient, weights))
 
 
 class Linear(nnx.Module):
@@ -106,6 +113,20 @@ class RMSNorm(nnx.Module):
         y = at_least_float32(x)
         root = jax.lax.rsqrt(jnp.square(y).mean(features.axis(), keepdims=True) + RMS_EPSILON)
         return (y * (root * features.weights(self.scale[...].astype(y.dtype)))).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """``(x - mean(x)) * rsqrt(var(x) + 1e-3) * scale + bias`` over the features, in float32 (Ba et al., 2016)."""
+
+    def __init__(self, units: int) -> None:
+        self.scale, self.bias = nnx.Param(jnp.ones(units, jnp.float32)), nnx.Param(jnp.zeros(units, jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = at_least_float32(x)
+        scale, bias = (features.weights(one[...].astype(y.dtype)) for one in (self.scale, self.bias))
+        y = y - y.mean(features.axis(), keepdims=True)
+        root = jax.lax.rsqrt(jnp.square(y).mean(features.axis(), keepdims=True) + LAYER_EPSILON)
+        return (y * (root * scale) + bias).astype(x.dtype)
 
 
 class Dense(nnx.Module):

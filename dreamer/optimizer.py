@@ -1,4 +1,4 @@
-"""The optimizer as an optax chain: whole-tensor adaptive gradient clipping, then LaProp; and slow (EMA) weights.
+"""The optimizer as an optax chain, by default whole-tensor adaptive gradient clipping and LaProp; and slow weights.
 
 optax's own adaptive clip is unit-wise and it has no LaProp, so these two transforms are written here.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -66,27 +66,58 @@ def make_optimizer(groups: Mapping[str, OptimizerConfig]) -> optax.GradientTrans
     groups: ``{"": options}`` for all parameters, as DreamerV3 has it; ``{"": ..., "actor_critic.policy": ...}`` gives
     those below this path options of their own. A parameter belongs to the longest name that its path begins with.
     """
+    chain = lambda config: optax.named_chain(*OPTIMIZERS[config.kind](config))  # noqa: E731
     if list(groups) == [""]:
-        return _chain(groups[""])
+        return chain(groups[""])
 
     def name_of(path: tuple, _: jax.Array) -> str:
         dotted = ".".join(entry.key for entry in path) + "."
         return max((name for name in groups if not name or dotted.startswith(f"{name}.")), key=len)
 
     labels = lambda params: jax.tree.map_with_path(name_of, params)  # noqa: E731
-    return optax.partition({name: _chain(config) for name, config in groups.items()}, labels)
+    return optax.partition({name: chain(config) for name, config in groups.items()}, labels)
 
 
-def _chain(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clip -> LaProp -> learning rate, which is ``lr * min(1, n / warmup)`` at update n, counted from 0."""
+def groups_of(config: OptimizerConfig) -> dict[str, OptimizerConfig]:
+    """The options of every group of parameters that has options of its own; see `make_optimizer`."""
+    own = {"actor_critic.policy": config.policy_rate, "actor_critic.value": config.value_rate}
+    rates = {name: rate for name, rate in own.items() if rate is not None}
+    return {"": config} | {name: dataclasses.replace(config, learning_rate=rate) for name, rate in rates.items()}
+
+
+Chain = tuple[tuple[str, optax.GradientTransformation], ...]
+
+
+def _rate(config: OptimizerConfig) -> optax.GradientTransformation:
+    """``lr * min(1, n / warmup)`` at update n, counted from 0."""
     rate = optax.constant_schedule(config.learning_rate)
     if config.warmup:
         rate = optax.linear_schedule(0.0, config.learning_rate, config.warmup)
-    return optax.named_chain(
+    return optax.scale_by_learning_rate(rate)
+
+
+def _laprop(config: OptimizerConfig) -> Chain:
+    """DreamerV3's: clip each tensor -> LaProp -> learning rate."""
+    return (
         ("clip", clip_by_tensor_norm(config.clip, config.clip_min_norm)),
         ("laprop", scale_by_laprop(config.beta1, config.beta2, config.eps)),
-        ("rate", optax.scale_by_learning_rate(rate)),
+        ("rate", _rate(config)),
     )
+
+
+def _adam(config: OptimizerConfig) -> Chain:
+    """PlaNet's to DreamerV2's: clip the norm of a group's whole gradient -> Adam -> learning rate -> weight decay,
+    which is not multiplied by the rate."""
+    return (
+        ("clip", optax.clip_by_global_norm(config.clip_norm)),
+        ("adam", optax.scale_by_adam(config.beta1, config.beta2, config.eps)),
+        ("rate", _rate(config)),
+        ("decay", optax.add_decayed_weights(-config.weight_decay)),
+    )
+
+
+#: Kind of optimizer -> the steps of its chain, by name.
+OPTIMIZERS: Mapping[str, Callable[[OptimizerConfig], Chain]] = {"laprop": _laprop, "adam": _adam}
 
 
 #: Rows of which `square_sums` makes its array at most, and their least width.
@@ -132,11 +163,13 @@ def norms(of_leaves: Tree) -> dict[str, jax.Array]:
 class Slow:
     """A slow copy of some of the weights, their exponential moving average.
 
-    path: where they lie among the parameters, keys from the top; rate: of the average, per update.
+    path: where they lie among the parameters, keys from the top; rate: of the average; every: updates between two of
+    its steps. At rate 1 it is a copy of the weights as they were then.
     """
 
     path: tuple[str, ...]
     rate: float
+    every: int = 1
 
     def of(self, tree: Tree) -> Tree:
         """What `tree`, parameters or something like them, has at this path."""
@@ -146,9 +179,12 @@ class Slow:
         """The part of a module that has these weights."""
         return functools.reduce(getattr, self.path, module)
 
-    def update(self, slow: Tree, params: Tree) -> Tree:
-        """slow ← rate fast + (1 - rate) slow.
+    def update(self, slow: Tree, params: Tree, updates: jax.Array) -> Tree:
+        """slow ← rate fast + (1 - rate) slow, after so many updates ().
 
         In this order a fused multiply-add rounds the large term last, which keeps an EMA of equal weights unbiased.
         """
-        return jax.tree.map(lambda s, f: self.rate * f + (1 - self.rate) * s, slow, self.of(params))
+        new = jax.tree.map(lambda s, f: self.rate * f + (1 - self.rate) * s, slow, self.of(params))
+        if self.every == 1:
+            return new
+        return jax.tree.map(lambda s, n: jnp.where(updates % self.every == 0, n, s), slow, new)

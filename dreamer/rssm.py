@@ -21,8 +21,8 @@ from flax import nnx
 
 from dreamer import features, scans
 from dreamer.config import ModelConfig
-from dreamer.latents import make_latent
-from dreamer.networks import MLP, BlockLinear, Dense, Linear, RMSNorm
+from dreamer.latents import LATENTS
+from dreamer.networks import MLP, BlockLinear, Dense, LayerNorm, Linear, RMSNorm
 from dreamer.types import Field
 
 sg = jax.lax.stop_gradient
@@ -33,24 +33,43 @@ State = dict[str, jax.Array]
 Policy = Callable[[State, jax.Array | None], tuple[jax.Array, Any]]
 
 
+def bounded(action: jax.Array) -> jax.Array:
+    """Actions (..., A) scaled into [-1, 1], as if that were no part of the function."""
+    return action / sg(jnp.maximum(1, jnp.abs(action)))
+
+
+def gated(deter: jax.Array, reset: jax.Array, candidate: jax.Array, update: jax.Array) -> jax.Array:
+    """A gated recurrent unit: u·tanh(r·c) + (1-u)·deter with u = σ(update - 1), r = σ(reset)."""
+    update = jax.nn.sigmoid(update - 1)
+    return update * jnp.tanh(jax.nn.sigmoid(reset) * candidate) + (1 - update) * deter
+
+
 class RSSM(nnx.Module):
-    """Deterministic path of D units in G blocks (a GRU), stochastic path of a `latent`: S categoricals of K classes."""
+    """Deterministic path of D units in G blocks (a GRU), stochastic path of a `latent`: S categoricals of K classes.
+
+    How the deterministic state follows is what `make_step` and `step` say; `DYNAMICS` has other ways.
+    """
 
     def __init__(self, tokens: int, action: int, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        deter, hidden, blocks = config.deter, config.hidden, config.blocks
-        self.latent = latent = make_latent(config)
-        self.deter, self.blocks, self.remat = deter, blocks, config.remat
+        deter, hidden = config.deter, config.hidden
+        self.latent = latent = LATENTS[config.latent](config)
+        self.deter, self.remat = deter, config.remat
         self.width = deter + latent.width
-        self.from_deter = Dense(deter, hidden, rngs=rngs)
-        self.from_stoch = Dense(latent.width, hidden, rngs=rngs)
-        self.from_action = Dense(action, hidden, rngs=rngs)
-        self.mix = BlockLinear(blocks, deter, deter, shared=3 * hidden, rngs=rngs)
-        self.mix_norm = RMSNorm(deter)
-        self.gates = BlockLinear(blocks, deter, 3 * deter, rngs=rngs)
+        self.make_step(action, config, rngs=rngs)
         self.prior_mlp = MLP(deter, hidden, config.prior_layers, rngs=rngs)
         self.prior_logits = Linear(hidden, latent.numbers, rngs=rngs)
         self.posterior_mlp = MLP(deter + tokens, hidden, config.posterior_layers, rngs=rngs)
         self.posterior_logits = Linear(hidden, latent.numbers, rngs=rngs)
+
+    def make_step(self, action: int, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        """The layers of `step`."""
+        deter, hidden, self.blocks = config.deter, config.hidden, config.blocks
+        self.from_deter = Dense(deter, hidden, rngs=rngs)
+        self.from_stoch = Dense(self.latent.width, hidden, rngs=rngs)
+        self.from_action = Dense(action, hidden, rngs=rngs)
+        self.mix = BlockLinear(self.blocks, deter, deter, shared=3 * hidden, rngs=rngs)
+        self.mix_norm = RMSNorm(deter)
+        self.gates = BlockLinear(self.blocks, deter, 3 * deter, rngs=rngs)
 
     def init(self, batch: int, dtype: jnp.dtype) -> State:
         """The state before an episode's first observation: all zeros."""
@@ -61,20 +80,15 @@ class RSSM(nnx.Module):
         return features.concat([state["deter"], self.latent.flat(state["stoch"])])
 
     def step(self, state: State, action: jax.Array) -> jax.Array:
-        """deter_t (B, D) from the state at t-1 and the action (B, A) taken there: a GRU with block-diagonal weights.
-
-        u·tanh(r·c) + (1-u)·deter with u = σ(update - 1), r = σ(reset).
-        """
+        """deter_t (B, D) from the state at t-1 and the action (B, A) taken there: a GRU with block-diagonal weights."""
         deter, stoch = state["deter"], self.latent.flat(state["stoch"])
-        action = action / sg(jnp.maximum(1, jnp.abs(action)))
+        action = bounded(action)
         inputs = [self.from_deter(deter), self.from_stoch(stoch), self.from_action(action)]
         own = features.group(deter, self.blocks)
         x = features.ungroup(self.mix(own, features.concat(inputs)))
         x = features.group(jax.nn.silu(self.mix_norm(x)), self.blocks)
         reset, candidate, update = features.split(self.gates(x), 3)
-        update = jax.nn.sigmoid(update - 1)
-        own = update * jnp.tanh(jax.nn.sigmoid(reset) * candidate) + (1 - update) * own
-        return features.ungroup(own)
+        return features.ungroup(gated(own, reset, candidate, update))
 
     def prior(self, deter: jax.Array) -> jax.Array:
         """Prior logits (..., S, K), before unimix."""
@@ -155,3 +169,37 @@ class RSSM(nnx.Module):
     def unpack(self, stored: Mapping[str, jax.Array], dtype: jnp.dtype) -> State:
         """Stored form -> state."""
         return {"deter": stored["deter"].astype(dtype), "stoch": self.latent.unpack(stored["stoch"], dtype)}
+
+
+class GRU(RSSM):
+    """Other than `RSSM`, the step of PlaNet and DreamerV1: a hidden layer of latent and action, then a dense GRU."""
+
+    def make_step(self, action: int, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.from_inputs = Dense(self.latent.width + action, config.hidden, rngs=rngs)
+        self.all_gates = Linear(config.hidden + config.deter, 3 * config.deter, rngs=rngs)
+
+    def step(self, state: State, action: jax.Array) -> jax.Array:
+        """deter_t (B, D) from the state at t-1 and the action (B, A) taken there."""
+        inputs = [self.latent.flat(state["stoch"]), bounded(action)]
+        x = self.from_inputs(features.concat(inputs))
+        reset, candidate, update = features.split(self.mixed(features.concat([x, state["deter"]])), 3)
+        return gated(state["deter"], reset, candidate, update)
+
+    def mixed(self, x: jax.Array) -> jax.Array:
+        """Reset, candidate and update (..., 3D) side by side, before their nonlinearities."""
+        return self.all_gates(x)
+
+
+class NormedGRU(GRU):
+    """DreamerV2's step: the same with layer normalisation of the gates (Hafner et al., 2021, appendix)."""
+
+    def make_step(self, action: int, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        super().make_step(action, config, rngs=rngs)
+        self.gates_norm = LayerNorm(3 * config.deter)
+
+    def mixed(self, x: jax.Array) -> jax.Array:
+        return self.gates_norm(self.all_gates(x))
+
+
+#: How the next state follows; called with the widths of tokens and actions, and the options.
+DYNAMICS = {"block_gru": RSSM, "gru": GRU, "normed_gru": NormedGRU}

@@ -13,32 +13,48 @@ from flax import nnx
 from dreamer import features
 from dreamer.coders import Encoder
 from dreamer.config import LossConfig, ModelConfig
-from dreamer.distributions import Bernoulli, Output, TwoHot
+from dreamer.distributions import Bernoulli, Output, TwoHot, UnitNormal
 from dreamer.networks import MLP, Linear
 from dreamer.objectives import OBJECTIVES, Seen
-from dreamer.rssm import RSSM, State
+from dreamer.rssm import DYNAMICS, State
 from dreamer.types import Spaces
 
 sg = jax.lax.stop_gradient
 
-#: Kind of head -> the distribution made of its outputs, and the out-scale of its last layer. At scale 0 the first
-#: predictions are exactly 0.
-HEADS: dict[str, tuple[Callable[[jax.Array], Output], float]] = {
-    "two_hot": (TwoHot, 0.0),
-    "binary": (lambda x: Bernoulli(features.single(x)), 1.0),
+
+class HeadKind(NamedTuple):
+    """The distribution made of a head's outputs; the out-scale of its last layer, where 0 makes the first predictions
+    exactly 0; whether there is an output for each bin, or a single one."""
+
+    dist: Callable[[jax.Array], Output]
+    scale: float
+    binned: bool = False
+
+
+HEADS: Mapping[str, HeadKind] = {
+    "two_hot": HeadKind(TwoHot, 0.0, binned=True),
+    "normal": HeadKind(lambda x: UnitNormal(features.single(x)), 0.0),
+    "binary": HeadKind(lambda x: Bernoulli(features.single(x)), 1.0),
+}
+
+#: What free nats are of -> where the KL (B, T) of each step stays below them, it is a constant.
+FREE_NATS: Mapping[str, Callable[[jax.Array, float], jax.Array]] = {
+    "step": lambda kl, nats: jnp.maximum(kl, nats),
+    # The mean is max(nats, mean KL), as in PlaNet and DreamerV1.
+    "mean": lambda kl, nats: jnp.where(kl.mean() > nats, kl, nats),
 }
 
 
 class Head(nnx.Module):
     """Feature (..., F) -> the distribution of a scalar (...), of one of the kinds in `HEADS`."""
 
-    def __init__(self, kind: str, inputs: int, units: int, layers: int, numbers: int = 1, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, kind: str, inputs: int, units: int, layers: int, bins: int, *, rngs: nnx.Rngs) -> None:
         self.kind = kind
         self.mlp = MLP(inputs, units, layers, rngs=rngs)
-        self.out = Linear(units, numbers, scale=HEADS[kind][1], rngs=rngs)
+        self.out = Linear(units, bins if HEADS[kind].binned else 1, scale=HEADS[kind].scale, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> Output:
-        return HEADS[self.kind][0](self.out(self.mlp(x)))
+        return HEADS[self.kind].dist(self.out(self.mlp(x)))
 
 
 class Observed(NamedTuple):
@@ -62,13 +78,13 @@ class WorldModel(nnx.Module):
         *,
         rngs: nnx.Rngs,
     ) -> None:
-        self.free_nats, self.discount = loss.free_nats, discount
+        self.free_nats, self.free_nats_of, self.discount = loss.free_nats, loss.free_nats_of, discount
         self.encoder = Encoder(observations, config, rngs=rngs)
-        self.rssm = RSSM(self.encoder.width, action, config, rngs=rngs)
+        self.rssm = DYNAMICS[config.dynamics](self.encoder.width, action, config, rngs=rngs)
         width, units = self.rssm.width, config.units
         self.objective = OBJECTIVES[loss.objective](width, self.encoder.width, observations, config, loss, rngs=rngs)
-        self.reward = Head("two_hot", width, units, config.reward_layers, config.bins, rngs=rngs)
-        self.cont = Head("binary", width, units, config.cont_layers, rngs=rngs)
+        self.reward = Head(config.reward_head, width, units, config.reward_layers, config.bins, rngs=rngs)
+        self.cont = Head("binary", width, units, config.cont_layers, config.bins, rngs=rngs)
 
     def see(
         self, context: State, actions: jax.Array, observations: Mapping[str, jax.Array], key: jax.Array | None
@@ -109,8 +125,9 @@ class WorldModel(nnx.Module):
         posterior, prior = latent.dist(seen.posterior), latent.dist(seen.prior)
         frozen_posterior, frozen_prior = latent.dist(sg(seen.posterior)), latent.dist(sg(seen.prior))
         # The KL is summed over the variables first: the free nats apply to the whole state, per (B, T).
-        losses["dyn"] = jnp.maximum(latent.kl(frozen_posterior, prior), self.free_nats)
-        losses["rep"] = jnp.maximum(latent.kl(posterior, frozen_prior), self.free_nats)
+        above = FREE_NATS[self.free_nats_of]
+        losses["dyn"] = above(latent.kl(frozen_posterior, prior), self.free_nats)
+        losses["rep"] = above(latent.kl(posterior, frozen_prior), self.free_nats)
         metrics = {"dyn_ent": latent.entropy(prior).mean(), "rep_ent": latent.entropy(posterior).mean()}
         chex.assert_shape(list(losses.values()), actions.shape[:2])
         return Observed(losses, seen, metrics)

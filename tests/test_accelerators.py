@@ -56,6 +56,9 @@ TASKS: dict[str, tuple[Spaces, Spaces]] = {
     "dmlab": (image(64), classes(15)),
     "gym": (vector(observation=4), classes(2)),
     "memory_maze": (image(64), classes(6)),
+    "dreamer_v1": (image(64), box(6)),
+    "dreamer_v2": (image(64, 1), classes(18)),
+    "planet": (image(64), box(1)),
     "minecraft": (MINECRAFT, classes(25)),
     "minigrid": (image(64), classes(7)),
     "procgen": (image(96), classes(15)),
@@ -63,7 +66,7 @@ TASKS: dict[str, tuple[Spaces, Spaces]] = {
     "vizdoom": (image(64), classes(3)),
 }
 #: One of each kind; the others take as long again.
-QUICK = {"atari", "crafter", "dmc_proprio", "minecraft"}
+QUICK = {"atari", "crafter", "dmc_proprio", "dreamer_v1", "minecraft"}
 
 
 @pytest.fixture(scope="module", autouse=True)

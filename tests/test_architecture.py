@@ -32,7 +32,7 @@ LAYERS = [
     ["objectives"],
     ["world_model"],
     ["actor_critic", "insight"],
-    ["imagination", "planners"],
+    ["behaviours", "imagination", "planners"],
     ["model"],
     ["agent"],
     ["dreaming"],

@@ -16,7 +16,7 @@ from learner_data import CHEAP, weights
 
 from dreamer import features
 from dreamer.config import ModelConfig
-from dreamer.rssm import RSSM, State
+from dreamer.rssm import DYNAMICS, RSSM, State
 
 B, T, ACTION, TOKENS = 3, 6, 3, 5
 RNG = np.random.default_rng(0)
@@ -24,8 +24,8 @@ RNG = np.random.default_rng(0)
 
 def build(**changes: Any) -> RSSM:
     """A small model whose biases and norm scales are not the trivial initial ones."""
-    small = dict(deter=8, hidden=4, stoch=3, classes=4, blocks=2)
-    rssm = RSSM(TOKENS, ACTION, ModelConfig(**small | changes), rngs=weights())
+    config = ModelConfig(**dict(deter=8, hidden=4, stoch=3, classes=4, blocks=2) | changes)
+    rssm = DYNAMICS[config.dynamics](TOKENS, ACTION, config, rngs=weights())
     rng = np.random.default_rng(1)
     graph, state = nnx.split(rssm)
     return nnx.merge(graph, jax.tree.map(lambda x: x + jnp.asarray(rng.normal(0, 0.5, x.shape), x.dtype), state))
@@ -103,6 +103,31 @@ def test_step_against_a_spelled_out_gru(rssm):
         update = sigmoid(update - 1)
         expected[:, own] = update * np.tanh(sigmoid(reset) * candidate) + (1 - update) * deter[:, own]
     np.testing.assert_allclose(rssm.step(state, action), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["gru", "normed_gru"])
+def test_dense_steps_spelled_out(kind):
+    """The recurrence of PlaNet to DreamerV2 in numpy float64: one unit of the state after the other."""
+    model = build(dynamics=kind)
+    parts = {".".join(map(str, path)): np.float64(x) for path, x in nnx.to_flat_state(nnx.state(model))}
+    state, action = random_state(), normal(B, ACTION) * 3
+    deter, stoch = np.float64(state["deter"]), np.float64(state["stoch"]).reshape(B, -1)
+    clipped = np.float64(action) / np.maximum(1, np.abs(np.float64(action)))
+    x = np.concatenate([stoch, clipped], -1)
+    x = x @ parts["from_inputs.linear.kernel"] + parts["from_inputs.linear.bias"]
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-4) * parts["from_inputs.norm.scale"]
+    x = np.concatenate([x / (1 + np.exp(-x)), deter], -1)
+    gates = x @ parts["all_gates.kernel"] + parts["all_gates.bias"]
+    if kind == "normed_gru":
+        spread = (gates - gates.mean(-1, keepdims=True)) / np.sqrt(gates.var(-1, keepdims=True) + 1e-3)
+        gates = spread * parts["gates_norm.scale"] + parts["gates_norm.bias"]
+    expected = np.empty_like(deter)
+    for b in range(B):
+        for unit in range(8):
+            reset, candidate, update = (gates[b, unit + 8 * i] for i in range(3))
+            share = 1 / (1 + np.exp(1 - update))
+            expected[b, unit] = share * np.tanh(candidate / (1 + np.exp(-reset))) + (1 - share) * deter[b, unit]
+    np.testing.assert_allclose(model.step(state, action), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_large_actions_are_scaled_to_one_without_gradient_through_the_divisor(rssm):
@@ -305,12 +330,13 @@ def test_stored_form_round_trip(classes, dtype):
     blocks=st.sampled_from([1, 2, 4]),
     unit=st.integers(1, 3),
     shape=st.tuples(st.integers(1, 4), st.integers(2, 5)),
+    dynamics=st.sampled_from(list(DYNAMICS)),
 )
-def test_items_last_compute_what_items_first_do(batch, blocks, unit, shape):
+def test_items_last_compute_what_items_first_do(batch, blocks, unit, shape, dynamics):
     """One step, prior and posterior of a random model, and the gradient of everything, in float64."""
     rng = np.random.default_rng(0)
     with jax.enable_x64(True):
-        model = build(blocks=blocks, deter=blocks * unit, stoch=shape[0], classes=shape[1])
+        model = build(blocks=blocks, deter=blocks * unit, stoch=shape[0], classes=shape[1], dynamics=dynamics)
         graph, params = nnx.split(model)
         params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
         draw = lambda *s: jnp.asarray(rng.normal(0, 1, s))  # noqa: E731

@@ -1,8 +1,7 @@
-"""Other latents, objectives, actors, behaviours and groups of parameters take their places; no other room notices."""
+"""Other objectives and actors take their places; no other room notices."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -12,74 +11,26 @@ import numpy as np
 import pytest
 from fake_envs import Scripted
 from flax import nnx
-from learner_data import CHEAP, B, T, fixed_normal, perturb, random_batch, small_config
+from learner_data import B, T, random_batch, small_config
 from tiny_runs import tiny_config, vector_env
 
-from dreamer import distributions, features
-from dreamer.actor_critic import ActorCritic
 from dreamer.agent import Agent
-from dreamer.config import OptimizerConfig
-from dreamer.distributions import Normal
 from dreamer.networks import Linear
 from dreamer.objectives import OBJECTIVES, Objective, Seen
-from dreamer.optimizer import Slow, make_optimizer
+from dreamer.optimizer import Slow
 from dreamer.replay import Replay, ReplayError
 from dreamer.run import components, loaded_agent
 from dreamer.run.collector import Collector
 from dreamer.run.reports import make_report
 from dreamer.run.training import train
 from dreamer.saves.checkpoint import Checkpointer
-from dreamer.types import Field, Space, replay_fields
+from dreamer.types import Space, replay_fields
 
 VECTOR = {"position": Space("vector", (3,))}
 DISCRETE = {"action": Space("discrete", (), (3,))}
-PUSH = {"push": Space("vector", (2,))}
 
 
 # Stand-ins
-
-
-@dataclasses.dataclass(frozen=True)
-class Gaussian:
-    """A latent of independent normals (..., S), as PlaNet has it."""
-
-    width: int
-
-    @property
-    def numbers(self) -> int:
-        return 2 * self.width
-
-    def init(self, batch: int, dtype: Any) -> jax.Array:
-        return jnp.zeros((batch, self.width), dtype)
-
-    def shaped(self, x: jax.Array) -> jax.Array:
-        return x
-
-    def dist(self, logits: jax.Array) -> Normal:
-        mean, raw = features.split(logits, 2)
-        return Normal(mean, jax.nn.softplus(raw) + 0.1)
-
-    def kl(self, p: Normal, q: Normal) -> jax.Array:
-        ratio = jnp.square(p.std / q.std)
-        return (0.5 * (ratio + jnp.square((p.mean - q.mean) / q.std) - 1 - jnp.log(ratio))).sum(p.over)
-
-    def entropy(self, p: Normal) -> jax.Array:
-        return p.entropy()
-
-    def shown(self, p: Normal) -> dict[str, jax.Array]:
-        return {}
-
-    def flat(self, stoch: jax.Array) -> jax.Array:
-        return stoch
-
-    def stored(self) -> Field:
-        return Field((self.width,), np.dtype(np.float32), latent=True)
-
-    def pack(self, stoch: jax.Array) -> jax.Array:
-        return stoch.astype(jnp.float32)
-
-    def unpack(self, stored: jax.Array, dtype: Any) -> jax.Array:
-        return stored.astype(dtype)
 
 
 class SelfPrediction(Objective):
@@ -107,51 +58,9 @@ def lookup(model: Any, state: Any, key: Any, allowed: Any, memory: Any) -> tuple
     return action, {"row": row.astype(jnp.uint8), "drawn": drawn, "step": count}, {"count": count}
 
 
-class Dynamics(ActorCritic):
-    """A behaviour whose loss may be differentiated through the dream."""
-
-    through_dreams = staticmethod(lambda x: x)
-
-
-@pytest.fixture
-def gaussian(monkeypatch):
-    monkeypatch.setattr("dreamer.rssm.make_latent", lambda config: Gaussian(config.stoch))
-
-
 @pytest.fixture
 def self_prediction(monkeypatch):
     monkeypatch.setitem(OBJECTIVES, "reconstruction", SelfPrediction)
-
-
-# Latent
-
-
-@pytest.mark.usefixtures("gaussian")
-def test_a_latent_says_how_states_are_stored_compared_and_read():
-    agent = Agent(VECTOR, DISCRETE, small_config())
-    state, batch = agent.init(0), random_batch(agent)
-    batch["stoch"] = np.random.default_rng(0).normal(0, 1, batch["stoch"].shape).astype(np.float32)
-    assert agent.extras["stoch"] == Field((4,), np.dtype(np.float32), latent=True)
-    params = perturb(state["params"])
-
-    def see(params: Any) -> tuple[Any, dict[str, jax.Array]]:
-        model = agent.model(params)
-        found = model.world_model.loss(*model.split_batch(batch), {}, jax.random.key(0))
-        return found.seen, found.losses
-
-    seen, losses = jax.device_get(jax.jit(see, compiler_options=CHEAP)(params))
-    (mean, std), (other, spread) = (
-        (x[..., :4], np.log1p(np.exp(x[..., 4:])) + 0.1) for x in (np.float64(seen.posterior), np.float64(seen.prior))
-    )
-    kl = np.log(spread / std) + (std**2 + (mean - other) ** 2) / (2 * spread**2) - 0.5
-    np.testing.assert_allclose(losses["dyn"], np.maximum(kl.sum(-1), 1), rtol=1e-4)
-    np.testing.assert_array_equal(losses["dyn"], losses["rep"])
-    # Samples scatter around the posterior as its deviations say.
-    z = (seen.states["stoch"] - mean) / std
-    assert z.shape == (B, T, 4) and 0.5 < z.std() < 1.6 and abs(z).max() < 4
-    np.testing.assert_array_equal(seen.feature, np.concatenate([seen.states["deter"], seen.states["stoch"]], -1))
-    carry, _, extras = agent.policy(params, agent.init_policy(5), _observation(5), jax.random.key(1))
-    np.testing.assert_array_equal(extras["stoch"], carry["stoch"])
 
 
 # Objective and slow weights
@@ -224,79 +133,15 @@ def test_what_an_actor_remembers_comes_back_with_the_batch_and_is_never_rewritte
         replay.write(selection, {"row": batch["row"][:, 1:]})
 
 
-# Gradient through dreams
-
-
-@pytest.mark.usefixtures("gaussian")
-def test_a_behaviour_may_be_differentiated_through_the_dreams_dynamics(monkeypatch):
-    """The slope of dreamed rewards along a change of the policy, against differences, in float64; DreamerV3's is 0."""
-    monkeypatch.setattr(distributions, "draw_normal", fixed_normal)
-    rng, found = np.random.default_rng(0), {}
-    with jax.enable_x64(True):
-        for kind in (ActorCritic, Dynamics):
-            monkeypatch.setattr("dreamer.model.ActorCritic", kind)
-            agent = Agent(VECTOR, PUSH, small_config())
-            params = jax.tree.map(lambda x: x.astype(jnp.float64), perturb(agent.init(0)["params"]))
-            policy = params["actor_critic"]["policy"]
-            along = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 1, x.shape)), policy)
-            starts = {"deter": jnp.asarray(rng.normal(0, 1, (3, 16))), "stoch": jnp.asarray(rng.normal(0, 1, (3, 4)))}
-
-            def dreamed(far: jax.Array, agent: Agent = agent, params: Any = params, along: Any = along) -> jax.Array:
-                moved = jax.tree.map(lambda x, d: x + far * d, params["actor_critic"]["policy"], along)
-                model = agent.model({**params, "actor_critic": {**params["actor_critic"], "policy": moved}})
-                dream = model.dream({"value": model.actor_critic.value}, starts, jax.random.key(0))  # noqa: B023
-                return (dream.reward + dream.cont).sum()
-
-            run = jax.jit(jax.value_and_grad(dreamed), compiler_options=CHEAP)
-            found[kind] = float(run(0.0)[1]), float((run(1e-5)[0] - run(-1e-5)[0]) / 2e-5)
-    slope, difference = found[Dynamics]
-    assert abs(difference) > 1e-3
-    np.testing.assert_allclose(slope, difference, rtol=1e-5)
-    slope, difference = found[ActorCritic]
-    assert slope == 0 and abs(difference) > 1e-3
-
-
-# Groups of parameters
-
-_POLICY = ("actor_critic", "policy")
-
-
-def test_groups_of_parameters_are_trained_as_if_they_were_alone():
-    """Three groups in one tree, against an optimizer for each group's own tree."""
-    options = {
-        "": OptimizerConfig(learning_rate=1e-2, warmup=0),
-        "actor_critic": OptimizerConfig(learning_rate=1e-3, warmup=3),
-        "actor_critic.policy": OptimizerConfig(learning_rate=1e-1, warmup=0, clip=1e6),
-    }
-    rng = np.random.default_rng(0)
-    draw = lambda: {"kernel": jnp.asarray(rng.normal(0, 1, (3, 4)), jnp.float32)}  # noqa: E731
-    tree = lambda: {"world_model": draw(), "actor_critic": {"policy": draw(), "policy_2": draw()}}  # noqa: E731
-    params = tree()
-    paths = {
-        "": ("world_model",),
-        "actor_critic": ("actor_critic", "policy_2"),
-        "actor_critic.policy": ("actor_critic", "policy"),
-    }
-    part = lambda whole, name: Slow(paths[name], 1.0).of(whole)  # noqa: E731
-    whole, alone = make_optimizer(options), {name: make_optimizer({"": one}) for name, one in options.items()}
-    state, states = whole.init(params), {name: one.init(part(params, name)) for name, one in alone.items()}
-    for _ in range(4):
-        grads = tree()
-        updates, state = whole.update(grads, state, params)
-        for name, one in alone.items():
-            expected, states[name] = one.update(part(grads, name), states[name], part(params, name))
-            np.testing.assert_array_equal(part(updates, name)["kernel"], expected["kernel"], err_msg=name)
-
-
 # All at once
 
 
-@pytest.mark.usefixtures("gaussian", "self_prediction")
+@pytest.mark.usefixtures("self_prediction")
 def test_a_run_of_stand_ins_learns_saves_goes_on_and_is_evaluated(tmp_path, monkeypatch):
     @functools.cache
     def build(*spaces: Any) -> Agent:
         observations, actions = map(dict, spaces)
-        return Agent(observations, actions, tiny_config(), chooses=lookup)
+        return Agent(observations, actions, tiny_config(model__latent="gaussian"), chooses=lookup)
 
     def make(config: Any, observations: Any, actions: Any, devices: Any = ()) -> Agent:
         return build(tuple(observations.items()), tuple(actions.items()))
@@ -305,9 +150,11 @@ def test_a_run_of_stand_ins_learns_saves_goes_on_and_is_evaluated(tmp_path, monk
     monkeypatch.setattr(loaded_agent, "make_agent", make)
     options = {"logdir": str(tmp_path), "run__report_every": 60, "run__eval_policy": "sample", "log__videos": True}
     for steps in (80, 120):
-        assert train(tiny_config(run__agent_steps=steps, run__final_eval=True, **options)) == 0
+        assert (
+            train(tiny_config(run__agent_steps=steps, run__final_eval=True, model__latent="gaussian", **options)) == 0
+        )
     _, state, meta = Checkpointer(tmp_path, read_only=True).restore()
     assert meta["agent_steps"] == 120 and set(state["slow"]) == {"value", "encoder"}
-    assert meta["replay"]["fields"]["stoch"]["dtype"] == "float32" and "row" in meta["replay"]["fields"]
+    assert meta["replay"]["fields"]["stoch"]["dtype"] == "bfloat16" and "row" in meta["replay"]["fields"]
     lines = (tmp_path / "metrics.jsonl").read_text()
     assert "train/loss/self" in lines and "eval/score" in lines and "report/latent_dead" not in lines

@@ -9,11 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
+import scipy.stats
 from learner_data import CHEAP, B, T, fix_draws, perturb, random_batch, small_config
 
 from dreamer.agent import Agent
+from dreamer.config import ModelConfig
+from dreamer.latents import LATENTS
 from dreamer.types import Space
-from dreamer.world_model import Observed
+from dreamer.world_model import FREE_NATS, Observed
 
 OBSERVATIONS = {"position": Space("vector", (3,))}
 ACTIONS = {"action": Space("discrete", (), (3,))}
@@ -78,6 +82,52 @@ def test_free_nats_are_for_each_state_and_not_for_the_mean(agent, params):
     for term in ("dyn", "rep"):
         np.testing.assert_allclose(losses[term], np.maximum(kl, middle), rtol=1e-4)
     assert (kl < middle).any() and losses["dyn"].mean() > max(kl.mean(), middle)
+
+
+def test_free_nats_may_be_those_of_the_mean(agent, params):
+    """As DreamerV1 has it: max(n, mean KL), with all of the gradient or none; against the KL without free nats."""
+    batch = random_batch(agent)
+    kl = np.float64(observe(agent, params, batch)["losses"]["dyn"])
+    for nats in (kl.mean() * 0.9, kl.mean() * 1.1):
+        other = Agent(OBSERVATIONS, ACTIONS, small_config(loss=dict(free_nats=nats, free_nats_of="mean")))
+        losses = observe(other, params, batch)["losses"]
+        for term in ("dyn", "rep"):
+            np.testing.assert_allclose(losses[term].mean(), max(kl.mean(), nats), rtol=1e-4)
+            assert (losses[term].std() > 0) == (nats < kl.mean())
+
+
+def test_balance_is_two_scales(agent, params):
+    """DreamerV2's loss, a KL(sg(q) || p) + (1 - a) KL(q || sg(p)), and V1's KL(q || p): gradients by given logits."""
+    free, latent = FREE_NATS["step"], LATENTS["categorical"](ModelConfig(stoch=2, classes=3, unimix=0))
+    draws = np.random.default_rng(0).normal(0, 1, (2, 4, 2, 3))
+    sg = jax.lax.stop_gradient
+
+    def ours(q: jax.Array, p: jax.Array, dyn: float, rep: float) -> jax.Array:
+        one, other = (free(latent.kl(*map(latent.dist, pair)), 0) for pair in ((sg(q), p), (q, sg(p))))
+        return dyn * one.mean() + rep * other.mean()
+
+    with jax.enable_x64(True):
+        q, p = map(jnp.asarray, draws)
+        qs, ps = (scipy.special.softmax(x, -1) for x in draws)
+        apart = np.log(qs / ps)
+        # dKL/dq = q (ln q/p - KL), by the softmax's Jacobian; dKL/dp = p - q.
+        by_q, by_p = qs * (apart - (qs * apart).sum(-1, keepdims=True)) / 4, (ps - qs) / 4
+        for dyn, rep in ((0.8, 0.2), (1, 1)):
+            slopes = jax.grad(ours, argnums=(0, 1))(q, p, dyn, rep)
+            np.testing.assert_allclose(slopes[0], rep * by_q, rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(slopes[1], dyn * by_p, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["reward_head", "value_head"])
+def test_numbers_may_be_unit_normals(kind):
+    """Half the squared error, ln of a unit normal's density without its constant; the first prediction is 0."""
+    agent = Agent(OBSERVATIONS, ACTIONS, small_config({kind: "normal"}))
+    model = agent.model(agent.init(0)["params"])
+    head = {"reward_head": model.world_model.reward, "value_head": model.actor_critic.value}[kind]
+    x, target = jnp.ones((B, T, model.world_model.rssm.width)), jnp.asarray(random_batch(agent)["reward"][:, 1:])
+    assert not head(x).mode().any()
+    expected = -scipy.stats.norm.logpdf(np.float64(target)) - 0.5 * math.log(2 * math.pi)
+    np.testing.assert_allclose(head(x).loss(target), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("inside", [True, False])

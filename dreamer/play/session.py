@@ -79,7 +79,6 @@ class Session:
             }
             for key, space in agent.actions.items()
         }
-        latent = agent.config.model
         return {
             "hello": agent.config.task,
             "actions": actions,
@@ -92,7 +91,6 @@ class Session:
             "real": world is not None,
             "alone": self._why,
             "rewinds": world is not None and world.restorable,
-            "entropy": float(latent.stoch * np.log(latent.classes)),
         }
 
     def command(self, text: str) -> str | None:
