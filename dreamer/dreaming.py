@@ -26,7 +26,7 @@ class Glimpse(NamedTuple):
     cont: (N,) float32, the probability that the episode goes on.
     ended: (N,) bool, drawn with it; never where a dream begins.
     value: (N,) float32, the critic's.
-    entropy: (N,) float32, nats: of the prior that the latent was drawn from.
+    entropy: (N,) float32, nats: of the prior that the latent was drawn from, above the least that it can be.
     """
 
     observation: dict[str, Any]
@@ -123,7 +123,8 @@ class Dreams:
         x = world.rssm.feature(states)
         # The head may have learned the discount too, which says nothing about where episodes end.
         cont = jnp.clip(world.cont(x).mode() / world.discount, 0, 1)
-        entropy = world.rssm.latent.entropy(world.rssm.latent.dist(world.rssm.prior(states["deter"])))
+        latent = world.rssm.latent
+        entropy = latent.entropy(latent.dist(world.rssm.prior(states["deter"]))) - latent.least_entropy
         return Glimpse(
             self._predicted(model, states),
             jnp.where(begins, 0, world.reward(x).mode()),

@@ -6,6 +6,7 @@ The RSSM asks a latent for everything that depends on its kind, and replay store
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -24,13 +25,16 @@ from dreamer.types import Field
 class Latent(Protocol):
     """What the world model knows about its latent. Frozen and hashable: it has no weights of its own.
 
-    numbers: how many a network outputs for one distribution; width: of the latent as heads read it.
+    numbers: how many a network outputs for one distribution; width: of the latent as heads read it; least_entropy: what
+    no distribution's entropy is below, nats.
     """
 
     @property
     def numbers(self) -> int: ...
     @property
     def width(self) -> int: ...
+    @property
+    def least_entropy(self) -> float: ...
 
     def init(self, batch: int, dtype: jnp.dtype) -> jax.Array:
         """The latent before an episode's first observation."""
@@ -73,6 +77,7 @@ class Categorical:
     variables: int
     classes: int
     unimix: float
+    least_entropy = 0.0
 
     @property
     def numbers(self) -> int:
@@ -151,16 +156,22 @@ class _Numbers:
 class Gaussian(_Numbers):
     """S independent normals, reparametrised, as in PlaNet (Hafner et al., 2019) and DreamerV1.
 
-    A network outputs the means, and what becomes standard deviations: softplus + 0.1.
+    A network outputs the means, and what becomes standard deviations: softplus + `LEAST`.
     """
+
+    LEAST = 0.1
 
     @property
     def numbers(self) -> int:
         return 2 * self.variables
 
+    @property
+    def least_entropy(self) -> float:
+        return self.variables * (math.log(self.LEAST) + 0.5 * math.log(2 * math.pi * math.e))
+
     def dist(self, logits: jax.Array) -> Normal:
         mean, raw = features.split(at_least_float32(logits), 2)
-        return Normal(mean, jax.nn.softplus(raw) + 0.1)
+        return Normal(mean, jax.nn.softplus(raw) + self.LEAST)
 
     def kl(self, p: Normal, q: Normal) -> jax.Array:
         return p.kl(q)
@@ -176,6 +187,8 @@ class Deterministic(_Numbers):
     Points have no KL. In its place is half the squared distance, the KL of unit normals around them: then `dyn` teaches
     the prior to predict the posterior's point.
     """
+
+    least_entropy = 0.0
 
     @property
     def numbers(self) -> int:

@@ -40,6 +40,10 @@ def test_what_every_latent_keeps(kind):
     assert latent.init(2, jnp.bfloat16).shape == (2, *drawn.shape[2:]) and not latent.init(2, jnp.float32).any()
     assert latent.flat(drawn).shape == (2, 5, latent.width)
     assert latent.kl(p, q).shape == latent.entropy(p).shape == (2, 5)
+    sure = latent.dist(latent.shaped(jnp.full(latent.numbers, -1e3).at[0].set(1e3)))
+    assert (latent.entropy(p) > latent.least_entropy - 1e-4).all() and latent.entropy(
+        sure
+    ) > latent.least_entropy - 1e-4
     assert (latent.kl(p, q) > 0).all() and abs(latent.kl(p, p)).max() < 1e-6
     np.testing.assert_array_equal(p.sample(None), p.mode())
     np.testing.assert_array_equal(drawn, p.sample(jax.random.key(0)))

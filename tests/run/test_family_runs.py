@@ -1,0 +1,57 @@
+"""Runs of the family's presets: they learn, report, save, go on as if they had never stopped, and are dreamt in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from tiny_runs import QUIET, lines, same, share_agents
+
+import dreamer
+from dreamer.presets import load_config
+from dreamer.saves.checkpoint import Checkpointer
+
+SEARCH = {"planner.horizon": 2, "planner.candidates": 8, "planner.rounds": 2, "planner.elites": 3}
+PRESETS: dict[str, dict[str, Any]] = {"dreamer_v2": {"actor_critic.slow_every": 3}, "dreamer_v1": {}, "planet": SEARCH}
+
+
+def run(name: str, logdir: Path, steps: int, **more: Any) -> int:
+    """Train a preset's method in the debug preset's size, up to this step."""
+    options = QUIET | PRESETS[name] | {"run.agent_steps": steps, "run.checkpoint_every": 60, "run.report_every": 60}
+    return dreamer.train(load_config([name, "debug"], options | {"logdir": str(logdir)} | more))
+
+
+def end(logdir: Path) -> tuple[Any, dict[str, Any]]:
+    _, state, meta = Checkpointer(logdir, read_only=True).restore()
+    return state, meta
+
+
+@pytest.mark.parametrize("name", [name if name == "dreamer_v1" else pytest.param(name, marks=pytest.mark.slow)
+                                  for name in PRESETS])  # fmt: skip
+def test_a_run_goes_on_as_if_it_had_not_stopped(name, tmp_path, monkeypatch):
+    share_agents(monkeypatch)
+    assert run(name, tmp_path / "whole", 120) == 0
+    for steps in (60, 120):
+        assert run(name, tmp_path / "parts", steps) == 0
+    (whole, meta), (parts, _) = end(tmp_path / "whole"), end(tmp_path / "parts")
+    assert meta["agent_steps"] == 120 and whole["updates"] > 20
+    assert same(whole, parts)
+    written = {key for line in lines(tmp_path / "whole" / "metrics.jsonl") for key in line}
+    assert {"eval/score", "train/loss/dyn", "report/imagined_error/image"} <= written
+    assert ("train/loss/policy" in written) == (name != "planet")
+    env = gymnasium.make("dreamer.dream_env:Dream-v0", logdir=str(tmp_path / "whole"), disable_env_checker=True)
+    first, _ = env.reset(seed=0)
+    after, reward, *_ = env.step(1)
+    assert first.shape == after.shape == (16, 16, 3) and np.isfinite(reward)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRESETS)
+def test_seeds_share_an_update(name, tmp_path):
+    assert run(name, tmp_path / "both", 80, **{"run.seeds": 2, "run.report_every": None}) == 0
+    one, other = (end(tmp_path / "both" / f"seed_{seed}")[0]["params"] for seed in (0, 1))
+    assert not same(one["world_model"], other["world_model"])
+    assert all(np.isfinite(leaf).all() for leaf in (one["world_model"]["rssm"]["all_gates"]["kernel"],))
