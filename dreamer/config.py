@@ -105,7 +105,7 @@ class RunConfig:
     )
     without: tuple[str, ...] = option(
         (),
-        "Rewrites for speed to do without, such as in_one_kernel on a GPU; docs/performance.md has them",
+        "Rewrites for speed to do without, such as in_one_kernel and in_few_kernels on a GPU; see docs/performance.md",
         resume=True,
     )
     collect: bool = option(

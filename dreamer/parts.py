@@ -1,12 +1,16 @@
-"""Values inside of a kernel of a GPU, as lists of parts, and a traced step computed with them.
+"""Values inside of a kernel of a GPU, made of parts, and a traced step computed with them.
 
-Triton wants arrays of two dimensions whose sizes are powers of two, and cannot cut or join them. So a value is a list
-of *parts*, rows by `width` features, side by side: cutting and joining are done to the list, and a product is a sum of
-products of parts with pieces of the weights, which are read where they are needed::
+Triton wants arrays of two dimensions whose sizes are powers of two, and cannot cut or join them. So a value is made of
+*parts*, rows by `width` features, side by side, and each part is computed where it is asked for: cutting and joining
+only say where a part is found, and a product is a sum of products of parts with pieces of the weights, which are read
+where they are needed::
 
     deter (rows, 512)    8 parts (rows, 64)       a group of the block-linear layer is a part
     stoch (rows, 32, 4)  2 parts (rows, 64)       16 variables in each
     kernel (512, 64)     read as 8 pieces (64, 64)
+
+A part is asked for by a number of Python's, where a kernel computes all parts, or by one that the kernel itself works
+out, where every copy of it computes its own.
 """
 
 from __future__ import annotations
@@ -23,57 +27,138 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.extend import core
 
-#: Rows of a batch in one copy of the kernel: as few as the GPU's matrix units take.
-ROWS = 16
 #: Operations that compute every number from those in its place.
 _ELEMENTWISE = set(
     "add add_any sub mul div neg abs sign max min square sqrt rsqrt integer_pow exp log log1p expm1 tanh logistic "
     "eq ne lt le gt ge and or not select_n convert_element_type stop_gradient copy".split()
 )
+#: Parts that are read at once in each trip of a kernel's loop; as many or fewer need no loop.
+_AT_ONCE = 2
+
+#: A number of Python's, or one that the kernel works out.
+Number = Any
 
 
 class UnsuitedError(Exception):
-    """This loop cannot be, or had better not be, a single kernel."""
+    """This loop cannot be, or had better not be, made into such kernels."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Parts side by side that are computed alike: ``part(group, i)`` for i < count."""
+
+    count: int
+    part: Callable[[Number, Number], jax.Array]
+
+    def cut(self, start: int, count: int) -> Run:
+        return self if count == self.count else Run(count, lambda group, i: self.part(group, i + start))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Groups of parts of so many columns; of a group, how many parts are computed alike, run by run."""
+
+    width: int
+    groups: int
+    counts: tuple[int, ...]
+
+    @property
+    def number(self) -> int:
+        return self.groups * sum(self.counts)
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """A value that was computed, in float32 where the program says bfloat16: it is rounded where it is stored.
+    """A value that is computed, in float32 where the program says bfloat16: it is rounded where it is stored.
 
-    shape: of a row's features; parts: (`ROWS`, width) each, of which `used` columns mean something; order: where the
-    traced program's array has the rows (0) and features (1, ...).
+    shape: of a row's features; parts: (rows, width) each, of which `used` columns mean something; order: where the
+    traced program's array has the rows (0) and features (1, ...); single: values of one column that parts are computed
+    from.
     """
 
     shape: tuple[int, ...]
-    parts: Sequence[jax.Array]
+    width: int
+    groups: int
+    runs: tuple[Run, ...]
     order: tuple[int, ...] = ()
+    single: tuple[Parts, ...] = ()
 
     @property
-    def width(self) -> int:
-        return self.parts[0].shape[1]
+    def layout(self) -> Layout:
+        return Layout(self.width, self.groups, tuple(run.count for run in self.runs))
 
     @property
     def used(self) -> int:
-        return math.prod(self.shape) // len(self.parts)
+        return math.prod(self.shape) // self.layout.number
+
+    @property
+    def every(self) -> list[jax.Array]:
+        """All parts, one after the other."""
+        return [run.part(group, i) for group in range(self.groups) for run in self.runs for i in range(run.count)]
 
     def turned(self, permutation: Sequence[int]) -> Parts:
         order = self.order or tuple(range(len(self.shape) + 1))
         after = tuple(order[i] for i in permutation)
-        return Parts(self.shape, self.parts, () if after == tuple(sorted(after)) else after)
+        return dataclasses.replace(self, order=() if after == tuple(sorted(after)) else after)
 
+    def laid_out(self, layout: Layout) -> Parts:
+        """The same parts, grouped otherwise."""
+        if self.layout == layout:
+            return self
+        total = sum(layout.counts)
+        if (self.width, self.layout.number) != (layout.width, layout.number):
+            raise UnsuitedError("other parts")
+        if self.groups == layout.groups:
+            return dataclasses.replace(self, runs=_refined(self.runs, layout.counts))
+        if len(self.runs) > 1:
+            raise UnsuitedError("other groups of what was joined")
+        count, part = self.runs[0].count, self.runs[0].part
 
-def parts_of(variable: Any, parts: Sequence[jax.Array]) -> Parts:
-    return Parts(variable.aval.shape[1:], [_raised(x) for x in parts])
+        def found(group: Number, i: Number) -> jax.Array:
+            at = i if isinstance(group, int) and group == 0 else group * total + i
+            return part(*divided_by(at, count)) if self.groups > 1 else part(0, at)
+
+        whole = dataclasses.replace(self, groups=layout.groups, runs=(Run(total, found),))
+        return whole.laid_out(layout)
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """An array in the GPU's memory. shape: the traced program's, rows first; moves: whether each step has its own."""
+    """An array in the GPU's memory. shape: the traced program's, rows first unless it is a matrix of weights; t: which
+    of many, if there are."""
 
     ref: Any
     shape: tuple[int, ...]
     kind: jnp.dtype
-    moves: bool = False
+    weights: bool = False
+    t: Any = None
+
+
+def divided_by(number: Number, by: int) -> tuple[Number, Number]:
+    """Quotient and rest of a number that is not negative."""
+    if isinstance(number, int):
+        return divmod(number, by)
+    return jax.lax.div(number, jnp.int32(by)), jax.lax.rem(number, jnp.int32(by))
+
+
+def _refined(runs: Sequence[Run], counts: Sequence[int]) -> tuple[Run, ...]:
+    """The same runs, cut into shorter ones."""
+    found, rest, start = [], list(runs), 0
+    for count in counts:
+        if not rest or rest[0].count - start < count:
+            raise UnsuitedError("parts across a joint")
+        found.append(rest[0].cut(start, count))
+        start += count
+        if start == rest[0].count:
+            rest, start = rest[1:], 0
+    return tuple(found)
+
+
+def _finest(layouts: Sequence[Layout]) -> Layout:
+    """Runs that end wherever those of one of the layouts do."""
+    ends = sorted({sum(layout.counts[: i + 1]) for layout in layouts for i in range(len(layout.counts))})
+    counts = tuple(end - start for start, end in zip([0, *ends], ends, strict=False))
+    return dataclasses.replace(layouts[0], counts=counts)
 
 
 def _raised(x: jax.Array) -> jax.Array:
@@ -85,92 +170,154 @@ def _stretched(x: jax.Array, each: int) -> jax.Array:
     return jnp.broadcast_to(x[..., None], (*x.shape, each)).reshape(x.shape[0], -1)
 
 
-@dataclasses.dataclass(frozen=True)
 class StepInParts:
-    """What one step computes for the rows of this copy, in parts of `width` features.
+    """What one step computes for some rows, in parts of `width` features.
 
-    batch: rows of the whole batch; t: where the step finds its own part of what moves with time, None before the first.
+    batch: rows of the whole batch; rows: of this copy, `many` of them, as Pallas slices an array.
     """
 
-    width: int
-    batch: int
-    rows: Any
-    t: Any
+    def __init__(self, width: int, batch: int, rows: Any, many: int) -> None:
+        self.width, self.batch, self.rows, self.many = width, batch, rows, many
+        # What was computed, by what it is and which part, so that it is done once. Inside of a kernel's loops and
+        # branches everything that was computed outside is known, but not the other way round.
+        self._known: list[dict[Any, Any]] = [{}]
 
-    def write(self, ref: Any, value: Parts) -> None:
-        if value.used < value.width and len(value.parts) > 1:
-            raise UnsuitedError("columns between parts that mean nothing")
-        for i, part in enumerate(value.parts):
-            at = (*([] if self.t is None else [self.t]), self.rows, pl.ds(i * value.width, value.width))
-            ref[at] = part.astype(ref.dtype)
-
-    def evaluate(self, jaxpr: Any, values: dict[Any, Any]) -> list[Parts]:
-        """The results of the step's program."""
-        read = lambda v: v.val if isinstance(v, core.Literal) else values[v]  # noqa: E731
-        for equation in jaxpr.eqns:
-            results = self._evaluate(equation, [read(v) for v in equation.invars])
+    def evaluate(self, equations: Sequence[Any], values: dict[Any, Any]) -> None:
+        """Adds the results of equations of the step's program to the values of its variables."""
+        for equation in equations:
+            results = self._evaluate(equation, [value_of(v, values) for v in equation.invars])
             values.update(zip(equation.outvars, results, strict=True))
-        return [self.whole(read(v), v.aval.shape[1:]) for v in jaxpr.outvars]
+
+    def inside(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that the kernel runs in a loop or under a condition."""
+
+        @functools.wraps(function)
+        def run(*arguments: Any) -> Any:
+            self._known.append({})
+            try:
+                return function(*arguments)
+            finally:
+                self._known.pop()
+
+        return run
 
     def whole(self, value: Any, shape: tuple[int, ...]) -> Parts:
         """A value stretched to these features, in parts of its own."""
-        number, width = self._divided(shape, [value])
-        parts = self._fit(value, shape, number, width)
-        return Parts(shape, [jnp.broadcast_to(x, (ROWS, width)) for x in parts])
+        layout = self._layout(shape, [value])
+        fitted = self._fit(value, shape, layout)
+        size = (self.many, layout.width)
+        return self._made(shape, layout, lambda x: jnp.broadcast_to(_raised(jnp.asarray(x)), size), [fitted])
 
-    def _divided(self, shape: tuple[int, ...], values: Sequence[Any]) -> tuple[int, int]:
-        """Number and width of the parts of a value with these features that is made of others."""
-        for value in values:
-            if isinstance(value, Parts) and value.shape == shape:
-                return len(value.parts), value.width
+    def listed(self, shape: tuple[int, ...], parts: Sequence[jax.Array]) -> Parts:
+        """A value whose parts are at hand."""
+        layout = self.layout(shape)
+        each = layout.counts[0]
+        run = Run(each, lambda group, i: _raised(parts[group * each + i]))
+        return Parts(shape, layout.width, layout.groups, (run,))
+
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        """How a value with these features is laid out if nothing asks for another way."""
+        size = math.prod(shape)
+        if size <= self.width:
+            return Layout(columns(size, self.width), 1, (1,))
+        if size % self.width:
+            raise UnsuitedError("features")
+        groups = math.prod(shape[:-1]) if shape[-1] % self.width == 0 else 1
+        return Layout(self.width, groups, (size // self.width // groups,))
+
+    def _layout(self, shape: tuple[int, ...], values: Sequence[Any]) -> Layout:
+        """Of a value with these features that is made of others."""
+        same = [value.layout for value in values if isinstance(value, Parts) and value.shape == shape]
+        if same:
+            alike = [one for one in same if (one.width, one.groups, sum(one.counts)) == _sizes(same[0])]
+            return _finest(alike)
         for value in values:
             if isinstance(value, Parts) and math.prod(value.shape) > 1 and value.shape[:-1] == shape[:-1]:
-                return len(value.parts), value.width * shape[-1]
-        size = math.prod(shape)
-        if size > self.width and size % self.width:
-            raise UnsuitedError("features")
-        return (1, columns(size, self.width)) if size <= self.width else (size // self.width, self.width)
+                return dataclasses.replace(value.layout, width=value.width * shape[-1])
+        return self.layout(shape)
 
-    def _fit(self, value: Any, shape: tuple[int, ...], number: int, width: int) -> list[Any]:
-        """A value as this many parts, each of which can be stretched to (`ROWS`, width)."""
+    def _made(
+        self, shape: tuple[int, ...], layout: Layout, compute: Callable[..., jax.Array], operands: Sequence[Any]
+    ) -> Parts:
+        """A value each of whose parts is computed from those of operands with the same layout, or from numbers."""
+        of = [x.runs if isinstance(x, Parts) else None for x in operands]
+
+        def run(place: int, count: int) -> Run:
+            def part(group: Number, i: Number) -> jax.Array:
+                pairs = zip(of, operands, strict=True)
+                return compute(*(x if runs is None else runs[place].part(group, i) for runs, x in pairs))
+
+            return Run(count, self._once(part))
+
+        single = {id(one): one for x in operands if isinstance(x, Parts) for one in x.single}
+        runs = tuple(run(place, count) for place, count in enumerate(layout.counts))
+        made = Parts(shape, layout.width, layout.groups, runs, (), tuple(single.values()))
+        return dataclasses.replace(made, single=(made,)) if math.prod(shape) == 1 and single else made
+
+    def _once(self, part: Callable[[Number, Number], jax.Array]) -> Callable[[Number, Number], jax.Array]:
+        """The same, computed the first time only."""
+
+        def known(group: Number, i: Number) -> jax.Array:
+            at = (known, *(x if isinstance(x, int) else id(x) for x in (group, i)))
+            for scope in self._known:
+                if at in scope:
+                    return scope[at][0]
+            result = part(group, i)
+            self._known[-1][at] = result, group, i  # an `id` is another's once its object is gone
+            return result
+
+        return known
+
+    def _fit(self, value: Any, shape: tuple[int, ...], layout: Layout) -> Any:
+        """A value in this layout, whose parts can be stretched to (rows, width), or a number."""
         if isinstance(value, Stored):
-            return self._load(value, shape, number, width)
+            return self._load(value, shape, layout)
         if not isinstance(value, Parts):
-            return [value] * number
+            return value
         if value.order:
             raise UnsuitedError("rows that do not come first")
-        parts, each = value.parts, shape[-1] if shape else 1
+        each = shape[-1] if shape else 1
         if math.prod(value.shape) == 1:
-            return [parts[0][:, :1]] * number
+            return _repeated(value, layout)
         if math.prod(value.shape) * each == math.prod(shape) and value.shape[-1] == 1:
-            parts = [_stretched(x, each) for x in parts]
+            value = self._made(value.shape, value.layout, lambda x: _stretched(x, each), [value])
+            value = dataclasses.replace(value, width=value.width * each)
         elif value.shape != shape:
             raise UnsuitedError("a stretch")
-        if (len(parts), parts[0].shape[1]) != (number, width):
-            raise UnsuitedError("other parts")
-        return list(parts)
+        return value.laid_out(layout)
 
-    def _load(self, stored: Stored, shape: tuple[int, ...], number: int, width: int) -> list[Any]:
-        own, each = stored.shape[1:], shape[-1] if shape else 1
-        at = (*([self.t] if stored.moves else []), pl.ds(0, 1) if stored.shape[0] == 1 else self.rows)
+    def _load(self, stored: Stored, shape: tuple[int, ...], layout: Layout) -> Parts:
+        own, each, width = stored.shape[1:], shape[-1] if shape else 1, layout.width
+        at = (*([] if stored.t is None else [stored.t]), pl.ds(0, 1) if stored.shape[0] == 1 else self.rows)
 
-        def read(start: int, count: int) -> jax.Array:
+        def read(start: Number, count: int) -> jax.Array:
             if count & (count - 1):
                 raise UnsuitedError("columns that are no power of two")
             x = stored.ref[(*at, pl.ds(start, count))]
             return x != 0 if stored.kind == jnp.bool_ else _raised(x)
 
+        def made(read: Callable[[Number], jax.Array]) -> Parts:
+            total = sum(layout.counts)
+            run = Run(total, self._once(lambda group, i: read(group * total + i)))
+            return Parts(own, width, layout.groups, (run,)).laid_out(layout)
+
         if math.prod(own) == math.prod(shape):
-            return [read(i * width, width) for i in range(number)]
+            return made(lambda i: read(i * width, width))
         if math.prod(own) == 1:
-            return [read(0, 1)] * number
+            column = Parts(own, 1, 1, (Run(1, self._once(lambda group, i: read(0, 1))),))
+            return _repeated(dataclasses.replace(column, single=(column,)), layout)
         if width % each:
             raise UnsuitedError("a stretch of what is stored")
+        several = width // each
         if own[-1:] == (1,) and own[:-1] == shape[:-1]:
-            return [_stretched(read(i * width // each, width // each), each) for i in range(number)]
+            return made(lambda i: _stretched(read(i * several, several), each))
         if math.prod(own) == each:
-            x = read(0, each)
-            return [jnp.broadcast_to(x[:, None, :], (x.shape[0], width // each, each)).reshape(x.shape[0], -1)] * number
+
+            def copies(i: Number) -> jax.Array:
+                x = read(0, each)
+                return jnp.broadcast_to(x[:, None, :], (x.shape[0], several, each)).reshape(x.shape[0], -1)
+
+            return made(copies)
         raise UnsuitedError("a stretch of what is stored")
 
     # Operations
@@ -179,8 +326,9 @@ class StepInParts:
         name, params, shapes = equation.primitive.name, equation.params, [v.aval.shape for v in equation.outvars]
         if name == "dot_general":
             return [self._product(*operands, **params)]
-        if name == "transpose" and isinstance(operands[0], Parts):
-            return [operands[0].turned(params["permutation"])]
+        if name == "transpose" and not (isinstance(operands[0], Stored) and operands[0].weights):
+            x = operands[0] if isinstance(operands[0], Parts) else self.whole(operands[0], operands[0].shape[1:])
+            return [x.turned(params["permutation"])]
         if any(shape[:1] != (self.batch,) for shape in shapes):
             raise UnsuitedError(name)
         if name in ("reshape", "squeeze", "broadcast_in_dim"):
@@ -195,15 +343,15 @@ class StepInParts:
                 return _cut(values[0], [shape[1:] for shape in shapes])
             if name == "concatenate":
                 return [_joined(values, shapes[0][1:])]
-            return [_summed_up(values[0]) if name == "cumsum" else _reduced(values[0], *_REDUCTIONS[name])]
+            return [self._summed_up(values[0]) if name == "cumsum" else self._reduced(values[0], *_REDUCTIONS[name])]
         if name not in _ELEMENTWISE:
             raise UnsuitedError(name)
         return [self._elementwise(equation, operands)]
 
     def _elementwise(self, equation: Any, operands: list[Any]) -> Parts:
         output, name = equation.outvars[0].aval, equation.primitive.name
-        number, width = self._divided(output.shape[1:], operands)
-        fitted = [self._fit(x, output.shape[1:], number, width) for x in operands]
+        layout = self._layout(output.shape[1:], operands)
+        fitted = [self._fit(x, output.shape[1:], layout) for x in operands]
         kind = jnp.float32 if output.dtype in (jnp.bfloat16, jnp.float16) else output.dtype
 
         def compute(*arrays: Any) -> jax.Array:
@@ -217,23 +365,25 @@ class StepInParts:
             arrays = tuple(jnp.broadcast_to(x, shape) if jnp.ndim(x) else x for x in arrays)
             return equation.primitive.bind(*arrays, **equation.primitive.get_bind_params(equation.params))
 
-        return Parts(output.shape[1:], [compute(*arrays) for arrays in zip(*fitted, strict=True)])
+        return self._made(output.shape[1:], layout, compute, fitted)
 
     def _reshaped(self, value: Any, shape: tuple[int, ...]) -> Parts:
         if isinstance(value, Parts) and not value.order:
             if math.prod(value.shape) == math.prod(shape):
-                return Parts(shape, value.parts)
+                return dataclasses.replace(value, shape=shape)
             if value.shape == shape[:-1]:
-                value = Parts((*value.shape, 1), value.parts)
+                value = dataclasses.replace(value, shape=(*value.shape, 1))
         return self.whole(value, shape)
 
     def _product(self, left: Any, right: Any, dimension_numbers: Any, **_: Any) -> Parts:
         """A row's features, one group of them for each matrix if there are several, times stored matrices."""
-        first = isinstance(left, Parts)
+        first = isinstance(right, Stored) and right.weights
         x, weights = (left, right) if first else (right, left)
-        if not isinstance(x, Parts) or not isinstance(weights, Stored):
-            raise UnsuitedError("product of two values")
         (of_x, along), (groups_of_x, groups_of_weights) = (pair if first else pair[::-1] for pair in dimension_numbers)
+        if not (isinstance(weights, Stored) and weights.weights) or (isinstance(x, Stored) and x.weights):
+            raise UnsuitedError("product of two values")
+        if isinstance(x, Stored):
+            x = self.whole(x, x.shape[1:])
         order, rank = x.order or tuple(range(len(x.shape) + 1)), len(weights.shape)
         if [order[i] for i in of_x] != [len(x.shape)] or [order[i] for i in groups_of_x] != [*range(1, len(x.shape))]:
             raise UnsuitedError("product over other than the last features")
@@ -241,33 +391,137 @@ class StepInParts:
             raise UnsuitedError("matrices whose groups do not come first")
         across = along[0] == rank - 1  # the matrix is (outputs, inputs)
         outputs, groups = weights.shape[-2 if across else -1], math.prod(x.shape[:-1])
-        number, width = self._divided((outputs,), [])
-        if len(x.parts) % groups or x.width < 16:
+        if x.layout.number % groups or x.width < 16:
             raise UnsuitedError("parts across groups")
-        pieces = len(x.parts) // groups
+        if x.groups != groups:
+            x = x.laid_out(Layout(x.width, groups, (x.layout.number // groups,)))
+        layout = self.layout((outputs,))
         kind = weights.ref.dtype
         exact = kind if kind == jnp.float64 else jnp.float32
         precision = jax.lax.Precision.HIGHEST if kind == exact else None
-        rows = [_only_used(part, x.used, 0).astype(kind) for part in x.parts]
+        numbers = (((1,), (1 if across else 0,)), ((), ()))
+        operand = self._made(x.shape, x.layout, lambda part: _only_used(part, x.used, 0).astype(kind), [x])
 
-        def total(g: int, n: int) -> jax.Array:
-            found = jnp.zeros((ROWS, width), exact)
-            for k in range(pieces):
-                at = (pl.ds(k * x.width, x.width), pl.ds(n * width, width))
-                piece = weights.ref[(*([np.int32(g)] if rank == 3 else []), *(at[::-1] if across else at))]
-                numbers = (((1,), (1 if across else 0,)), ((), ()))
-                found += jax.lax.dot_general(rows[g * pieces + k], piece, numbers, precision, exact)
+        def total(group: Number, n: Number) -> jax.Array:
+            found, start = jnp.zeros((self.many, layout.width), exact), 0
+            for one in x.single:
+                one.every  # noqa: B018  once, before the loop
+            for run in operand.runs:
+
+                def add(k: Number, found: jax.Array, run: Run = run, start: int = start) -> jax.Array:
+                    at = (pl.ds((start + k) * x.width, x.width), pl.ds(n * layout.width, layout.width))
+                    matrix = [np.int32(group) if isinstance(group, int) else group] if rank == 3 else []
+                    piece = weights.ref[(*matrix, *(at[::-1] if across else at))]
+                    return found + jax.lax.dot_general(run.part(group, k), piece, numbers, precision, exact)
+
+                found, start = self._counted(run.count, isinstance(n, int), add, found), start + run.count
             return found
 
         shape = (groups, outputs) if rank == 3 else (outputs,)
-        parts = Parts(shape, [total(g, n) for g in range(groups) for n in range(number)])
+        made = Parts(shape, layout.width, groups if rank == 3 else 1, (Run(layout.counts[0], self._once(total)),))
         found = (0, len(shape)) if first else (len(shape), 0)
-        return dataclasses.replace(parts, order=(1, *found) if rank == 3 else found).turned(range(rank))
+        return dataclasses.replace(made, order=(1, *found) if rank == 3 else found).turned(range(rank))
+
+    def _counted(self, count: int, unrolled: bool, add: Callable[[Number, Any], Any], first: Any) -> Any:
+        """``add(i, ...)`` for i < count, each after the other: in the program, or in a loop of the kernel."""
+        several = count if unrolled or count <= _AT_ONCE else math.gcd(count, _AT_ONCE)
+        turn = lambda i, found: functools.reduce(lambda x, k: add(i * several + k, x), range(several), found)  # noqa: E731
+        return turn(0, first) if several == count else jax.lax.fori_loop(0, count // several, self.inside(turn), first)
+
+    def _reduced(
+        self, value: Parts, reduce: Callable[..., Any], combine: Callable[..., Any], neutral: float
+    ) -> Parts:  # fmt: skip
+        """Over the last features."""
+        *shape, each = value.shape
+        used, width = value.used, value.width
+        if each == 1:
+            return dataclasses.replace(value, shape=tuple(shape))
+        if each >= used and each % used == 0:
+            several, groups = each // used, math.prod(shape)
+            by_group = value if value.groups == groups else value.laid_out(Layout(width, groups, (several,)))
+            column = lambda x: reduce(_only_used(x, used, neutral), axis=1, keepdims=True)  # noqa: E731
+            own = self._made(value.shape, by_group.layout, column, [by_group])
+
+            def total(_: Number, i: Number) -> jax.Array:
+                return functools.reduce(combine, [run.part(i, k) for run in own.runs for k in range(run.count)])
+
+            made = Parts(tuple(shape), 1, 1, (Run(groups, self._once(total)),), (), value.single)
+            return dataclasses.replace(made, single=(made,)) if groups == 1 else made
+        if width % each:
+            raise UnsuitedError("a reduction over a piece of a part")
+        layout = dataclasses.replace(value.layout, width=width // each)
+        return self._made(
+            tuple(shape), layout, lambda x: reduce(x.reshape(x.shape[0], -1, each), axis=2), [value]
+        )  # fmt: skip
+
+    def _summed_up(self, value: Parts) -> Parts:
+        """The cumulative sum along the last features."""
+        each = value.shape[-1]
+        if value.used < each or (value.used > each and value.width % each):
+            raise UnsuitedError("a cumulative sum over several parts")
+        inner = (1, value.width) if value.used == each else (value.width // each, each)
+        compute = lambda x: jax.lax.cumsum(x.reshape(x.shape[0], *inner), 2).reshape(x.shape)  # noqa: E731
+        return self._made(value.shape, value.layout, compute, [value])
+
+
+# Arrays around a kernel
+
+
+def in_parts(widths: Sequence[int], attempt: Callable[[int], Any]) -> Any:
+    """What `attempt` makes with parts of so many features, the first of the widths that the shapes of a step allow."""
+    reason = UnsuitedError()
+    for width in widths:
+        try:
+            return attempt(width)
+        except UnsuitedError as error:
+            reason = error
+    raise reason
+
+
+def padded(x: jax.Array, axes: Sequence[int], width: int) -> jax.Array:
+    """Zeros behind the features of some axes, to full parts."""
+    extra = [(0, columns(n, width) - n if i in axes else 0) for i, n in enumerate(x.shape)]
+    return jnp.pad(x, extra) if any(n for _, n in extra) else x
+
+
+def flat(x: jax.Array, leading: int, width: int, rows: int) -> jax.Array:
+    """Features flat behind `leading` dimensions, the rows last among these and, unless there is one, so many."""
+    x = x.astype(jnp.int8) if x.dtype == jnp.bool_ else x
+    x = padded(x.reshape(*x.shape[:leading], -1), [leading], width)
+    missing = 0 if x.shape[-2] == 1 else rows - x.shape[-2]
+    return jnp.pad(x, [(0, 0)] * (leading - 1) + [(0, missing), (0, 0)]) if missing else x
+
+
+def flat_result(shape: Any, leading: Sequence[int], width: int, rows: int) -> jax.ShapeDtypeStruct:
+    """The array that a kernel writes for a value of this shape (batch, ...) and dtype."""
+    kind = jnp.int8 if shape.dtype == jnp.bool_ else shape.dtype
+    return jax.ShapeDtypeStruct((*leading, rows, columns(math.prod(shape.shape[1:]), width)), kind)
+
+
+def unflat(x: jax.Array, shape: Any) -> jax.Array:
+    """A kernel's result (..., rows, columns) as the value (..., batch, ...) that it is."""
+    x = x[..., : shape.shape[0], : math.prod(shape.shape[1:])]
+    return x.reshape(*x.shape[:-2], *shape.shape).astype(shape.dtype)
+
+
+def value_of(variable: Any, values: dict[Any, Any]) -> Any:
+    return variable.val if isinstance(variable, core.Literal) else values[variable]
 
 
 def columns(size: int, width: int) -> int:
     """Columns of an array with this many features: those of its parts, at least."""
     return size if size == 1 or size > width else max(16, 1 << (size - 1).bit_length())
+
+
+def _sizes(layout: Layout) -> tuple[int, int, int]:
+    return layout.width, layout.groups, sum(layout.counts)
+
+
+def _repeated(column: Parts, layout: Layout) -> Parts:
+    """A value of one column wherever a part is asked for."""
+    only = column.runs[0].part
+    runs = tuple(Run(count, lambda group, i: only(0, 0)[:, :1]) for count in layout.counts)
+    return dataclasses.replace(column, width=layout.width, groups=layout.groups, runs=runs)
 
 
 def _literal(value: Any, floats: Sequence[jax.Array]) -> Any:
@@ -288,53 +542,40 @@ _REDUCTIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any], float]] = {
 }
 
 
-def _reduced(
-    value: Parts, reduce: Callable[..., Any], combine: Callable[..., Any], neutral: float
-) -> Parts:  # fmt: skip
-    """Over the last features."""
-    *shape, each = value.shape
-    if each == 1:
-        return Parts(tuple(shape), value.parts)
-    if each >= value.used and each % value.used == 0:
-        own = [reduce(_only_used(x, value.used, neutral), axis=1, keepdims=True) for x in value.parts]
-        several = each // value.used
-        groups = [own[i : i + several] for i in range(0, len(own), several)]
-        return Parts(tuple(shape), [functools.reduce(combine, group) for group in groups])
-    if value.width % each:
-        raise UnsuitedError("a reduction over a piece of a part")
-    return Parts(tuple(shape), [reduce(x.reshape(ROWS, -1, each), axis=2) for x in value.parts])
-
-
-def _summed_up(value: Parts) -> Parts:
-    """The cumulative sum along the last features."""
-    each = value.shape[-1]
-    if value.used < each or (value.used > each and value.width % each):
-        raise UnsuitedError("a cumulative sum over several parts")
-    groups = (ROWS, 1, value.width) if value.used == each else (ROWS, value.width // each, each)
-    return Parts(value.shape, [jax.lax.cumsum(x.reshape(groups), 2).reshape(x.shape) for x in value.parts])
-
-
 def _cut(value: Parts, shapes: Sequence[tuple[int, ...]]) -> list[Parts]:
     """The last features cut before some of them."""
+    groups = math.prod(value.shape[:-1])
     if any(shape[-1] % value.width for shape in shapes):
         raise UnsuitedError("a cut through a part")
-    start, along = 0, value.shape[-1] // value.width
-    found: list[Parts] = []
+    if value.groups != groups:
+        value = value.laid_out(Layout(value.width, groups, (value.layout.number // groups,)))
+    start, found = 0, []
     for shape in shapes:
-        end = start + shape[-1] // value.width
-        found.append(Parts(shape, [x for i, x in enumerate(value.parts) if start <= i % along < end]))
-        start = end
+        count = shape[-1] // value.width
+        found.append(dataclasses.replace(value, shape=shape, runs=_between(value.runs, start, count)))
+        start += count
     return found
+
+
+def _between(runs: Sequence[Run], start: int, count: int) -> tuple[Run, ...]:
+    """`count` parts from `start` on."""
+    found, end = [], start + count
+    for run in runs:
+        first, last = max(start, 0), min(end, run.count)
+        if first < last:
+            found.append(run.cut(first, last - first))
+        start, end = start - run.count, end - run.count
+    return tuple(found)
 
 
 def _joined(values: Sequence[Parts], shape: tuple[int, ...]) -> Parts:
     """The last features of several values, one after the other."""
-    width = values[0].width
+    width, groups = values[0].width, math.prod(shape[:-1])
     if any(value.width != width or value.shape[-1] % width for value in values):
         raise UnsuitedError("parts of different width")
-    found: list[jax.Array] = []
-    for group in range(math.prod(shape[:-1])):
-        for value in values:
-            along = value.shape[-1] // width
-            found += value.parts[group * along : (group + 1) * along]
-    return Parts(shape, found)
+    same = [
+        value if value.groups == groups
+        else value.laid_out(Layout(width, groups, (value.layout.number // groups,))) for value in values
+    ]  # fmt: skip
+    single = tuple(one for value in values for one in value.single)
+    return Parts(shape, width, groups, tuple(run for value in same for run in value.runs), (), single)

@@ -73,10 +73,23 @@ def in_several_kernels(step: Step, state: Values, inputs: Values, length: int, r
 
 
 @kernels.rewrite(plain=in_several_kernels, on=kernels.one_gpu)
-def in_one_kernel(step: Step, state: Values, inputs: Values, length: int, reverse: bool) -> tuple[Any, Any]:
-    """`jax.lax.scan` of a step over lists of arrays, as one kernel if the step's weights are few enough."""
+def in_few_kernels(step: Step, state: Values, inputs: Values, length: int, reverse: bool) -> tuple[Any, Any]:
+    """`jax.lax.scan` of a step over lists of arrays, each step as a few kernels if it has few rows."""
     # Not at the top: Pallas takes a quarter of a second to load, and only GPUs need it. Its Triton compiler is to leave
     # JAX one day.
+    try:
+        from dreamer.few_kernels import UnsuitedError, loop_in_few_kernels
+    except ImportError:
+        return in_several_kernels(step, state, inputs, length, reverse)
+    try:
+        return loop_in_few_kernels(step, state, inputs, length, reverse)
+    except UnsuitedError:
+        return in_several_kernels(step, state, inputs, length, reverse)
+
+
+@kernels.rewrite(plain=in_few_kernels, on=kernels.one_gpu)
+def in_one_kernel(step: Step, state: Values, inputs: Values, length: int, reverse: bool) -> tuple[Any, Any]:
+    """`jax.lax.scan` of a step over lists of arrays, as one kernel if the step's weights are few enough."""
     try:
         from dreamer.one_kernel import UnsuitedError, loop_in_one_kernel
     except ImportError:
@@ -84,7 +97,7 @@ def in_one_kernel(step: Step, state: Values, inputs: Values, length: int, revers
     try:
         return loop_in_one_kernel(step, state, inputs, length, reverse)
     except UnsuitedError:
-        return in_several_kernels(step, state, inputs, length, reverse)
+        return in_few_kernels(step, state, inputs, length, reverse)
 
 
 def plain_recurrence(fixed: jax.Array, factor: jax.Array, last: jax.Array) -> jax.Array:
@@ -202,7 +215,11 @@ def _in_turn(
 
     late = _reached(equations, carried)
     early = [one for one in equations if not late.intersection(one.outvars)]
-    inside = [one for one in equations if late.intersection(one.outvars)]
+    # A state of one number, such as the zeros that an episode begins with, is made where it is read.
+    filled = [one for one in early if one.primitive.name == "broadcast_in_dim"
+              and isinstance(one.invars[0], core.Literal)
+              and one.outvars[0].aval in [v.aval for v in carried]]  # fmt: skip
+    inside = [*filled, *(one for one in equations if late.intersection(one.outvars))]
     changing = _reached(early, moving)
     read = {v for one in inside for v in one.invars if isinstance(v, core.Var)}
     read |= {v for v in jaxpr.outvars if isinstance(v, core.Var)}

@@ -60,8 +60,11 @@ def jobs(sizes: Sequence[str], yardstick: str | None) -> list[Job]:
     """Everything that is timed, what matters most first."""
     found = [Job("size", f"{size} {obs}", update_command(size, obs)) for size in sizes for obs in OBS]
     for obs in OBS:  # the smallest size alone has loops that are one kernel
-        several = update_command(sizes[0], obs, "--without", "in_one_kernel")
-        found.append(Job("loops as several kernels", f"{sizes[0]} {obs}", several))
+        few = update_command(sizes[0], obs, "--without", "in_one_kernel")
+        found.append(Job("steps as few kernels", f"{sizes[0]} {obs}", few))
+        for size in sizes:
+            several = update_command(size, obs, "--without", "in_one_kernel", "in_few_kernels")
+            found.append(Job("steps as several kernels", f"{size} {obs}", several))
     found += [Job("seeds", f"{sizes[0]} vector x {n}", seeds_command(sizes[0], n), updates=n) for n in SEEDS]
     if yardstick is not None:
         command = tuple(shlex.split(yardstick))

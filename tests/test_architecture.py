@@ -26,7 +26,7 @@ LAYERS = [
         "nvidia",
     ],
     ["features", "sharding", "parts"],
-    ["kernels", "one_kernel"],
+    ["kernels", "one_kernel", "few_kernels"],
     ["networks", "distributions", "optimizer", "scans", "compiler"],
     ["coders", "latents", "rssm"],
     ["objectives"],

@@ -51,6 +51,8 @@ _FREE = {
 }
 #: What XLA's kinds of fusions are.
 _FUSIONS = {"Loop": "elementwise", "Input": "reduction", "Custom": "slice or library"}
+#: What our kernels are, by how their names begin.
+_OURS = {"loop": "loop in one kernel", "step": "part of a step"}
 _NO_KERNELS = ("Sharding", "AllocateBuffer", "annotate")
 #: Bytes of one entry of an array.
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
@@ -62,8 +64,8 @@ _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """A kernel: its kind, the operation that it came from, bytes that it writes; of a loop in one kernel, also the
-    bytes of weights that each multiprocessor reads, one step after the other."""
+    """A kernel: its kind, the operation that it came from, bytes that it writes; of loops in one kernel and steps in
+    few, also the bytes of weights that each multiprocessor reads."""
 
     kind: str
     source: str
@@ -149,7 +151,8 @@ def _kind(operation: str, rest: str) -> str:
         name = target[1] if target else "custom call"
         if any(word in name for word in _NO_KERNELS):
             return ""
-        return "loop in one kernel" if _read(rest) else "product (library)" if "cublas" in name else name
+        own = re.search(r'name = "(loop|step)_\d', rest)
+        return _OURS[own[1]] if own else "product (library)" if "cublas" in name else name
     return "copy" if operation in ("copy", "copy-start", "transpose") else operation
 
 
@@ -159,9 +162,9 @@ def _source(rest: str) -> str:
 
 
 def _read(rest: str) -> int:
-    """Bytes of weights in all steps of a loop that is one kernel, which `one_kernel` gives its name."""
-    loop = re.search(r'name = "loop_(\d+)_(\d+)"', rest)
-    return int(loop[1]) * int(loop[2]) if loop else 0
+    """Bytes of weights that a multiprocessor reads, after which `one_kernel` and `few_kernels` name their kernels."""
+    found = re.search(r'name = "(?:loop|step)_(\d+)(?:_(\d+))?"', rest)
+    return int(found[1]) * int(found[2] or 1) if found else 0
 
 
 def _title(source: str) -> str:
@@ -261,8 +264,8 @@ def bench_kernels(request: Request) -> Report:
                 rows |= {f"{name}: {loop.title}": kinds(loop) for loop in found}
     columns = ("launches", "model_ms", "gflop", "written_gb", "temp_mb", "compile_s", "kinds")
     note = (
-        f"Counted by the compiler; nothing ran. model_ms: {request.launch_us:g} us a launch, the weights of loops that "
-        f"are one kernel at {request.stream_gbs:g} GB/s, and behind them {request.tflops:g} TFLOP/s or the card's "
+        f"Counted by the compiler; nothing ran. model_ms: {request.launch_us:g} us a launch, the weights of our own "
+        f"kernels at {request.stream_gbs:g} GB/s, and behind them {request.tflops:g} TFLOP/s or the card's "
         "memory bandwidth, whichever is slower."
     )
     return Report("kernels", dataclasses.asdict(request), columns, rows, note)

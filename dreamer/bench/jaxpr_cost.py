@@ -29,8 +29,8 @@ READERS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", 
 
 
 def flops(jaxpr: core.Jaxpr) -> float:
-    """Floating-point operations of one run of the program: loops times their lengths, kernels times their copies, of
-    branches the most expensive, products with padding counted too. Loops of unknown length count as one iteration."""
+    """Floating-point operations of one run of the program: loops times their lengths, of branches the most expensive,
+    kernels as they say, products with padding counted too. Loops of unknown length count as one iteration."""
     return sum(_flops(equation) for equation in needed(jaxpr))
 
 
@@ -48,10 +48,11 @@ def _flops(equation: core.JaxprEqn) -> float:
     name, parameters = equation.primitive.name, equation.params
     if name == "scan":
         return parameters["length"] * flops(parameters["jaxpr"].jaxpr)
+    if name == "pallas_call":
+        return parameters["cost_estimate"].flops
     inner = [flops(jaxpr) for jaxpr in inner_jaxprs(equation)]
     if inner:
-        times = math.prod(parameters["grid_mapping"].grid) if name == "pallas_call" else 1
-        return max(inner) if name == "cond" else times * sum(inner)
+        return max(inner) if name == "cond" else sum(inner)
     written = sum(_size(variable) for variable in equation.outvars)
     if name in PRODUCTS:
         return 2 * written * PRODUCTS[name](equation)

@@ -1,4 +1,4 @@
-"""Loops as one kernel of a GPU, interpreted on a CPU: what `jax.lax.scan` computes, whatever the step is."""
+"""Loops as kernels of a GPU, interpreted on a CPU: what `jax.lax.scan` computes, whatever the step is."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from learner_data import CHEAP, perturb, random_batch, small_config
 
-from dreamer import kernels, one_kernel, parts, scans
+from dreamer import few_kernels, kernels, one_kernel, parts, scans
 from dreamer.agent import Agent
 from dreamer.types import Space
 
@@ -25,18 +25,22 @@ CONTINUOUS = ({"position": Space("vector", (20,))}, {"walk": Space("vector", (2,
 WIDE = dict(deter=32, hidden=16, stoch=4, classes=4, units=16, blocks=2)
 
 
+#: The ways to make kernels of a loop.
+LOOPS = {"one kernel": one_kernel.loop_in_one_kernel, "few kernels": few_kernels.loop_in_few_kernels}
+
+
 @contextlib.contextmanager
-def interpretation() -> Iterator[list[str]]:
+def interpretation(how: str) -> Iterator[list[str]]:
     """Inside, kernels of a GPU run on the CPU; a list of what became of each loop."""
     seen: list[str] = []
 
     def run(step: Any, state: Any, inputs: Any, length: int, reverse: bool) -> Any:
         try:
-            results = one_kernel.loop_in_one_kernel(step, state, inputs, length, reverse, interpret=True)
+            results = LOOPS[how](step, state, inputs, length, reverse, interpret=True)
         except parts.UnsuitedError as reason:
             seen.append(str(reason))
             return scans.in_several_kernels(step, state, inputs, length, reverse)
-        seen.append("one kernel")
+        seen.append(how)
         return results
 
     row = kernels.REWRITES["in_one_kernel"]
@@ -48,14 +52,19 @@ def interpretation() -> Iterator[list[str]]:
         kernels.REWRITES["in_one_kernel"] = row
 
 
+@pytest.fixture(params=LOOPS)
+def how(request) -> str:
+    return request.param
+
+
 @pytest.fixture
-def interpreted() -> Iterator[list[str]]:
-    with interpretation() as seen:
+def interpreted(how) -> Iterator[list[str]]:
+    with interpretation(how) as seen:
         yield seen
 
 
 @pytest.mark.parametrize("spaces", [DISCRETE, CONTINUOUS], ids=["discrete", "continuous"])
-def test_an_update_whose_loops_are_single_kernels_is_the_plain_one(spaces, interpreted):
+def test_an_update_whose_loops_are_kernels_is_the_plain_one(spaces, how, interpreted):
     """Loss terms, latents and gradients of all parameters, in float64, the same random numbers drawn."""
     results = []
     with jax.enable_x64(True):
@@ -70,7 +79,7 @@ def test_an_update_whose_loops_are_single_kernels_is_the_plain_one(spaces, inter
             grads, outcome = slopes(params, slow, scale, batch, jax.random.key(0))
             results.append((grads, outcome.metrics, outcome.written))
     # observe, imagine, and the way back through each
-    assert interpreted == ["one kernel"] * 4
+    assert interpreted == [how] * 4
     for (path, ours), oracle in zip(jax.tree.leaves_with_path(results[0]), jax.tree.leaves(results[1]), strict=True):
         a, b = np.float64(ours), np.float64(oracle)
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * max(1e-3, np.abs(b).max()), err_msg=str(path))
@@ -111,8 +120,9 @@ def recurrent(rng: np.random.Generator, kind: Any, batch: int, width: int, group
     return step, state, inputs
 
 
-@hypothesis.settings(max_examples=4)
+@hypothesis.settings(max_examples=8)
 @hypothesis.given(
+    how=st.sampled_from(list(LOOPS)),
     kind=st.sampled_from(["float32", "bfloat16"]),
     batch=st.sampled_from([1, 3, 16, 20]),
     width=st.sampled_from([16, 32]),
@@ -120,7 +130,7 @@ def recurrent(rng: np.random.Generator, kind: Any, batch: int, width: int, group
     classes=st.sampled_from([4, 8]),
     seed=st.integers(0, 99),
 )
-def test_any_step_gives_the_states_and_outputs_of_a_scan(kind, batch, width, groups, classes, seed):
+def test_any_step_gives_the_states_and_outputs_of_a_scan(how, kind, batch, width, groups, classes, seed):
     """Rows that fill no copy of the kernel, and several copies; bfloat16 is compared step by step, each from the same
     state, because one draw at the edge of two classes changes all that follow."""
     rng = np.random.default_rng(seed)
@@ -135,9 +145,9 @@ def test_any_step_gives_the_states_and_outputs_of_a_scan(kind, batch, width, gro
 
         return scans.scan(noted, state, row, length, False)
 
-    with interpretation() as seen:
+    with interpretation(how) as seen:
         ours = jax.jit(scan)(state, row)
-    assert seen == ["one kernel"]
+    assert seen == [how]
     with kernels.plain():
         oracle = jax.jit(lambda *args: scan(*args))(state, row)
     tolerance = 1e-4 if kind == "float32" else 3e-2
@@ -171,24 +181,43 @@ def test_what_cannot_be_one_kernel_is_refused_with_the_reason(change, reason):
         one_kernel.loop_in_one_kernel(step, [jnp.ones((16, 32))], [jnp.ones((2, 16, 32))], 2, False, interpret=True)
 
 
-@pytest.mark.parametrize("how", ["accumulated", "mapped"])
-def test_updates_with_single_kernels_may_be_accumulated_and_mapped_over_seeds(how, interpreted):
+@pytest.mark.parametrize(
+    ("step", "reason"),
+    [
+        (lambda x, y: ([x @ WEIGHTS], [jnp.concatenate([x @ WEIGHTS, y], -1)]), "a joined result"),
+        (lambda x, y: ([x @ WEIGHTS], [jnp.zeros(())]), "a constant result"),
+        (lambda x, y: ([y], [x @ WEIGHTS]), "states that no step makes"),
+        (lambda x, y: ([(x @ WIDE_WEIGHTS) @ WIDE_WEIGHTS.T], [y]), "many products"),
+    ],
+    ids=["joined", "constant", "states", "products"],
+)
+def test_steps_that_cannot_be_a_few_kernels_are_refused_with_the_reason(step, reason, monkeypatch):
+    monkeypatch.setattr(few_kernels, "MOST_PRODUCTS", 2**20)
+    with pytest.raises(parts.UnsuitedError, match=reason):
+        few_kernels.loop_in_few_kernels(
+            lambda state, row: step(state[0], row[0]),
+            [jnp.ones((16, 32))], [jnp.ones((2, 16, 32))], 2, False, interpret=True,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ["accumulated", "mapped"])
+def test_updates_with_kernels_may_be_accumulated_and_mapped_over_seeds(what, how, interpreted):
     """Against the same with plain scans, draws and all: new weights, latents and metrics."""
-    options = dict(optimizer=dict(accumulate=2) if how == "accumulated" else {}, actor_critic=dict(horizon=2))
+    options = dict(optimizer=dict(accumulate=2) if what == "accumulated" else {}, actor_critic=dict(horizon=2))
     results = []
     for names in ((), ("scan",)):
         agent = Agent(*CONTINUOUS, small_config(model=WIDE, **options))
         agent.target = kernels.Target("gpu", without=names)
         batches = [random_batch(agent, seed, length=3) for seed in (1, 2)]
         states = [agent.init(seed) for seed in (3, 4)]
-        if how == "mapped":
+        if what == "mapped":
             stack = lambda trees: jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)  # noqa: E731
             run = jax.jit(jax.vmap(agent.learn), compiler_options=CHEAP)
             results.append(run(stack(states), stack(batches)))
         else:
             results.append(jax.jit(agent.learn, compiler_options=CHEAP)(states[0], batches[0]))
     # When accumulated, the way back through a dream, which nobody needs, adds up over rows.
-    assert interpreted.count("one kernel") >= 3
+    assert interpreted.count(how) >= 3
     ours, oracle = (jax.tree.leaves_with_path(result) for result in results)
     for (path, x), (_, y) in zip(ours, oracle, strict=True):
         np.testing.assert_allclose(np.float32(x), np.float32(y), rtol=2e-3, atol=2e-4, err_msg=str(path))
