@@ -16,6 +16,8 @@ from dreamer.values import LARGEST_SEED, brief
 USAGE_ERROR = 2
 #: Presets that say nothing about their task's suite; the latter are for a single task.
 NO_SETTING, ONE_TASK = ("debug",), ("carracing", "quickstart")
+#: Presets of whole methods, with their papers' settings of a suite: they do where they are given, but are not named.
+METHODS = ("dreamer_v1", "dreamer_v2", "planet")
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -67,7 +69,7 @@ def presets_left_out(configs: Sequence[str], config: Config, environment: bool =
         return None
     suite, found = config.task.partition("_")[0], dict[str, list[str]]()
     for name, path in known.items():
-        if path.parent.name != "presets" or name in NO_SETTING:
+        if path.parent.name != "presets" or name in NO_SETTING or name in METHODS and name not in configs:
             continue
         settings = settings_of([Setting(name, str(path))], path.parent)
         task = settings["task"].value

@@ -43,9 +43,9 @@ class Kind:
 
 def kind_of(config: Config) -> tuple[object, ...]:
     """What determines how much a run needs."""
-    rates = dataclasses.replace(config.actor_critic, entropy=0.0)
-    suite = config.task.partition("_")[0]
-    return (suite, config.run, config.env, config.replay, config.model, rates.horizon, rates.imagine_last)
+    behaviour, suite = config.actor_critic, config.task.partition("_")[0]
+    dreams = (behaviour.gradient, behaviour.horizon, behaviour.imagine_last)
+    return (suite, config.run, config.env, config.replay, config.model, config.planner, dreams)
 
 
 def measured_hours(runs: Sequence[RunEntry]) -> tuple[float, str] | None:
