@@ -198,12 +198,24 @@ class ModelConfig:
     remat: bool = option(False, "Recompute the convolutions and scans in the backward pass: slower, less memory")
 
 
+ObjectiveName = Literal["reconstruction", "redundancy_reduction", "predict_encoding", "self_prediction", "probe"]
+
+
 @group
 class LossConfig:
     """Loss terms."""
 
-    objective: Literal["reconstruction"] = option("reconstruction", "What the latents are trained to predict")
-    reconstruction: float = option(1.0, "Scale of each reconstruction loss", **SCALE)
+    objective: tuple[ObjectiveName, ...] = option(
+        ("reconstruction",),
+        "What the latents are trained to predict, one or several: observations; encodings, by redundancy_reduction, "
+        "predict_encoding or self_prediction; beside these a probe, a decoder that teaches the latents nothing",
+        max_length=8,
+    )
+    reconstruction: float = option(1.0, "Scale of each loss of reconstruction or probe", **SCALE)
+    redundancy_reduction: float = option(0.05, "Scale of the loss of redundancy_reduction", **SCALE)
+    predict_encoding: float = option(500.0, "Scale of the loss of predict_encoding", **SCALE)
+    self_prediction: float = option(1.0, "Scale of the loss of self_prediction", **SCALE)
+    target_rate: float = option(0.01, "Rate of self_prediction's slow encoder", "per update", gt=0, le=1)
     reward: float = option(1.0, "Scale of the reward loss", **SCALE)
     cont: float = option(1.0, "Scale of the continue loss", **SCALE)
     dyn: float = option(1.0, "Scale of KL(sg(posterior) || prior)", **SCALE)

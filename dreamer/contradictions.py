@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def check(config: Config) -> None:
     """ValueError, in one line, for the first contradiction."""
-    for rule in (_networks, _planner, _behaviour, _batches, _devices, _seeds, _data):
+    for rule in (_networks, _objectives, _planner, _behaviour, _batches, _devices, _seeds, _data):
         if fault := rule(config):
             raise ValueError(fault)
 
@@ -35,6 +35,31 @@ def _networks(config: Config) -> str | None:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
             return f"expected model.{name} to be a regular expression, got {pattern[:100]!r}: {error}"
+    return None
+
+
+#: Options of the loss that only some objectives read.
+_OF_OBJECTIVES = {
+    "reconstruction": ("reconstruction", "probe"),
+    "redundancy_reduction": ("redundancy_reduction",),
+    "predict_encoding": ("predict_encoding",),
+    "self_prediction": ("self_prediction",),
+    "target_rate": ("self_prediction",),
+}
+
+
+def _objectives(config: Config) -> str | None:
+    loss, named = config.loss, config.loss.objective
+    if len(set(named)) < len(named) or {"reconstruction", "probe"} <= set(named):
+        return f"expected each objective once, and not both reconstruction and probe, got {list(named)}; leave one out"
+    untouched = type(loss)()
+    for option, readers in _OF_OBJECTIVES.items():
+        value, default = getattr(loss, option), getattr(untouched, option)
+        if value != default and not set(readers) & set(named):
+            return (
+                f"expected loss.{option} {default:g} without {' or '.join(readers)} in loss.objective, got {value:g}; "
+                f"nothing would read it"
+            )
     return None
 
 
@@ -86,9 +111,10 @@ def _batches(config: Config) -> str | None:
     if run.batch_size % slices:
         return f"expected run.batch_size ({run.batch_size}) to be a multiple of optimizer.accumulate, got {slices}"
     whole = {"loss.free_nats_of": (config.loss.free_nats_of, "mean"),
+             "loss.objective": (config.loss.objective, "redundancy_reduction"),
              "actor_critic.gradient": (config.actor_critic.gradient, "none")}  # fmt: skip
     for name, (got, needs) in whole.items():
-        if slices > 1 and got == needs:
+        if slices > 1 and (needs in got if isinstance(got, tuple) else needs == got):
             return f"expected optimizer.accumulate 1 with {name} {needs}, got {slices}; leave it out"
     devices = (run.mesh_data or 1) * (run.mesh_model or 1)
     if run.batch_size // slices % devices:

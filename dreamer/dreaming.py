@@ -52,7 +52,7 @@ class Dreams:
         if not self.observations:
             raise ValueError(
                 "expected a model that predicts observations, got one without a decoder; take a run that was trained "
-                "with --loss.objective reconstruction"
+                "with reconstruction or probe in loss.objective"
             )
         self._step, self._watch = agent.compiled(self._advance), agent.compiled(self._filter)
 

@@ -58,12 +58,13 @@ def frozen(module: Any) -> Any:
 class Linear(nnx.Module):
     """``x @ kernel + bias``: (..., inputs) -> (..., outputs). An out-scale of 0 makes the initial output exactly 0."""
 
-    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs, scale: float = 1.0) -> None:
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs, scale: float = 1.0, bias: bool = True) -> None:
         self.kernel = initial_weights(rngs, (inputs, outputs), inputs, scale)
-        self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32))
+        self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return kernels.product(self.kernel[...].astype(x.dtype), x) + features.weights(self.bias[...].astype(x.dtype))
+        y = kernels.product(self.kernel[...].astype(x.dtype), x)
+        return y if self.bias is None else y + features.weights(self.bias[...].astype(x.dtype))
 
 
 class BlockLinear(nnx.Module):

@@ -1,4 +1,8 @@
-"""What the latents are trained to predict: one table, `OBJECTIVES`."""
+"""What the latents are trained to predict: one table, `OBJECTIVES`; one row of it, or several at once.
+
+DreamerV3's latents predict the observations. Others predict what the encoder makes of these, so that what is not worth
+encoding need not be drawn; a decoder of stopped features can look on. (`WorldModel.loss` adds rewards and the rest.)
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,15 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from dreamer import features
 from dreamer.coders import Decoder, Observations
 from dreamer.config import LossConfig, ModelConfig
 from dreamer.distributions import Output
+from dreamer.latents import LATENTS
+from dreamer.networks import MLP, Linear, at_least_float32
 from dreamer.optimizer import Slow
 from dreamer.rssm import State
 from dreamer.types import ACTION_MASK, Spaces
@@ -46,7 +53,7 @@ class Objective(nnx.Module):
         self, seen: Seen, observations: Observations, slow: Mapping[str, nnx.Module], key: jax.Array | None
     ) -> dict[str, jax.Array]:
         """Losses (B, T) by name. slow: all slow copies, by name."""
-        raise NotImplementedError
+        return {}
 
     def predict(self, x: jax.Array) -> dict[str, Output]:
         """The predicted observations by key, from features (..., F)."""
@@ -99,5 +106,156 @@ class Reconstruction(Objective):
         return features.single(allowed) > 0.5
 
 
+class Probe(Reconstruction):
+    """A decoder that looks on: it learns to draw the observations from the states, and teaches them nothing.
+
+    Other objectives keep their videos, dreams and reports with it.
+    """
+
+    def predict(self, x: jax.Array) -> dict[str, Output]:
+        return super().predict(sg(x))
+
+
+class RedundancyReduction(Objective):
+    """Barlow Twins between feature and encoding (R2-Dreamer): no decoder, no augmentation.
+
+    A projection of the feature is correlated with the encoding, which is data, over the N = B * T steps of a batch:
+    C (tokens, tokens). Each number of the encoding is to be told by its own number of the projection, and by no other::
+
+        sum_i (1 - C_ii)^2 + 5e-4 sum_{i != j} C_ij^2
+    """
+
+    OFF_DIAGONAL = 5e-4
+
+    def __init__(
+        self, width: int, tokens: int, spaces: Spaces, config: ModelConfig, loss: LossConfig, *, rngs: nnx.Rngs
+    ) -> None:
+        self.projection = Linear(width, tokens, bias=False, rngs=rngs)
+        super().__init__({"barlow": loss.redundancy_reduction})
+
+    def losses(
+        self, seen: Seen, observations: Observations, slow: Mapping[str, nnx.Module], key: jax.Array | None
+    ) -> dict[str, jax.Array]:
+        """One number, of the whole batch, at every step."""
+        x, y = _standardised(self.projection(seen.feature)), _standardised(sg(seen.tokens))
+        correlation = jnp.einsum("bti,btj->ij", x, y) / (x.shape[0] * x.shape[1])
+        own = jnp.diagonal(correlation)
+        others = jnp.square(correlation).sum() - jnp.square(own).sum()
+        loss = jnp.square(1 - own).sum() + self.OFF_DIAGONAL * others
+        return {"barlow": jnp.broadcast_to(loss, x.shape[:2])}
+
+
+class PredictEncoding(Objective):
+    """The encoding, which is data, from the deterministic state alone, by their cosine (Dreamer-CDP)."""
+
+    def __init__(
+        self, width: int, tokens: int, spaces: Spaces, config: ModelConfig, loss: LossConfig, *, rngs: nnx.Rngs
+    ) -> None:
+        self.mlp = MLP(config.deter, config.units, 1, rngs=rngs)
+        self.out = Linear(config.units, tokens, rngs=rngs)
+        super().__init__({"encoding": loss.predict_encoding})
+
+    def losses(
+        self, seen: Seen, observations: Observations, slow: Mapping[str, nnx.Module], key: jax.Array | None
+    ) -> dict[str, jax.Array]:
+        return {"encoding": 1 - _cosine(self.out(self.mlp(seen.states["deter"])), sg(seen.tokens))}
+
+
+class SelfPrediction(Objective):
+    """What the state becomes by an action, before anything is seen, tells the encoding of what then comes (SPR).
+
+    The encoding is that of a slow copy of the encoder, and data: a target that could come to meet its prediction would
+    be the same whatever is seen.
+    """
+
+    def __init__(
+        self, width: int, tokens: int, spaces: Spaces, config: ModelConfig, loss: LossConfig, *, rngs: nnx.Rngs
+    ) -> None:
+        self.latent = LATENTS[config.latent](config)
+        self.mlp = MLP(width, config.units, 1, rngs=rngs)
+        self.out = Linear(config.units, tokens, rngs=rngs)
+        encoder = Slow(("world_model", "encoder"), loss.target_rate)
+        super().__init__({"self": loss.self_prediction}, {"encoder": encoder})
+
+    def losses(
+        self, seen: Seen, observations: Observations, slow: Mapping[str, nnx.Module], key: jax.Array | None
+    ) -> dict[str, jax.Array]:
+        """2 - 2 cos, the squared distance of the two as unit vectors."""
+        deter = seen.states["deter"]
+        stoch = self.latent.dist(seen.prior).sample(key).astype(deter.dtype)
+        x = self.out(self.mlp(features.concat([deter, self.latent.flat(stoch)])))
+        return {"self": 2 - 2 * _cosine(x, self.target(seen, observations, slow["encoder"]))}
+
+    def target(self, seen: Seen, observations: Observations, encoder: nnx.Module) -> jax.Array:
+        """What is to be predicted, (B, T, tokens)."""
+        return sg(encoder(observations, seen.actions.shape[:2], seen.actions.dtype))
+
+
+class Several(Objective):
+    """Several objectives at once: all their losses, and the predictions of the one that predicts observations."""
+
+    def __init__(self, parts: Mapping[str, Objective]) -> None:
+        self.parts = nnx.Dict(dict(parts))
+        scales = {name: scale for part in parts.values() for name, scale in part.scales.items()}
+        super().__init__(scales, {name: slow for part in parts.values() for name, slow in part.slow.items()})
+        self._drawn = next((name for name in parts if name in DRAWS), None)
+
+    def losses(
+        self, seen: Seen, observations: Observations, slow: Mapping[str, nnx.Module], key: jax.Array | None
+    ) -> dict[str, jax.Array]:
+        found: dict[str, jax.Array] = {}
+        for i, part in enumerate(self.parts.values()):
+            found |= part.losses(seen, observations, slow, None if key is None else jax.random.fold_in(key, i))
+        return found
+
+    @property
+    def _draws(self) -> Objective:
+        return self.parts[self._drawn] if self._drawn else Objective({})
+
+    def predict(self, x: jax.Array) -> dict[str, Output]:
+        return self._draws.predict(x)
+
+    def targets(self, observations: Observations) -> dict[str, jax.Array]:
+        return self._draws.targets(observations)
+
+    @property
+    def predicts_masks(self) -> bool:
+        return self._draws.predicts_masks
+
+    def allowed(self, x: jax.Array) -> jax.Array:
+        return self._draws.allowed(x)
+
+
+def _standardised(x: jax.Array) -> jax.Array:
+    """Mean 0 and variance 1 of each number over the steps of a batch, (B, T, tokens)."""
+    x = at_least_float32(x)
+    x = x - x.mean((0, 1))
+    return x * jax.lax.rsqrt(jnp.square(x).mean((0, 1)) + 1e-5)
+
+
+def _cosine(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Cosine (B, T) of the angle between vectors (B, T, tokens)."""
+    unit = lambda x: x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-8)  # noqa: E731
+    return (unit(at_least_float32(x)) * unit(at_least_float32(y))).sum(-1)
+
+
 #: Called with the widths of features and tokens, the observation spaces, the options of model and losses.
-OBJECTIVES = {"reconstruction": Reconstruction}
+OBJECTIVES = {
+    "reconstruction": Reconstruction,
+    "redundancy_reduction": RedundancyReduction,
+    "predict_encoding": PredictEncoding,
+    "self_prediction": SelfPrediction,
+    "probe": Probe,
+}
+#: Those that predict observations.
+DRAWS = ("reconstruction", "probe")
+
+
+def make_objective(
+    width: int, tokens: int, spaces: Spaces, config: ModelConfig, loss: LossConfig, *, rngs: nnx.Rngs
+) -> Objective:
+    """What `loss.objective` names."""
+    made: dict[str, Objective] = {
+        name: OBJECTIVES[name](width, tokens, spaces, config, loss, rngs=rngs) for name in loss.objective
+    }
+    return next(iter(made.values())) if len(made) == 1 else Several(made)

@@ -145,8 +145,8 @@ def describe(annotation: Any) -> str:
 def fit(annotation: Any, value: Any) -> Any:
     """`value` in the type of an option, or TypeError: texts do not become numbers here, nor numbers truth values.
 
-    A number without a fraction (1.1e6) fits an integer; a list fits a tuple; numpy numbers and paths fit as what they
-    stand for.
+    A number without a fraction (1.1e6) fits an integer; a list fits a tuple, and so does a single value where there may
+    be any number; numpy numbers and paths fit as what they stand for.
     """
     value = native(value)
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
@@ -165,7 +165,9 @@ def fit(annotation: Any, value: Any) -> Any:
         raise TypeError
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise TypeError
+            if inner[-1] is not Ellipsis:
+                raise TypeError
+            value = [value]
         kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
         if len(kinds) != len(value):
             raise TypeError

@@ -15,7 +15,7 @@ from dreamer.coders import Encoder
 from dreamer.config import LossConfig, ModelConfig
 from dreamer.distributions import Bernoulli, Output, TwoHot, UnitNormal
 from dreamer.networks import MLP, Linear
-from dreamer.objectives import OBJECTIVES, Seen
+from dreamer.objectives import Seen, make_objective
 from dreamer.rssm import DYNAMICS, State
 from dreamer.types import Spaces
 
@@ -82,7 +82,7 @@ class WorldModel(nnx.Module):
         self.encoder = Encoder(observations, config, rngs=rngs)
         self.rssm = DYNAMICS[config.dynamics](self.encoder.width, action, config, rngs=rngs)
         width, units = self.rssm.width, config.units
-        self.objective = OBJECTIVES[loss.objective](width, self.encoder.width, observations, config, loss, rngs=rngs)
+        self.objective = make_objective(width, self.encoder.width, observations, config, loss, rngs=rngs)
         self.reward = Head(config.reward_head, width, units, config.reward_layers, config.bins, rngs=rngs)
         self.cont = Head("binary", width, units, config.cont_layers, config.bins, rngs=rngs)
 

@@ -32,6 +32,7 @@ from dreamer.commands.arguments import planner_options, split_arguments
 from dreamer.envs.interface import Fault
 from dreamer.envs.registry import SUITES, check_task
 from dreamer.model import act_by_planner
+from dreamer.objectives import OBJECTIVES
 from dreamer.planner_config import PlannerConfig
 from dreamer.presets import load_config, preset_names, save_config
 from dreamer.records.logger import Logger, Steps
@@ -301,7 +302,8 @@ class Recorder:
 def written(tmp_path_factory):
     """Every name that a run writes: the loop's own logging over a learner whose updates are only traced."""
     logdir, recorder = tmp_path_factory.mktemp("run"), Recorder()
-    config = load_config(["debug"])
+    every = [name for name in OBJECTIVES if name != "probe"]
+    config = load_config(["debug"], {"loss.objective": every})
     planner = act_by_planner(PlannerConfig(name="random_shooting", horizon=1, candidates=2))
     agent = Agent(OBSERVATIONS, ACTIONS, config, chooses=planner)
     fields = replay_fields(OBSERVATIONS, ACTIONS, agent.extras)

@@ -45,7 +45,8 @@ def kind_of(config: Config) -> tuple[object, ...]:
     """What determines how much a run needs."""
     behaviour, suite = config.actor_critic, config.task.partition("_")[0]
     dreams = (behaviour.gradient, behaviour.horizon, behaviour.imagine_last)
-    return (suite, config.run, config.env, config.replay, config.model, config.planner, dreams)
+    predicted = config.loss.objective
+    return (suite, config.run, config.env, config.replay, config.model, predicted, config.planner, dreams)
 
 
 def measured_hours(runs: Sequence[RunEntry]) -> tuple[float, str] | None:
