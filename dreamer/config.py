@@ -119,9 +119,12 @@ class SelectionConfig:
     """Which sequences are trained on, after the online queue: a mixture by fractions, which need not sum to 1."""
 
     uniform: float = option(1.0, "Fraction drawn uniformly", **SCALE)
-    prioritised: float = option(0.0, "Fraction drawn by priority: the model's loss when last trained on", **SCALE)
+    prioritised: float = option(0.0, "Fraction drawn by priority", **SCALE)
     recency: float = option(0.0, "Fraction drawn by age, the newest most often", **SCALE)
-    priority_exponent: float = option(0.8, "Chance proportional to the priority to this power", ge=0, le=10)
+    priority: Literal["loss", "curious"] = option(
+        "loss", "The model's loss when last trained on, or first of all how seldom a sequence was trained on"
+    )
+    priority_exponent: float = option(0.8, "Chance proportional to the loss to this power", ge=0, le=10)
     priority_zero_on_sample: bool = option(False, "Priority is 0 from when a sequence is drawn until its loss is known")
     recency_half_life: float = option(
         100_000.0, "Age at which a sequence is half as likely", "agent steps", ge=1e-3, le=1e12
@@ -131,6 +134,8 @@ class SelectionConfig:
     def _something(self) -> SelectionConfig:
         if not (self.uniform or self.prioritised or self.recency):
             raise ValueError("expected a fraction above 0 for uniform, prioritised or recency, got 0 for each")
+        if self.priority != "loss" and not self.prioritised:
+            raise ValueError(f"expected a fraction above 0 for prioritised with priority {self.priority}, got 0")
         return self
 
 

@@ -21,6 +21,7 @@ from dreamer.model import act_by_planner
 from dreamer.objectives import OBJECTIVES
 from dreamer.optimizer import OPTIMIZERS, Slow
 from dreamer.presets import load_config
+from dreamer.replay.priorities import MASSES
 from dreamer.rssm import DYNAMICS
 from dreamer.types import Space
 from dreamer.values import ConfigError
@@ -214,7 +215,7 @@ def test_what_a_planner_alone_cannot_have(changes, words):
 TABLES = {
     "model.latent": LATENTS, "model.dynamics": DYNAMICS, "loss.objective": OBJECTIVES, "loss.free_nats_of": FREE_NATS,
     "actor_critic.gradient": BEHAVIOURS, "actor_critic.values": VALUES, "actor_critic.return_scale": RETURN_SCALES,
-    "optimizer.kind": OPTIMIZERS,
+    "optimizer.kind": OPTIMIZERS, "replay.selection.priority": MASSES,
 }  # fmt: skip
 
 

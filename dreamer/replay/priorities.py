@@ -1,14 +1,14 @@
 """Prioritised starts: a sum tree over all positions, and the rules for setting and dropping priorities.
 
-Prioritized experience replay, https://arxiv.org/abs/1511.05952, proportional variant: P(i) = pᵢᵅ / Σₖ pₖᵅ
+A start is drawn in proportion to a mass, which `MASSES` make of its loss and of how often it was trained on.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -57,19 +57,35 @@ class SumTree:
         return node
 
 
+class Mass(NamedTuple):
+    """How masses are made: that of a start that has no loss yet; of losses and visits (M,), with an exponent α."""
+
+    first: float
+    of: Callable[[np.ndarray, np.ndarray, float], np.ndarray]
+
+
+MASSES: Mapping[str, Mass] = {
+    # Prioritized experience replay, https://arxiv.org/abs/1511.05952, the proportional variant, lᵅ.
+    "loss": Mass(np.inf, lambda loss, visits, alpha: np.maximum(loss, 0) ** alpha),
+    # Curious replay, https://arxiv.org/abs/2306.15934: what was seldom trained on, then what is not known well.
+    "curious": Mass(1e5, lambda loss, visits, alpha: 1e4 * 0.7**visits + (np.abs(loss) + 0.01) ** alpha),
+}
+
+
 class Priorities:
-    """A priority for every start (row of a context step) in the ring.
+    """A mass for every start (row of a context step) in the ring: among finite ones, the chance in proportion.
 
-    A start has infinite priority until `prioritize` sets it; until then it is drawn before all finite ones, and not
-    twice in one draw while others wait. Among finite ones P(i) ~ pᵢᵅ.
+    Where the first one is infinite, such starts are drawn before all finite ones until `prioritize` gives them another,
+    and not twice in one draw while others wait.
 
+    mass            A row of `MASSES`.
     exponent        α.
-    zero_on_sample  A start that was drawn is not drawn again until it gets a new priority.
+    zero_on_sample  A start that was drawn is not drawn again until it gets a new mass.
     """
 
-    def __init__(self, ring: Ring, length: int, exponent: float, zero_on_sample: bool):
+    def __init__(self, ring: Ring, length: int, mass: str, exponent: float, zero_on_sample: bool):
         self._ring, self._length = ring, length
-        self._exponent, self._zero_on_sample = exponent, zero_on_sample
+        self._mass, self._exponent, self._zero_on_sample = MASSES[mass], exponent, zero_on_sample
         self.clear()
 
     def extend(self, ids: np.ndarray) -> None:
@@ -78,7 +94,9 @@ class Priorities:
         begins = head - self._length
         valid = begins >= self._ring.tail[ids]
         overwritten, fresh = self._ring.slots(ids, head - 1), self._ring.slots(ids[valid], begins[valid])
-        self._set(np.concatenate([overwritten, fresh]), np.repeat([0.0, np.inf], [len(overwritten), len(fresh)]))
+        masses = np.repeat([0.0, self._mass.first], [len(overwritten), len(fresh)])
+        self._set(np.concatenate([overwritten, fresh]), masses)
+        self._visits[fresh] = 0
 
     def draw(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray] | None:
         """`count` starts (env, row), each (count,) int64; None if all priorities are 0."""
@@ -95,36 +113,47 @@ class Priorities:
         return self._ring.rows_at(slots)
 
     def prioritize(self, env: np.ndarray, row: np.ndarray, values: np.ndarray) -> None:
-        """Set the priorities (B,) of starts; of equal starts the later one counts, overwritten ones are left alone."""
+        """Starts were trained on, with these losses (B,): of equal starts the later one counts, each is a visit;
+        overwritten ones are left alone."""
         if not np.isfinite(values).all():
             raise ReplayError(f"expected finite priorities, got {values[~np.isfinite(values)][:3].tolist()}")
         kept = np.flatnonzero(row >= self._ring.tail[env])
-        slots, last = np.unique(self._ring.slots(env[kept], row[kept])[::-1], return_index=True)
-        self._set(slots, np.maximum(values[kept][::-1][last], 0) ** self._exponent)
+        trained = self._ring.slots(env[kept], row[kept])
+        np.add.at(self._visits, trained, 1)
+        slots, last = np.unique(trained[::-1], return_index=True)
+        self._set(slots, self._mass.of(values[kept][::-1][last], self._visits[slots], self._exponent))
 
     def save(self, folder: Path) -> dict[str, Any]:
-        """Write pᵅ of all starts, by environment, then by row, to a file. Returns its entry for a manifest."""
+        """Write masses and visits of all starts, by environment, then by row, to a file. Returns its entry for a
+        manifest."""
         slots = self._starts()
         mass = np.where(self._infinite.get(slots) > 0, np.inf, self._finite.get(slots))
-        stored = write_file(folder, f"priorities-{self._ring.head.max():012d}", [mass])
+        stored = write_file(folder, f"priorities-{self._ring.head.max():012d}", [mass, self._visits[slots]])
         return {**stored.entry(), "starts": self._ring.starts(self._length).tolist()}
 
     def load(self, folder: Path, entry: Mapping[str, Any] | None) -> None:
-        """Continue from a save; without one all are infinite. If the ring holds fewer starts, the newest count."""
+        """Continue from a save; without one all begin anew. If the ring holds fewer starts, the newest count."""
         self.clear()
         slots = self._starts()
         if entry is None:
-            self._set(slots, np.full(len(slots), np.inf))
+            self._set(slots, np.full(len(slots), self._mass.first))
             return
-        mass = read_file(folder, StoredFile.parse(entry)).view(np.float64)
-        parts = np.split(mass, np.cumsum(entry["starts"])[:-1])
+        data, count = read_file(folder, StoredFile.parse(entry)), sum(entry["starts"])
         here = self._ring.starts(self._length)
-        self._set(slots, np.concatenate([part[len(part) - n :] for part, n in zip(parts, here, strict=True)]))
+
+        def newest(values: np.ndarray) -> np.ndarray:
+            parts = np.split(values, np.cumsum(entry["starts"])[:-1])
+            return np.concatenate([part[len(part) - n :] for part, n in zip(parts, here, strict=True)])
+
+        self._set(slots, newest(data[: 8 * count].view(np.float64)))
+        if len(data) > 8 * count:  # saves of before visits were counted have none
+            self._visits[slots] = newest(data[8 * count :].view(np.int32))
 
     def clear(self) -> None:
-        """Forget all priorities."""
+        """Forget everything."""
         size = self._ring.num_envs * self._ring.rows
         self._finite, self._infinite = SumTree(size), SumTree(size)
+        self._visits = np.zeros(size, np.int32)
 
     def _set(self, slots: np.ndarray, mass: np.ndarray) -> None:
         infinite = np.isinf(mass)

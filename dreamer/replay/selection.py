@@ -166,7 +166,7 @@ class Selector:
         self._rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, SELECTION_STREAM])))
         self.queue = None if online_limit is None else OnlineQueue(ring, length - 1, online_limit)
         self.priorities = (
-            Priorities(ring, length, config.priority_exponent, config.priority_zero_on_sample)
+            Priorities(ring, length, config.priority, config.priority_exponent, config.priority_zero_on_sample)
             if config.prioritised
             else None
         )

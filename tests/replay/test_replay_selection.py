@@ -101,6 +101,24 @@ def test_only_new_starts_are_drawn_again_when_nothing_else_is_left():
     assert_distributed(draw(build([5], 20, prioritised=1.0), 999), dict.fromkeys([(0, 0), (0, 1), (0, 2)], 1.0))
 
 
+def test_curious_replay_prefers_what_was_seldom_trained_on():
+    """1e4 * 0.7^visits + (|loss| + 0.01)^0.7; 1e5 until the first visit."""
+    replay = build([9], rows=20, uniform=0.0, prioritised=1.0, priority="curious", priority_exponent=0.7)
+    visits = {(0, row): row % 4 for row in range(7)}
+    for turn in range(4):
+        trained = [start for start, count in visits.items() if count > turn]
+        if trained:
+            set_priorities(replay, {start: 40.0 * start[1] for start in trained})
+    expected = {
+        start: 1e4 * 0.7**count + (40 * start[1] + 0.01) ** 0.7 if count else 1e5 for start, count in visits.items()
+    }
+    assert_distributed(draw(replay, 20_000), expected)
+    # Once it was visited often enough, only the loss counts.
+    for _ in range(60):
+        set_priorities(replay, dict.fromkeys(visits, 1.0) | {(0, 3): -99.0})
+    assert_distributed(draw(replay, 20_000), dict.fromkeys(visits, 1.01**0.7) | {(0, 3): 99.01**0.7})
+
+
 def test_zero_on_sample_waits_for_the_next_priority():
     replay = build([8], rows=20, prioritised=1.0, priority_zero_on_sample=True)
     assert draw(replay, 4) + draw(replay, 2) == dict.fromkeys([(0, r) for r in range(6)], 1)
@@ -190,11 +208,15 @@ def test_the_online_queue_is_ahead_of_every_mixture():
 def test_nothing_to_draw_from_is_no_mixture():
     with pytest.raises(ValueError, match="fraction above 0"):
         SelectionConfig(uniform=0.0)
+    with pytest.raises(ValueError, match="fraction above 0 for prioritised with priority curious"):
+        SelectionConfig(priority="curious")
 
 
-@pytest.mark.parametrize("zero_on_sample", [False, True])
-def test_priorities_and_draws_go_on_after_a_save(tmp_path, zero_on_sample):
-    mixture = {"uniform": 1.0, "prioritised": 2.0, "recency": 1.0, "priority_zero_on_sample": zero_on_sample}
+@pytest.mark.parametrize(
+    "rule", [{}, {"priority_zero_on_sample": True}, {"priority": "curious"}], ids=["loss", "zero", "curious"]
+)
+def test_priorities_and_draws_go_on_after_a_save(tmp_path, rule):
+    mixture = {"uniform": 1.0, "prioritised": 2.0, "recency": 1.0, **rule}
     original = build([30, 30], rows=25, **mixture)
 
     def go_on(replay: Replay, seed: int) -> list[int]:
