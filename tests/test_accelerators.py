@@ -66,7 +66,7 @@ TASKS: dict[str, tuple[Spaces, Spaces]] = {
     "vizdoom": (image(64), classes(3)),
 }
 #: One of each kind; the others take as long again.
-QUICK = {"atari", "crafter", "dmc_proprio", "dreamer_v1", "minecraft"}
+QUICK = {"atari", "crafter", "dmc_proprio", "minecraft", "planet"}
 
 
 @pytest.fixture(scope="module", autouse=True)
