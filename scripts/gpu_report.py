@@ -88,7 +88,7 @@ class Server:
 
     def __init__(self, job: Job) -> None:
         environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", **dict(job.environment)}
-        self.job, self.facts = job, dict[str, Any]()
+        self.job, self.facts, self._late = job, dict[str, Any](), False
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             job.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment
@@ -96,7 +96,12 @@ class Server:
 
     def ready(self, seconds: float) -> bool:
         """Wait until it is compiled; False if it ended, or was ended after so many seconds."""
-        watchdog = threading.Timer(max(1.0, seconds), self._process.kill)
+
+        def give_up() -> None:
+            self._late = True
+            self._process.kill()
+
+        watchdog = threading.Timer(max(1.0, seconds), give_up)
         watchdog.start()
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
@@ -116,13 +121,13 @@ class Server:
         return {"ms": middle, "ms_quartiles": [low, high], **self.facts}
 
     def close(self) -> str:
-        """End it; the end of what it complained of."""
+        """End it; why there is no figure: the end of what it complained of."""
         self._process.kill()
         self._process.communicate()
         self._errors.seek(0)
         text = self._errors.read()[-500:]
         self._errors.close()
-        return text
+        return "it was not compiled in time" if self._late else f"it ended: {text}"
 
 
 def time_all(wanted: Sequence[Job], deadline: float) -> list[dict[str, Any]]:
@@ -145,7 +150,7 @@ def time_all(wanted: Sequence[Job], deadline: float) -> list[dict[str, Any]]:
                 except (ValueError, OSError):
                     well = False
             said = server.close()
-            rows.append(row if well else row | {"missing": f"it ended: {said}"})
+            rows.append(row if well else row | {"missing": said})
             print(json.dumps(rows[-1]), flush=True)
     return rows
 
@@ -167,6 +172,22 @@ def finished(process: subprocess.Popen, deadline: float) -> bool:
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(max(1.0, deadline - time.monotonic()))
     return process.poll() is not None
+
+
+def launches(size: str, obs: str, seconds: float, out: Path) -> dict[str, Any]:
+    """Launches of an update as the compiled program has them, and as a trace of one has them; microseconds of each."""
+    file, name = out / f"launches_{size}_{obs}.json", f"{size} {obs}"
+    command = (*PROGRAM, "bench", "update", "--size", size, "--obs", obs, "--trace", str(out / f"trace_{size}_{obs}"))
+    try:
+        done = subprocess.run(
+            (*command, "--json", str(file)), capture_output=True, text=True, timeout=max(1.0, seconds), cwd=ROOT
+        )
+    except subprocess.TimeoutExpired:
+        return {"name": name, "missing": "no time was left"}
+    if done.returncode:
+        return {"name": name, "missing": f"it ended: {done.stderr[-500:]}"}
+    row = json.loads(file.read_text())["rows"]["update"]
+    return {"name": name} | {key: row.get(key) for key in ("ms", "launches", "launched", "us_per_launch")}
 
 
 def precision() -> dict[str, Any]:
@@ -241,6 +262,12 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     lines += [table_line(row, peak) for row in report["rows"]]
     lines += ["", f"Peak: a large bfloat16 matrix product on this device, {peak:.0f} TFLOP/s measured." if peak else ""]
+    for row in report["launches"]:
+        if row.get("launched"):
+            counts = f"{row['launches']:,} launches in the program, {row['launched']:,} in a trace"
+            lines += ["", f"{row['name']}: {counts}, {row['us_per_launch']:.2f} us each."]
+        else:
+            lines += ["", f"{row['name']}: no launches counted, {row.get('missing', 'because this is no GPU')}."]
     run = report["learning"]
     if run.get("episodes"):
         ended = "to its end" if run["finished"] else "until the time was up"
@@ -272,18 +299,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
-    report: dict[str, Any] = {"machine": machine(), "learning": {}, "precision": {}}
+    report: dict[str, Any] = {"machine": machine(), "learning": {}, "precision": {}, "rows": [], "launches": []}
     log = given.out / "reference_tests.log"
+
+    def save(testing: subprocess.Popen) -> None:
+        """Write what there is: whatever comes next may be cut short."""
+        said = log.read_text().strip().splitlines()
+        done = testing.poll() is not None
+        report["tests"] = {"finished": done, "result": said[-1].strip("= ") if said else "nothing"}
+        report["seconds"] = time.monotonic() - start
+        (given.out / "gpu_report.json").write_text(json.dumps(report, indent=2) + "\n")
+        (given.out / "gpu_report.md").write_text(markdown(report))
+
+    share = lambda part: start + part * (end - start) - time.monotonic()  # noqa: E731
     with in_background(tests, log, **settings) as testing:
-        report["rows"] = time_all(jobs(given.sizes, given.yardstick), start + 0.6 * (end - start))
+        report["launches"] = [launches(given.sizes[0], obs, share(0.25), given.out) for obs in OBS]
+        save(testing)
+        report["rows"] = time_all(jobs(given.sizes, given.yardstick), start + 0.65 * (end - start))
+        save(testing)
         report["precision"] = precision()
+        save(testing)
         report["learning"] = learning(end - 20, given.out)
-        done = finished(testing, end)
-    said = log.read_text().strip().splitlines()
-    report["tests"] = {"finished": done, "result": said[-1].strip("= ") if said else "nothing"}
-    report["seconds"] = time.monotonic() - start
-    (given.out / "gpu_report.json").write_text(json.dumps(report, indent=2) + "\n")
-    (given.out / "gpu_report.md").write_text(markdown(report))
+        finished(testing, end)
+        save(testing)
     print(markdown(report))
     return 0
 

@@ -20,6 +20,7 @@ from dreamer import kernels
 from dreamer.agent import Agent, seed_key
 from dreamer.bench.alone import PolicyAlone, spaces_of
 from dreamer.bench.jaxpr_cost import flops
+from dreamer.bench.launches import launched, loops
 from dreamer.bench.measuring import Report, Rows, figure, milliseconds, take_turns
 from dreamer.config import Config
 from dreamer.presets import load_config
@@ -107,9 +108,11 @@ class Program:
         return wall * 1e3 / self.updates, cpu * 1e3 / self.updates
 
     def facts(self) -> dict[str, Any]:
-        """What does not depend on time: compilation, memory, size."""
+        """What does not depend on time: compilation, memory, size; on a GPU, launches that the program is made of."""
         memory: Any = self.compiled.memory_analysis()
+        on_gpu = jax.default_backend() == "gpu"
         return {
+            **({"launches": sum(loop.total for loop in loops(self.compiled.as_text()))} if on_gpu else {}),
             "compile_s": round(self.compile_seconds, 1),
             "temp_mb": round(memory.temp_size_in_bytes / 2**20, 1),
             "loss": float(jnp.ravel(self.metrics["opt/loss"])[-1]),
@@ -177,6 +180,8 @@ def bench_update(request: Request) -> Report | None:
             programs["update"]()
         print(f"trace of one dispatch in {request.trace}: open its .trace.json.gz at ui.perfetto.dev")
     rows = measure(programs, request.rounds)
+    if request.trace is not None and (count := launched(request.trace)):
+        rows["update"] |= {"launched": count, "us_per_launch": 1e3 * rows["update"]["ms"] / count}
     against = () if request.against is None else ("speedup", "cpu_speedup")
     note = f"speedup: {' over '.join(programs)}, paired round by round." if against else ""
     if request.seeds is not None:

@@ -14,7 +14,8 @@ import pytest
 
 from dreamer import cli
 from dreamer.bench import bench_kernels as bench
-from dreamer.bench.bench_kernels import Launch, Loop, Request
+from dreamer.bench.bench_kernels import Request
+from dreamer.bench.launches import Launch, Loop, launched, loops
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILER = ROOT / ".cache" / f"cuda-compiler-{jax.__version__}"
@@ -70,10 +71,32 @@ def test_launches_are_read_from_a_program_loop_by_loop():
             Launch("copy", "", 16 * 4 * 4),
         ),
     )
-    assert bench.loops(PROGRAM) == [loop, outside]
+    assert loops(PROGRAM) == [loop, outside]
     found = bench.modelled([loop, outside], 500.0, "h200", Request(launch_us=2, tflops=500, stream_gbs=64))
     written = 64 * (128 + 256) + 4 + 320 + 256 + 256
     assert found == {"launches": 132, "written_gb": written / 1e9, "model_ms": pytest.approx(0.264 + 1 + 0.001)}
+
+
+TRACE = """
+planes {
+  name: "/device:GPU:0"
+  lines { id: 1 name: "Stream #13(Compute)" events { metadata_id: 1 } events { metadata_id: 1 offset_ps: 9 } }
+  lines { id: 2 name: "Stream #14(MemcpyD2D)" events { metadata_id: 1 } }
+  lines { id: 3 name: "XLA Ops" events { metadata_id: 1 } }
+  event_metadata { key: 1 value { id: 1 name: "step_65536" } }
+}
+planes { name: "/host:CPU" lines { id: 1 name: "Stream of thought" events { metadata_id: 1 } } }
+"""
+
+
+def test_launches_are_read_from_a_trace(tmp_path):
+    folder = tmp_path / "plugins" / "profile" / "2026"
+    folder.mkdir(parents=True)
+    (folder / "host.xplane.pb").write_bytes(jax.profiler.ProfileData.text_proto_to_serialized_xspace(TRACE))
+    assert launched(tmp_path) == 3
+    with jax.profiler.trace(str(tmp_path / "cpu")):
+        jax.block_until_ready(jax.numpy.ones(3) + 1)
+    assert list((tmp_path / "cpu").rglob("*.xplane.pb")) and launched(tmp_path / "cpu") == 0
 
 
 def test_arguments_reach_the_count(monkeypatch):
@@ -124,10 +147,11 @@ import sys
 from learner_data import small_config
 from test_loop_kernels import CONTINUOUS, WIDE
 from dreamer.bench import bench_kernels as bench
+from dreamer.bench.launches import loops
 config = small_config(model=WIDE)
 agent = bench.agent_for_gpu(CONTINUOUS, config, sys.argv[1:])
 compiled = bench.compile_dispatch(agent, config, "h100", {})
-for loop in sorted(bench.loops(compiled.as_text()), key=lambda loop: loop.title.partition(", ")[2]):
+for loop in sorted(loops(compiled.as_text()), key=lambda loop: loop.title.partition(", ")[2]):
     print(*(sum(launch.kind == kind for launch in loop.launches) for kind in ("loop in one kernel", "part of a step")))
 """
 
