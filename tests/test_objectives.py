@@ -151,7 +151,8 @@ def test_several_objectives_are_all_their_losses_and_the_predictions_of_one():
     model = agent.model(parameters(agent))
     objective = model.world_model.objective
     assert isinstance(objective, Several)
-    assert objective.scales == {"self": 1.0, "position": 1.0, "encoding": 500.0} and set(objective.slow) == {"encoder"}
+    assert objective.scales == {"self": 500.0, "position": 1.0, "encoding": 500.0}
+    assert set(objective.slow) == {"encoder"}
     feature = jnp.ones((2, model.world_model.rssm.width))
     alone = objective.parts["reconstruction"].predict(feature)["position"].mode()
     np.testing.assert_array_equal(objective.predict(feature)["position"].mode(), alone)
@@ -164,10 +165,10 @@ def test_several_objectives_are_all_their_losses_and_the_predictions_of_one():
     [
         ({"loss.objective": ["probe", "reconstruction"]}, "not both reconstruction and probe"),
         ({"loss.objective": ["probe", "probe"]}, "expected each objective once"),
-        ({"loss.self_prediction": 2.0}, "expected loss.self_prediction 1 without self_prediction in loss.objective"),
+        ({"loss.self_prediction": 2.0}, "expected loss.self_prediction 500 without self_prediction in loss.objective"),
         (
             {"loss.objective": "probe", "loss.target_rate": 0.5},
-            "expected loss.target_rate 0.01 without self_prediction",
+            "expected loss.target_rate 0.05 without self_prediction",
         ),
         ({"loss.objective": "predict_encoding", "loss.reconstruction": 0.5}, "without reconstruction or probe"),
         ({"loss.objective": "redundancy_reduction", "optimizer.accumulate": 2}, "expected optimizer.accumulate 1 with"),
