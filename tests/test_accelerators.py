@@ -50,6 +50,7 @@ TASKS: dict[str, tuple[Spaces, Spaces]] = {
     "bsuite": (vector(observation=50), classes(3)),
     "carracing": (image(64), box(3)),
     "crafter": (image(64), classes(17)),
+    "crafter_curious": (image(64), classes(17)),
     "debug": (image(16), classes(3)),
     "dmc_proprio": (vector(height=1, orientations=14, velocity=9), box(6)),
     "dmc_vision": (image(64), box(6)),
@@ -63,6 +64,7 @@ TASKS: dict[str, tuple[Spaces, Spaces]] = {
     "minigrid": (image(64), classes(7)),
     "procgen": (image(96), classes(15)),
     "quickstart": (image(32), classes(3)),
+    "r2dreamer": (image(64), classes(17)),
     "vizdoom": (image(64), classes(3)),
 }
 #: One of each kind; the others take as long again.
@@ -95,9 +97,8 @@ def test_the_update_of_every_preset_lowers_for_gpu_and_tpu(name):
     ours = [export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]  # kept by no promise of XLA's, nor stored
     for kind, platform in (("gpu", "cuda"), ("tpu", "tpu")):
         agent.target = kernels.Target(kind)
-        lowered = export.export(jax.jit(agent.learn), platforms=[platform], disabled_checks=ours)(
-            *shapes(agent, config)
-        )
+        update = agent.compiled(agent.learn)  # traced anew: of the same function JAX would keep the other kind's
+        lowered = export.export(update, platforms=[platform], disabled_checks=ours)(*shapes(agent, config))
         assert lowered.platforms == (platform,)
         assert len(lowered.out_avals) > len(jax.tree.leaves(agent.shapes))
 
