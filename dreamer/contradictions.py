@@ -58,7 +58,7 @@ def _objectives(config: Config) -> str | None:
         if value != default and not set(readers) & set(named):
             return (
                 f"expected loss.{option} {default:g} without {' or '.join(readers)} in loss.objective, got {value:g}; "
-                f"nothing would read it"
+                "nothing would read it"
             )
     return None
 

@@ -232,7 +232,7 @@ class _Kernels:
         self._next = dict(zip(self._carried, jaxpr.outvars, strict=False))
         everything = {v: self._stored(v, v.aval, 0) for v in (*jaxpr.constvars, *jaxpr.invars)}
         self._in_parts().evaluate(jaxpr.eqns, everything)
-        self._stages = _stages(jaxpr, everything)
+        self._stages = [(stage, self._tasks(stage)) for stage in _stages(jaxpr, everything)]
 
     def run(self, state: Values, inputs: Values) -> tuple[list[Any], list[Any]]:
         """The last state, and the outputs of all steps."""
@@ -251,8 +251,8 @@ class _Kernels:
 
         def step(turn: jax.Array, written: list[jax.Array]) -> list[jax.Array]:
             known = arrays | dict(zip(self._results, written, strict=True))
-            for stage in self._stages:
-                known |= self._launch(stage, jnp.reshape(turn, 1), known)
+            for stage, tasks in self._stages:
+                known |= self._launch(stage, tasks, jnp.reshape(turn, 1), known)
             return [known[v] for v in self._results]
 
         found = jax.lax.fori_loop(0, self._length, step, [empty(v) for v in self._results])
@@ -305,9 +305,11 @@ class _Kernels:
                 first += copies
         return found
 
-    def _launch(self, stage: _Stage, turn: jax.Array, known: Mapping[Any, jax.Array]) -> dict[Any, jax.Array]:
+    def _launch(
+        self, stage: _Stage, tasks: Sequence[_Task], turn: jax.Array, known: Mapping[Any, jax.Array]
+    ) -> dict[Any, jax.Array]:
         """What a kernel writes. turn: of the loop (1,); known: what is in memory."""
-        written, tasks = [v for one in stage.written for v in one], self._tasks(stage)
+        written = [v for one in stage.written for v in one]
         # The array with all steps of a state is read and written, and must not be passed twice.
         read = list(dict.fromkeys([*(self._next.get(v, v) for v in stage.read), *(v for v in written if v in known)]))
 
@@ -346,14 +348,10 @@ class _Kernels:
 
             def write(task: _Task = task) -> None:
                 for v in task.written:
-                    value = values[v]
-                    if value.used < value.width and value.layout.number > 1:
-                        raise UnsuitedError("columns between parts that mean nothing")
-                    run, part = value.runs[0], copy - task.first
-                    group, i = divided_by(part, run.count) if value.groups > 1 else (0, part)
-                    t_of = self._stored(v, None, t).t if v in self._results else None
-                    at = (*([] if t_of is None else [t_of]), rows, pl.ds(part * value.width, value.width))
-                    written[v][at] = run.part(group, i).astype(written[v].dtype)
+                    value, n = values[v], copy - task.first
+                    run = value.runs[0]
+                    group, i = divided_by(n, run.count) if value.groups > 1 else (0, n)
+                    now.write(written[v], self._stored(v, None, t).t, value, n, run.part(group, i))
 
             if len(tasks) == 1:
                 write()

@@ -198,7 +198,7 @@ class Several(Objective):
         self.parts = nnx.Dict(dict(parts))
         scales = {name: scale for part in parts.values() for name, scale in part.scales.items()}
         super().__init__(scales, {name: slow for part in parts.values() for name, slow in part.slow.items()})
-        self._drawn = next((name for name in parts if name in DRAWS), None)
+        self._drawn = next((name for name, part in parts.items() if isinstance(part, Reconstruction)), None)
 
     def losses(
         self, seen: Seen, observations: Observations, slow: Mapping[str, nnx.Module], key: jax.Array | None
@@ -247,8 +247,6 @@ OBJECTIVES = {
     "self_prediction": SelfPrediction,
     "probe": Probe,
 }
-#: Those that predict observations.
-DRAWS = ("reconstruction", "probe")
 
 
 def make_objective(

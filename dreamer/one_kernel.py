@@ -133,6 +133,10 @@ class _Kernel:
                 for v, ref in zip(variables, refs, strict=False)
             }
 
+        def write(now: StepInParts, ref: Any, value: Parts, t: Any = None) -> None:
+            for n, part in enumerate(value.every):
+                now.write(ref, t, value, n, part)
+
         def kept(value: Parts, kind: Any) -> list[jax.Array]:
             return [part.astype(kind) for part in value.every]
 
@@ -144,7 +148,7 @@ class _Kernel:
             now.evaluate(jaxpr.eqns, values)
             found = [now.whole(value_of(v, values), v.aval.shape[1:]) for v in jaxpr.outvars]
             for ref, value in zip(results[states:], found[states:], strict=True):
-                _write(ref, value, rows, t)
+                write(now, ref, value, t)
             after = [kept(value, kind) for value, kind in zip(found, kinds, strict=False)]
             if [[x.shape for x in parts] for parts in after] != [[x.shape for x in parts] for parts in state]:
                 raise UnsuitedError("states of other parts")
@@ -154,12 +158,4 @@ class _Kernel:
         first = [kept(before.whole(given[v], v.aval.shape[1:]), v.aval.dtype) for v in carried]
         last = jax.lax.fori_loop(0, self._length, step, first)
         for ref, v, parts in zip(results[:states], carried, last, strict=True):
-            _write(ref, before.listed(v.aval.shape[1:], parts), rows)
-
-
-def _write(ref: Any, value: Parts, rows: Any, t: Any = None) -> None:
-    if value.used < value.width and value.layout.number > 1:
-        raise UnsuitedError("columns between parts that mean nothing")
-    for i, part in enumerate(value.every):
-        at = (*([] if t is None else [t]), rows, pl.ds(i * value.width, value.width))
-        ref[at] = part.astype(ref.dtype)
+            write(before, ref, before.listed(v.aval.shape[1:], parts))

@@ -121,6 +121,14 @@ class Parts:
         whole = dataclasses.replace(self, groups=layout.groups, runs=(Run(total, found),))
         return whole.laid_out(layout)
 
+    def grouped(self, groups: int) -> Parts:
+        """The same parts in so many groups, which must be whole parts."""
+        if self.groups == groups:
+            return self
+        if self.layout.number % groups:
+            raise UnsuitedError("parts across groups")
+        return self.laid_out(Layout(self.width, groups, (self.layout.number // groups,)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
@@ -132,6 +140,10 @@ class Stored:
     kind: jnp.dtype
     weights: bool = False
     t: Any = None
+
+
+def _which(t: Any) -> list[Any]:
+    return [] if t is None else [t]
 
 
 def divided_by(number: Number, by: int) -> tuple[Number, Number]:
@@ -201,6 +213,12 @@ class StepInParts:
 
         return run
 
+    def write(self, ref: Any, t: Any, value: Parts, n: Number, part: jax.Array) -> None:
+        """Store one part of a value, the n-th, in an array of the GPU's memory; t: which of many, None for a single."""
+        if value.used < value.width and value.layout.number > 1:
+            raise UnsuitedError("columns between parts that mean nothing")
+        ref[(*_which(t), self.rows, pl.ds(n * value.width, value.width))] = part.astype(ref.dtype)
+
     def whole(self, value: Any, shape: tuple[int, ...]) -> Parts:
         """A value stretched to these features, in parts of its own."""
         layout = self._layout(shape, [value])
@@ -229,7 +247,7 @@ class StepInParts:
         """Of a value with these features that is made of others."""
         same = [value.layout for value in values if isinstance(value, Parts) and value.shape == shape]
         if same:
-            alike = [one for one in same if (one.width, one.groups, sum(one.counts)) == _sizes(same[0])]
+            alike = [one for one in same if _sizes(one) == _sizes(same[0])]
             return _finest(alike)
         for value in values:
             if isinstance(value, Parts) and math.prod(value.shape) > 1 and value.shape[:-1] == shape[:-1]:
@@ -288,7 +306,7 @@ class StepInParts:
 
     def _load(self, stored: Stored, shape: tuple[int, ...], layout: Layout) -> Parts:
         own, each, width = stored.shape[1:], shape[-1] if shape else 1, layout.width
-        at = (*([] if stored.t is None else [stored.t]), pl.ds(0, 1) if stored.shape[0] == 1 else self.rows)
+        at = (*_which(stored.t), pl.ds(0, 1) if stored.shape[0] == 1 else self.rows)
 
         def read(start: Number, count: int) -> jax.Array:
             if count & (count - 1):
@@ -391,10 +409,9 @@ class StepInParts:
             raise UnsuitedError("matrices whose groups do not come first")
         across = along[0] == rank - 1  # the matrix is (outputs, inputs)
         outputs, groups = weights.shape[-2 if across else -1], math.prod(x.shape[:-1])
-        if x.layout.number % groups or x.width < 16:
-            raise UnsuitedError("parts across groups")
-        if x.groups != groups:
-            x = x.laid_out(Layout(x.width, groups, (x.layout.number // groups,)))
+        if x.width < 16:
+            raise UnsuitedError("parts narrower than a product's")
+        x = x.grouped(groups)
         layout = self.layout((outputs,))
         kind = weights.ref.dtype
         exact = kind if kind == jnp.float64 else jnp.float32
@@ -437,8 +454,8 @@ class StepInParts:
         if each == 1:
             return dataclasses.replace(value, shape=tuple(shape))
         if each >= used and each % used == 0:
-            several, groups = each // used, math.prod(shape)
-            by_group = value if value.groups == groups else value.laid_out(Layout(width, groups, (several,)))
+            groups = math.prod(shape)
+            by_group = value.grouped(groups)
             column = lambda x: reduce(_only_used(x, used, neutral), axis=1, keepdims=True)  # noqa: E731
             own = self._made(value.shape, by_group.layout, column, [by_group])
 
@@ -547,9 +564,7 @@ def _cut(value: Parts, shapes: Sequence[tuple[int, ...]]) -> list[Parts]:
     groups = math.prod(value.shape[:-1])
     if any(shape[-1] % value.width for shape in shapes):
         raise UnsuitedError("a cut through a part")
-    if value.groups != groups:
-        value = value.laid_out(Layout(value.width, groups, (value.layout.number // groups,)))
-    start, found = 0, []
+    value, start, found = value.grouped(groups), 0, []
     for shape in shapes:
         count = shape[-1] // value.width
         found.append(dataclasses.replace(value, shape=shape, runs=_between(value.runs, start, count)))
@@ -573,9 +588,6 @@ def _joined(values: Sequence[Parts], shape: tuple[int, ...]) -> Parts:
     width, groups = values[0].width, math.prod(shape[:-1])
     if any(value.width != width or value.shape[-1] % width for value in values):
         raise UnsuitedError("parts of different width")
-    same = [
-        value if value.groups == groups
-        else value.laid_out(Layout(width, groups, (value.layout.number // groups,))) for value in values
-    ]  # fmt: skip
+    same = [value.grouped(groups) for value in values]
     single = tuple(one for value in values for one in value.single)
     return Parts(shape, width, groups, tuple(run for value in same for run in value.runs), (), single)

@@ -75,29 +75,28 @@ def in_several_kernels(step: Step, state: Values, inputs: Values, length: int, r
 @kernels.rewrite(plain=in_several_kernels, on=kernels.one_gpu)
 def in_few_kernels(step: Step, state: Values, inputs: Values, length: int, reverse: bool) -> tuple[Any, Any]:
     """`jax.lax.scan` of a step over lists of arrays, each step as a few kernels if it has few rows."""
-    # Not at the top: Pallas takes a quarter of a second to load, and only GPUs need it. Its Triton compiler is to leave
-    # JAX one day.
-    try:
-        from dreamer.few_kernels import UnsuitedError, loop_in_few_kernels
-    except ImportError:
-        return in_several_kernels(step, state, inputs, length, reverse)
-    try:
-        return loop_in_few_kernels(step, state, inputs, length, reverse)
-    except UnsuitedError:
-        return in_several_kernels(step, state, inputs, length, reverse)
+    return _own_kernels("few", in_several_kernels, step, state, inputs, length, reverse)
 
 
 @kernels.rewrite(plain=in_few_kernels, on=kernels.one_gpu)
 def in_one_kernel(step: Step, state: Values, inputs: Values, length: int, reverse: bool) -> tuple[Any, Any]:
     """`jax.lax.scan` of a step over lists of arrays, as one kernel if the step's weights are few enough."""
+    return _own_kernels("one", in_few_kernels, step, state, inputs, length, reverse)
+
+
+def _own_kernels(how: str, otherwise: Callable[..., Any], *loop: Any) -> tuple[Any, Any]:
+    """A loop by kernels of our own, or otherwise if it is not suited to them."""
+    # Not at the top: Pallas takes a quarter of a second to load, and only GPUs need it. Its Triton compiler is to leave
+    # JAX one day.
     try:
-        from dreamer.one_kernel import UnsuitedError, loop_in_one_kernel
+        from dreamer.few_kernels import UnsuitedError, loop_in_few_kernels
+        from dreamer.one_kernel import loop_in_one_kernel
     except ImportError:
-        return in_several_kernels(step, state, inputs, length, reverse)
+        return in_several_kernels(*loop)
     try:
-        return loop_in_one_kernel(step, state, inputs, length, reverse)
+        return (loop_in_one_kernel if how == "one" else loop_in_few_kernels)(*loop)
     except UnsuitedError:
-        return in_few_kernels(step, state, inputs, length, reverse)
+        return otherwise(*loop)
 
 
 def plain_recurrence(fixed: jax.Array, factor: jax.Array, last: jax.Array) -> jax.Array:
