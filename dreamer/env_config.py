@@ -133,6 +133,9 @@ class ToyConfig:
 
     size: int = option(32, "Image height and width", "pixels", ge=16, le=4096)
     balls: int = option(3, "Balls that fall in one episode of catch", ge=1, le=1_000_000)
+    background: Literal["plain", "moving"] = option(
+        "plain", "Behind the game of catch: one color, or colored waves that drift, others in each episode"
+    )
     grid: GridworldConfig = option(GridworldConfig, "Slippery grid")
 
 

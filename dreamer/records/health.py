@@ -83,6 +83,7 @@ class Health:
         """What goes into the logs: finite numbers only."""
         values = {f"seen_error/{name}": error for name, error in self.seen.items()}
         values |= {f"imagined_error/{name}": float(np.nanmean(curve)) for name, curve in self.curves.items()}
+        values |= {f"guess_error/{name}": error for name, error in self.guess.items()}
         values |= {"kl": float(self.kl.mean()), "kl_free": float((self.kl < self.free_nats).mean())}
         if (latents := self.latents) is not None:
             values |= {"latent_entropy": float(latents.entropy.mean()), "latent_dead": float(latents.dead.mean())}

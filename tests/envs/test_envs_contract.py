@@ -35,6 +35,7 @@ needs_procgen = pytest.mark.skipif(importlib.util.find_spec("procgen") is None, 
 
 CASES = {
     "toy": Case("toy_catch", limit=None),
+    "toy-moving": Case("toy_catch", {"toy": {"background": "moving"}}, limit=None),
     "toy-gridworld": Case("toy_gridworld"),
     "toy-gridworld-cells": Case("toy_gridworld", {"toy": {"grid": {"layout": "random", "side": 5, "observe": "cell"}}}),
     "atari": Case("atari100k_pong"),

@@ -1,4 +1,4 @@
-"""Environments as functions against the class that plays the same game."""
+"""Environments as functions against the class that plays the same game; and what that game is painted on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dreamer.envs.functional import CatchState, FunctionalCatch
-from dreamer.envs.suites.toy import CELLS, PADDLE, Catch
+from dreamer.envs.suites.toy import BACKGROUND, BALL, CELLS, MARK, PADDLE, Catch
 from dreamer.types import TRANSITION_FIELDS
 
 
@@ -60,3 +60,34 @@ def test_episodes_of_many_environments_in_one_program():
         assert (score == 3).all() if clever else abs(float(score.mean()) + 1.5) < 0.15
         # Columns and paddles are uniform: 64 and 73 of each are expected.
         assert np.bincount(second, minlength=CELLS).min() > 35 and np.bincount(paddle).min() > 40
+
+
+def test_a_moving_background_lies_beneath_the_same_game():
+    """The same seed plays the same game; only what is behind it differs, from step to step and between episodes."""
+    plain, moving, again = Catch(16, 2, 5), Catch(16, 2, 5, "moving"), Catch(16, 2, 5, "moving")
+    assert "background" not in plain.get_state()
+    rng, firsts = np.random.default_rng(0), []
+    for _ in range(3):
+        one, two, three = plain.reset(), moving.reset(), again.reset()
+        firsts.append(two["image"])
+        before = None
+        while True:
+            for name in TRANSITION_FIELDS:
+                assert one[name] == two[name], name
+            np.testing.assert_array_equal(two["image"], three["image"])
+            behind = (one["image"] == BACKGROUND).all(-1)
+            np.testing.assert_array_equal(two["image"][~behind], one["image"][~behind])
+            seen = two["image"].astype(int)
+            for color in (BALL, MARK):
+                assert np.abs(seen[behind] - color).max(-1).min() >= 50, "the game stays readable"
+            if before is not None:
+                both = behind & before[1]
+                assert (seen[both] != before[0][both]).any(-1).mean() > 0.5
+            before = seen, behind
+            if one["is_last"]:
+                break
+            action = {"action": np.int32(rng.integers(3))}
+            one, two, three = plain.step(action), moving.step(action), again.step(action)
+    for one, two in itertools.combinations(firsts, 2):
+        assert np.abs(one.astype(int) - two).mean() > 10
+    assert len({Catch(16, 2, seed, "moving").reset()["image"].tobytes() for seed in range(5)}) == 5

@@ -36,6 +36,7 @@ VARIED = [
 ]  # fmt: skip
 CASES = {
     "toy": Case("toy_catch", limit=None),
+    "toy-moving": Case("toy_catch", {"toy": {"background": "moving"}}, limit=None),
     "toy-gridworld": Case("toy_gridworld", limit=9),
     "toy-limited": Case("toy_catch", limit=9),
     "atari": Case("atari_pong"),

@@ -182,6 +182,7 @@ def test_a_model_that_knows_everything_is_perfectly_healthy(data):
     assert {name: curve.shape for name, curve in found.curves.items()} == dict.fromkeys(
         ("image", "reward", "cont"), (6,)
     )
+    assert scalars["guess_error/reward"] == pytest.approx(np.abs(data["reward"] - data["reward"].mean()).mean())
     assert found.guess["cont"] == pytest.approx(2 * data["is_terminal"].mean() * (1 - data["is_terminal"].mean()))
 
 

@@ -235,7 +235,10 @@ def test_what_is_no_distribution(found):
 # --- The sweeps that come along ----------------------------------------------------------------
 
 #: Number of runs of each, by hand.
-RUNS = {"tiny": 4, "atari100k": 26 * 5, "dmc": 18 * 5, "ablations": 8 * 3 * 5, "sizes": 6 * 5, "replay_ratios": 5 * 5}
+RUNS = {
+    "tiny": 4, "atari100k": 26 * 5, "dmc": 18 * 5, "ablations": 8 * 3 * 5, "sizes": 6 * 5, "replay_ratios": 5 * 5,
+    "fidelity": 2 * 3 * 2 * 3,
+}  # fmt: skip
 
 
 def test_every_sweep_that_comes_along_is_counted():
