@@ -87,8 +87,8 @@ class Agent:
     ) -> None:
         self.observations, self.actions, self.config = dict(observations), dict(sorted(actions.items())), config
         self.dtype, self._chooses = jnp.dtype(dtype), chooses
-        self.optimizer = make_optimizer(groups_of(config.optimizer))
         model = nnx.eval_shape(lambda: self._build(nnx.Rngs(params=0)))
+        self.optimizer = make_optimizer(groups_of(config.optimizer, model.world_model.ensemble.apart))
         self._graph, state = nnx.split(model)
         self._numbered = nnx.to_pure_dict(state)
         self._initial_state, self.masked, self._slow = model.world_model.rssm.init, model.masked, dict(model.slow)

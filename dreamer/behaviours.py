@@ -1,4 +1,6 @@
-"""Other ways for a behaviour to learn in dreams than DreamerV3's REINFORCE: one table, `BEHAVIOURS`."""
+"""Other ways for a behaviour to learn in dreams than DreamerV3's REINFORCE: one table, `BEHAVIOURS`; and what it is
+rewarded for: the task, or what the model does not know yet.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from dreamer.actor_critic import ActorCritic, Dream, Learned, ReturnScale
-from dreamer.config import LossConfig
-from dreamer.distributions import Distribution
+from dreamer.config import ActorCriticConfig, LossConfig
+from dreamer.distributions import Distribution, Point
 from dreamer.networks import frozen
 from dreamer.rssm import State
-from dreamer.world_model import Head
+from dreamer.world_model import Head, WorldModel
 
 sg = jax.lax.stop_gradient
 
@@ -76,3 +78,36 @@ BEHAVIOURS: Mapping[str, type[ActorCritic]] = {
     "mixed": Mixed,
     "none": Untrained,
 }
+
+
+class Motive:
+    """What a behaviour is rewarded for: the task, as it is."""
+
+    def dreamt(self, world: WorldModel) -> Callable[[jax.Array], Any]:
+        """What predicts the reward (...) of states, its mode, from their features (..., F)."""
+        return world.reward
+
+    def lived(self, world: WorldModel, x: jax.Array, reward: jax.Array) -> jax.Array:
+        """The reward (B, T) of steps that were seen, with features x (B, T, F), where the task's was `reward`."""
+        return reward
+
+
+class Curiosity(Motive):
+    """A share of the task's reward, and the disagreement of the ensemble (Plan2Explore, Sekar et al., 2020, eq. 6)."""
+
+    def __init__(self, task: float, explore: float) -> None:
+        self.task, self.explore = task, explore
+
+    def dreamt(self, world: WorldModel) -> Callable[[jax.Array], Any]:
+        return lambda x: Point(self._sum(world, x, world.reward(x).mode()))
+
+    def lived(self, world: WorldModel, x: jax.Array, reward: jax.Array) -> jax.Array:
+        return sg(self._sum(world, x, reward))
+
+    def _sum(self, world: WorldModel, x: jax.Array, reward: jax.Array) -> jax.Array:
+        return self.task * reward + self.explore * world.ensemble.disagreement(x)
+
+
+def make_motive(config: ActorCriticConfig) -> Motive:
+    """What `actor_critic.explore` asks for."""
+    return Curiosity(config.task_reward, config.explore) if config.explore else Motive()

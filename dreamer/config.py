@@ -195,6 +195,12 @@ class ModelConfig:
     )
     value_head: Literal["two_hot", "normal"] = option("two_hot", "The same for the return, which the critic predicts")
     bins: int = option(255, "Two-hot bins of reward and value (odd)", ge=3, le=65_535)
+    ensemble: int | None = option(
+        None,
+        "Small networks that predict what the prior does, and whose disagreement is measured; null: none",
+        ge=2,
+        le=64,
+    )
     unimix: float = option(
         0.01, "Share of a uniform distribution mixed into categorical priors and posteriors", ge=0, le=1
     )
@@ -260,6 +266,8 @@ class ActorCriticConfig:
         **SCALE,
     )
     entropy: float = option(3e-4, "Scale of the entropy bonus", "per nat", **SCALE)
+    explore: float = option(0.0, "Scale of the ensemble's disagreement as a reward, in dreams and replay", **SCALE)
+    task_reward: float = option(1.0, "With actor_critic.explore: scale of the task's reward beside it", **SCALE)
     return_scale: Literal["percentiles", "none"] = option(
         "percentiles", "What returns are divided by: their range between two percentiles, or nothing"
     )

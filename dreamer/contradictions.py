@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def check(config: Config) -> None:
     """ValueError, in one line, for the first contradiction."""
-    for rule in (_networks, _objectives, _planner, _behaviour, _batches, _devices, _seeds, _data):
+    for rule in (_networks, _objectives, _planner, _behaviour, _ensemble, _batches, _devices, _seeds, _data):
         if fault := rule(config):
             raise ValueError(fault)
 
@@ -103,6 +103,28 @@ def _planner(config: Config) -> str | None:
             return str(error)
     elif given := planner.given():
         return f"expected planner.{given[0]} null without a planner, got a value; name one: --planner.name mppi"
+    return None
+
+
+def _ensemble(config: Config) -> str | None:
+    """Whatever reads disagreement needs an ensemble; and returns of two kinds are not to be added."""
+    planner, behaviour = config.planner, config.actor_critic
+    if config.model.ensemble is None:
+        for name, scale in (("planner.penalty", planner.penalty), ("actor_critic.explore", behaviour.explore)):
+            if scale:
+                return f"expected {name} 0 without an ensemble, got {scale:g}; have one: --model.ensemble 5"
+    if planner.penalty and planner.name is None:
+        return f"expected planner.penalty 0 without a planner, got {planner.penalty:g}; name one: --planner.name mppi"
+    if behaviour.task_reward != 1 and not behaviour.explore:
+        return (
+            f"expected actor_critic.task_reward 1 without actor_critic.explore, got {behaviour.task_reward:g}; "
+            "set --actor_critic.explore"
+        )
+    if behaviour.explore and planner.name is not None and planner.critic:
+        return (
+            "expected planner.critic false with actor_critic.explore, whose critic values what is unknown beside the "
+            "task, got true; pass --planner.critic false"
+        )
     return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from flax import nnx
 
 from dreamer import features, kernels
 from dreamer.actor_critic import ActorCritic, Dream, sample_actions
+from dreamer.behaviours import Motive
 from dreamer.distributions import Distribution
 from dreamer.networks import frozen
 from dreamer.rssm import State
@@ -28,16 +29,19 @@ def imagine(
     key: jax.Array | None,
     *,
     masked: bool,
+    motive: Motive,
 ) -> Dream:
     """Imagine `horizon` steps from `starts` (M, ...), without gradient to the world model's weights.
 
     Whether anything in it is differentiated is the behaviour's choice, `through_dreams`: DreamerV3 trains its weights
     on dreams as on data. What the policy reads of a state is data in any case. slow: slow copies; that of the critic is
-    read beside the critic. masked: the dream predicts which actions are allowed, and the policy keeps to them.
+    read beside the critic. masked: the dream predicts which actions are allowed, and the policy keeps to them. motive:
+    what the dream's rewards are.
     """
     world: WorldModel = frozen(world_model)
     stop = behaviour.through_dreams
-    heads = {"reward": world.reward, "cont": world.cont, "slow_value": slow["value"], **behaviour.frozen_heads()}
+    heads: dict[str, Callable[[jax.Array], Any]] = {"reward": motive.dreamt(world), "cont": world.cont}
+    heads |= {"slow_value": slow["value"], **behaviour.frozen_heads()}
 
     def look(state: State) -> tuple[jax.Array, jax.Array | None, dict[str, Distribution]]:
         """The features of a state, the allowed actions, the policy's distributions."""

@@ -29,7 +29,7 @@ def look(
     - of the open loop, by observation key as the objective predicts them (nothing where it predicts nothing):
       ``true``, ``pred`` (SHOWN, T, ...), targets and modes, images in [0, 1]; ``error`` (B, T), the mean magnitude of
       their difference; ``guess`` (), the mean error of always predicting the mean of all steps
-    - of the open loop: ``open_reward``, ``open_cont`` (B, T)
+    - of the open loop: ``open_reward``, ``open_cont`` (B, T); ``disagreement`` (B, T), if there is an ensemble
     - of the filtered states: ``reward``, ``cont`` (B, T); ``kl`` (B, T), from prior to posterior, summed over the
       variables; what the latent reports of the posterior, here ``probs`` (B, T, S, K)
 
@@ -51,6 +51,7 @@ def look(
     }
     for prefix, x in (("open_", open_feature), ("", seen.feature)):
         views[f"{prefix}reward"], views[f"{prefix}cont"] = model.reward(x).mode(), model.cont(x).mode()
+    views |= model.ensemble.shown(open_feature)
     posterior = latent.dist(seen.posterior)
     views["kl"] = latent.kl(posterior, latent.dist(seen.prior))
     return seen.states, views | latent.shown(posterior)

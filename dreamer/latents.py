@@ -25,10 +25,12 @@ from dreamer.types import Field
 class Latent(Protocol):
     """What the world model knows about its latent. Frozen and hashable: it has no weights of its own.
 
-    numbers: how many a network outputs for one distribution; width: of the latent as heads read it; least_entropy: what
-    no distribution's entropy is below, nats.
+    variables: S; numbers: how many a network outputs for one distribution; width: of the latent as heads read it;
+    least_entropy: what no distribution's entropy is below, nats.
     """
 
+    @property
+    def variables(self) -> int: ...
     @property
     def numbers(self) -> int: ...
     @property
@@ -50,6 +52,9 @@ class Latent(Protocol):
 
     def entropy(self, p: Any) -> jax.Array:
         """(...), summed over the variables."""
+
+    def mean(self, p: Any) -> jax.Array:
+        """The expected latent, shaped as one that is drawn."""
 
     def shown(self, p: Any) -> dict[str, jax.Array]:
         """What reports show about a distribution, by name."""
@@ -99,6 +104,9 @@ class Categorical:
 
     def entropy(self, p: OneHot) -> jax.Array:
         return p.entropy().sum(-1)
+
+    def mean(self, p: OneHot) -> jax.Array:
+        return p.probs
 
     def shown(self, p: OneHot) -> dict[str, jax.Array]:
         """``probs`` (..., S, K)."""
@@ -179,6 +187,9 @@ class Gaussian(_Numbers):
     def entropy(self, p: Normal) -> jax.Array:
         return p.entropy()
 
+    def mean(self, p: Normal) -> jax.Array:
+        return p.mean
+
 
 @dataclasses.dataclass(frozen=True)
 class Deterministic(_Numbers):
@@ -202,6 +213,9 @@ class Deterministic(_Numbers):
 
     def entropy(self, p: Point) -> jax.Array:
         return jnp.zeros_like(p.value).sum(p.over)
+
+    def mean(self, p: Point) -> jax.Array:
+        return p.value
 
 
 #: Kind of latent -> that which the options describe.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dreamer.actor_critic import Dream, ReturnScale, sample_actions
-from dreamer.behaviours import BEHAVIOURS
+from dreamer.behaviours import BEHAVIOURS, Motive, make_motive
 from dreamer.coders import join_actions
 from dreamer.config import Config
 from dreamer.distributions import sum_of
@@ -20,7 +20,7 @@ from dreamer.imagination import imagine
 from dreamer.insight import look
 from dreamer.optimizer import Slow
 from dreamer.planner_config import PlannerConfig
-from dreamer.planners.learned import LearnedWorld
+from dreamer.planners.learned import CautiousWorld, LearnedWorld
 from dreamer.planners.sequences import explore
 from dreamer.planners.table import make_planner
 from dreamer.rssm import State
@@ -32,6 +32,8 @@ sg = jax.lax.stop_gradient
 Batch = Mapping[str, jax.Array]
 #: What an `Act` carries from step to step of an episode, (N, ...) by name.
 Memory = dict[str, jax.Array]
+#: The task's own rewards.
+TASK = Motive()
 #: The slow copies of parts of the model, by name.
 SlowModules = Mapping[str, nnx.Module]
 
@@ -72,7 +74,7 @@ def act_by_planner(config: PlannerConfig) -> Act:
     def act(
         model: DreamerModel, state: State, key: jax.Array | None, allowed: jax.Array | None, memory: Memory
     ) -> tuple[jax.Array, dict[str, jax.Array], Memory]:
-        world, root = model.as_world(state, allowed)
+        world, root = model.as_world(state, allowed, config.penalty)
         plan_key, noise_key = jax.random.split(jax.random.key(0) if key is None else key)
         action, extras = plan(world, root, plan_key, memory.get("plan"))
         if key is not None and config.noise:
@@ -113,6 +115,7 @@ class DreamerModel(nnx.Module):
         width = self.world_model.rssm.width
         behaviour = BEHAVIOURS[config.actor_critic.gradient]
         self.actor_critic = behaviour(width, actions, config.model, config.actor_critic, beside, rngs=rngs)
+        self.motive = nnx.static(make_motive(config.actor_critic))
         self.masked = masks_actions(observations, actions)
         self.dreams_masks = self._dreams_masks()
         self.scales = nnx.static(self._scales())
@@ -132,7 +135,7 @@ class DreamerModel(nnx.Module):
     def _scales(self) -> dict[str, float]:
         config, ours = self.config.loss, self.world_model.objective.scales
         scales = {"rew": config.reward, "con": config.cont, "dyn": config.dyn, "rep": config.rep}
-        scales |= self.actor_critic.scales(config)
+        scales |= self.actor_critic.scales(config) | self.world_model.ensemble.scales
         if taken := sorted(set(ours) & set(scales)):
             raise ValueError(
                 f"expected observations not named like the loss terms {sorted(scales)}, got {taken}; rename these "
@@ -157,9 +160,10 @@ class DreamerModel(nnx.Module):
         context, actions, trained = self.split_batch(batch)
         observed = self.world_model.loss(context, actions, trained, slow, world_key)
 
-        dream = functools.partial(self.dream, slow, key=dream_key)
+        dream = functools.partial(self.dream, slow, key=dream_key, motive=self.motive)
         states, x = observed.seen.states, observed.seen.feature
-        learned = self.actor_critic.learn(dream, states, x, trained, slow, return_scale, factor)
+        lived = trained | {"reward": self.motive.lived(self.world_model, x, trained["reward"])}
+        learned = self.actor_critic.learn(dream, states, x, lived, slow, return_scale, factor)
         losses, metrics = learned.losses | observed.losses, learned.metrics | observed.metrics
 
         scales = self.scales
@@ -171,18 +175,21 @@ class DreamerModel(nnx.Module):
         metrics["opt/loss"] = total
         written = self.world_model.rssm.pack(sg(observed.seen.states))
         if self.config.replay.selection.prioritised:
-            written["priority"] = sg(sum_of([scales[name] * term for name, term in observed.losses.items()]))
+            counted = [name for name in observed.losses if name not in self.world_model.ensemble.scales]
+            written["priority"] = sg(sum_of([scales[name] * observed.losses[name] for name in counted]))
         return total, Outcome(learned.return_scale, written, metrics, learned.returns, learned.advantages)
 
-    def as_world(self, state: State, allowed: jax.Array | None) -> tuple[LearnedWorld, State]:
-        """A world to plan in, and where: `state` (N, ...), with these actions allowed, bool (N, A), None: all."""
-        world = LearnedWorld(self.world_model, self.actor_critic, self.actions, dreams_masks=self.dreams_masks)
+    def as_world(self, state: State, allowed: jax.Array | None, penalty: float = 0.0) -> tuple[LearnedWorld, State]:
+        """A world to plan in, and where: `state` (N, ...), with these actions allowed, bool (N, A), None: all. penalty:
+        see `CautiousWorld`."""
+        kind = functools.partial(CautiousWorld, penalty=penalty) if penalty else LearnedWorld
+        world = kind(self.world_model, self.actor_critic, self.actions, dreams_masks=self.dreams_masks)
         return world, world.begin(state, allowed)
 
-    def dream(self, slow: SlowModules, starts: State, key: jax.Array | None) -> Dream:
+    def dream(self, slow: SlowModules, starts: State, key: jax.Array | None, motive: Motive = TASK) -> Dream:
         """Imagine from `starts` (M, ...); see `imagination`."""
-        horizon = self.config.actor_critic.horizon
-        return imagine(self.world_model, self.actor_critic, slow, starts, horizon, key, masked=self.dreams_masks)
+        parts, horizon = (self.world_model, self.actor_critic, slow), self.config.actor_critic.horizon
+        return imagine(*parts, starts, horizon, key, masked=self.dreams_masks, motive=motive)
 
     def split_batch(self, batch: Batch) -> tuple[State, jax.Array, dict[str, jax.Array]]:
         """(context state (B, ...), actions (B, T, A) that led to each trained step, trained steps (B, T, ...))::

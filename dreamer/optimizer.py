@@ -78,11 +78,16 @@ def make_optimizer(groups: Mapping[str, OptimizerConfig]) -> optax.GradientTrans
     return optax.partition({name: chain(config) for name, config in groups.items()}, labels)
 
 
-def groups_of(config: OptimizerConfig) -> dict[str, OptimizerConfig]:
-    """The options of every group of parameters that has options of its own; see `make_optimizer`."""
+def groups_of(config: OptimizerConfig, apart: Sequence[str] = ()) -> dict[str, OptimizerConfig]:
+    """The options of every group of parameters that has options of its own; see `make_optimizer`.
+
+    apart: where parameters lie that are trained with the same options as the rest, but as if they were alone.
+    """
     own = {"actor_critic.policy": config.policy_rate, "actor_critic.value": config.value_rate}
     rates = {name: rate for name, rate in own.items() if rate is not None}
-    return {"": config} | {name: dataclasses.replace(config, learning_rate=rate) for name, rate in rates.items()}
+    return {"": config, **dict.fromkeys(apart, config)} | {
+        name: dataclasses.replace(config, learning_rate=rate) for name, rate in rates.items()
+    }
 
 
 Chain = tuple[tuple[str, optax.GradientTransformation], ...]

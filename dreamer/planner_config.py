@@ -11,7 +11,7 @@ from dreamer.values import SCALE, ConfigError, group, option
 Name = Literal["random_shooting", "cem", "mppi", "gradient", "mcts", "dream_mpc"]
 
 #: The settings that each planner reads, with its own value of each: that of its paper, where the paper has one. Beside
-#: these, all read `critic`, `outcomes` and `noise`.
+#: these, all read `critic`, `outcomes`, `penalty` and `noise`.
 SETTINGS: Mapping[str, Mapping[str, int | float]] = {
     "random_shooting": {"horizon": 12, "candidates": 512, "policy_share": 0.0, "std": 1.0},
     # PlaNet (Hafner et al., 2019), section 3.
@@ -74,6 +74,9 @@ class PlannerConfig:
     critic: bool = option(True, "Whether the critic's value follows the planned steps; false: nothing does")
     outcomes: Literal["likely", "sampled"] = option(
         "likely", "Step the model to its most likely (or expected) next state, or draw one; mcts always the former"
+    )
+    penalty: float = option(
+        0.0, "What a planned step costs for each unit of the ensemble's disagreement on where it leads", **SCALE
     )
     noise: float = option(
         0.0, "Standard deviation of noise on sampled continuous actions, chance of a random discrete one", **SCALE

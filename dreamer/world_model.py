@@ -14,6 +14,7 @@ from dreamer import features
 from dreamer.coders import Encoder
 from dreamer.config import LossConfig, ModelConfig
 from dreamer.distributions import Bernoulli, Output, TwoHot, UnitNormal
+from dreamer.ensemble import make_ensemble
 from dreamer.networks import MLP, Linear
 from dreamer.objectives import Seen, make_objective
 from dreamer.rssm import DYNAMICS, State
@@ -85,6 +86,7 @@ class WorldModel(nnx.Module):
         self.objective = make_objective(width, self.encoder.width, observations, config, loss, rngs=rngs)
         self.reward = Head(config.reward_head, width, units, config.reward_layers, config.bins, rngs=rngs)
         self.cont = Head("binary", width, units, config.cont_layers, config.bins, rngs=rngs)
+        self.ensemble = make_ensemble(self.rssm.latent, config, rngs=rngs)
 
     def see(
         self, context: State, actions: jax.Array, observations: Mapping[str, jax.Array], key: jax.Array | None
@@ -115,6 +117,8 @@ class WorldModel(nnx.Module):
             cont            -ln p(c_t | z_t)        c_t = (1 - is_terminal_t) * gamma
             dyn             max(1, KL(sg(posterior) || prior))
             rep             max(1, KL(posterior || sg(prior)))
+
+        and those of an ensemble, if there is one.
         """
         # `observe` draws with the children 0 to T - 1 of this key.
         objective_key = None if key is None else jax.random.fold_in(key, actions.shape[1])
@@ -128,6 +132,8 @@ class WorldModel(nnx.Module):
         above = FREE_NATS[self.free_nats_of]
         losses["dyn"] = above(latent.kl(frozen_posterior, prior), self.free_nats)
         losses["rep"] = above(latent.kl(posterior, frozen_prior), self.free_nats)
-        metrics = {"dyn_ent": latent.entropy(prior).mean(), "rep_ent": latent.entropy(posterior).mean()}
+        others, metrics = self.ensemble.learn(seen)
+        losses |= others
+        metrics |= {"dyn_ent": latent.entropy(prior).mean(), "rep_ent": latent.entropy(posterior).mean()}
         chex.assert_shape(list(losses.values()), actions.shape[:2])
         return Observed(losses, seen, metrics)

@@ -29,7 +29,7 @@ LAYERS = [
     ["kernels", "one_kernel", "few_kernels"],
     ["networks", "distributions", "optimizer", "scans", "compiler"],
     ["coders", "latents", "rssm"],
-    ["objectives"],
+    ["objectives", "ensemble"],
     ["world_model"],
     ["actor_critic", "insight"],
     ["behaviours", "imagination", "planners"],

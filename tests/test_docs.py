@@ -274,7 +274,7 @@ def test_the_table_of_presets_says_what_they_set():
 
 OBSERVATIONS = {"image": Space("image", (16, 16, 3)), "position": Space("vector", (2,))}
 ACTIONS = {"action": Space("discrete", (), (3,)), "push": Space("vector", (2,))}
-MODULES = ("encoder", "rssm", "objective", "reward", "cont", "policy", "value")
+MODULES = ("encoder", "rssm", "objective", "reward", "cont", "ensemble", "policy", "value")
 STANDS_FOR = {
     "<key>": "image|position", "<action>": "action|push", "<name>": "wood", "<module>": "|".join(MODULES)
 }  # fmt: skip
@@ -303,7 +303,7 @@ def written(tmp_path_factory):
     """Every name that a run writes: the loop's own logging over a learner whose updates are only traced."""
     logdir, recorder = tmp_path_factory.mktemp("run"), Recorder()
     every = [name for name in OBJECTIVES if name != "probe"]
-    config = load_config(["debug"], {"loss.objective": every})
+    config = load_config(["debug"], {"loss.objective": every, "model.ensemble": 2})
     planner = act_by_planner(PlannerConfig(name="random_shooting", horizon=1, candidates=2))
     agent = Agent(OBSERVATIONS, ACTIONS, config, chooses=planner)
     fields = replay_fields(OBSERVATIONS, ACTIONS, agent.extras)
@@ -315,8 +315,10 @@ def written(tmp_path_factory):
     episode = Episode(0, 1.0, 2, {"wood/mean": 0.0, "wood/max": 0.0}, [frames[0]])
     images, vectors = np.zeros((2, 8, 16, 16, 3), np.float32), np.zeros((2, 8, 2), np.float32)
     seen, numbers = {"image": images, "position": vectors}, np.ones((2, 8), np.float32)
-    views = {"true": seen, "pred": seen, "error": dict.fromkeys(seen, numbers), "guess": dict.fromkeys(seen, 1.0)}
+    views = {"true": seen, "pred": seen, "guess": dict.fromkeys(seen, 1.0)}
+    drawn = np.random.default_rng(0).random((2, 8), np.float32)
     views |= dict.fromkeys(("open_reward", "open_cont", "reward", "cont", "value", "kl"), numbers)
+    views |= {"error": dict.fromkeys(seen, drawn)} | dict.fromkeys(("disagreement", "open_reward", "open_cont"), drawn)
     views |= {"probs": np.full((2, 8, 4, 4), 0.25), "param_norm": dict.fromkeys(MODULES, 1.0)}
     views |= dict.fromkeys(("dream_reward", "dream_cont"), np.ones((2, 8, 4)))
     run = mock.MagicMock()

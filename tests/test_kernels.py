@@ -17,6 +17,7 @@ from learner_data import CHEAP, fix_draws, perturb, random_batch, small_config, 
 
 from dreamer import features, kernels
 from dreamer.agent import Agent
+from dreamer.behaviours import Motive
 from dreamer.imagination import imagine
 from dreamer.networks import BlockLinear
 from dreamer.types import Space
@@ -142,7 +143,7 @@ def test_heads_read_the_same_inside_the_scan_and_after_it(name, last, monkeypatc
             # A GPU reads after the scan, a CPU within it.
             with kernels.traced_for(kernels.Target("cpu" if inside else "gpu")), features.scans_turn(last):
                 parts = model.world_model, model.actor_critic, copies
-                seen = vars(imagine(*parts, starts, 3, jax.random.key(0), masked=False))
+                seen = vars(imagine(*parts, starts, 3, jax.random.key(0), masked=False, motive=Motive()))
             total = sum((jnp.sin(x) * jnp.arange(x.size).reshape(x.shape)).sum() for x in jax.tree.leaves(seen))
             return total, seen
 

@@ -57,6 +57,28 @@ class LearnedWorld:
         return _some(self._model.objective.allowed(x))
 
 
+class CautiousWorld(LearnedWorld):
+    """A world that charges for steps into the unknown: `penalty` times the disagreement of the model's ensemble on the
+    state reached is taken from each reward."""
+
+    def __init__(
+        self,
+        world_model: WorldModel,
+        behaviour: ActorCritic,
+        actions: Spaces,
+        *,
+        dreams_masks: bool,
+        penalty: float,
+    ) -> None:
+        super().__init__(world_model, behaviour, actions, dreams_masks=dreams_masks)
+        self._penalty = penalty
+
+    def step(self, state: State, action: jax.Array, key: jax.Array | None) -> tuple[State, jax.Array, jax.Array]:
+        new, reward, cont = super().step(state, action, key)
+        unknown = self._model.ensemble.disagreement(self._model.rssm.feature(new))
+        return new, reward - self._penalty * unknown, cont
+
+
 def _some(allowed: jax.Array) -> jax.Array:
     """The mask (M, A); where it forbids everything, as in a final observation, it allows everything."""
     return allowed | ~allowed.any(-1, keepdims=True)

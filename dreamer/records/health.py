@@ -53,6 +53,17 @@ class Latents(NamedTuple):
     """Share of the classes that are dead, (S,)."""
 
 
+class Disagreement(NamedTuple):
+    """How far an ensemble disagrees on states, beside how wrong the model is there."""
+
+    curve: np.ndarray
+    """Mean (T - T//2,) at each imagined step."""
+    seen: float
+    """Mean of the steps that were seen."""
+    correlation: dict[str, float]
+    """With the error of each prediction, over the imagined steps of all sequences; NaN where either never varies."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Health:
     """All figures. Curves and calibrations with nothing to compare are left out or None."""
@@ -77,6 +88,8 @@ class Health:
     """Mean return that a planner expected in states of the newest sequences, if one acts ..."""
     came: np.ndarray | None = None
     """... and what came of it, (H,): the first h real rewards, and the critic's value of the state after them."""
+    disagreement: Disagreement | None = None
+    """If there is an ensemble."""
 
     @np.errstate(invalid="ignore", over="ignore")
     def scalars(self) -> dict[str, float]:
@@ -96,6 +109,9 @@ class Health:
         if self.planned is not None and self.came is not None:
             values |= {"planned_return": self.planned, "planned_gap_first": self.planned - float(self.came[0])}
             values["planned_gap"] = self.planned - float(self.came[-1])
+        if (found := self.disagreement) is not None:
+            values |= {"seen_disagreement": found.seen, "imagined_disagreement": float(np.nanmean(found.curve))}
+            values |= {f"disagreement_correlation/{name}": value for name, value in found.correlation.items()}
         values |= {f"param_norm/{name}": norm for name, norm in self.param_norm.items()}
         return {name: value for name, value in values.items() if np.isfinite(value)}
 
@@ -159,7 +175,26 @@ def measure(
         param_norm={name: float(norm) for name, norm in views["param_norm"].items()},
         planned=planned,
         came=came,
+        disagreement=disagreement(views["disagreement"], errors, within) if "disagreement" in views else None,
     )
+
+
+def disagreement(found: np.ndarray, errors: Arrays, within: np.ndarray) -> Disagreement:
+    """found: the ensemble's (B, T); errors: (B, T) by name; within: the steps (B, T) that can be predicted, of which
+    the second half is imagined."""
+    half = within.shape[1] // 2
+    imagined = within[:, half:]
+    x = np.asarray(found, np.float64)
+    pairs = {name: (x[:, half:][imagined], np.asarray(error)[:, half:][imagined]) for name, error in errors.items()}
+    correlation = {name: _correlation(*pair) for name, pair in pairs.items()}
+    return Disagreement(masked_mean(x, within)[half:], float(x[:, :half].mean()), correlation)
+
+
+def _correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Pearson's, of two vectors."""
+    x, y = (z - z.mean() for z in (np.asarray(x, np.float64), np.asarray(y, np.float64)))
+    sizes = np.linalg.norm(x) * np.linalg.norm(y)
+    return float(x @ y / sizes) if sizes > 0 else np.nan
 
 
 def flags(batch: Arrays) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

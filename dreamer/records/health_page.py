@@ -45,7 +45,8 @@ def draw(health: Health, gradients: Mapping[str, float], caption: str) -> np.nda
 
 
 def _errors(page: Page, at: Place, health: Health) -> None:
-    """Errors over imagined steps, relative to a constant guess: at 1 the model knows nothing."""
+    """Errors over imagined steps, relative to a constant guess: at 1 the model knows nothing. Beside them, if there is
+    an ensemble, how far it disagrees."""
     known = [name for name in health.curves if health.guess[name] > 0]
     relative = {name: health.curves[name] / health.guess[name] for name in known[:_CURVES]}
     top = max([1.2, *(min(float(np.nanmax(curve)), 3.0) for curve in relative.values())])
@@ -57,6 +58,8 @@ def _errors(page: Page, at: Place, health: Health) -> None:
     for color, (name, curve) in zip(COLORS, relative.items(), strict=False):
         seen = health.seen[name] / health.guess[name]
         axes.curve(np.arange(steps + 1), np.append(seen, curve), color, name)
+    if (found := health.disagreement) is not None and (most := float(np.nanmax(found.curve))) > 0:
+        axes.curve(np.arange(steps + 1), np.append(found.seen, found.curve) / most, INK, "disagreement / its most")
     if not relative:
         axes.note("nothing varied in these sequences")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -226,6 +227,31 @@ def test_errors_are_those_of_each_imagined_step(data):
     scalars = found.scalars()
     assert scalars["seen_error/image"] == 2.5 and scalars["imagined_error/image"] == 8.5
     assert "return_gap" not in scalars and "bias/value" not in scalars
+
+
+def test_disagreement_is_held_against_errors_step_by_step(data):
+    """Over the imagined steps that belong to the episode seen last, against numpy's own correlation."""
+    rng, views, batch = np.random.default_rng(0), perfect_views(data), full_batch(data)
+    assert health.measure(views, batch, None, GAMMA, 1.0).disagreement is None
+    error = rng.random((20, 12))
+    views |= {"disagreement": 2 * error + 0.3 * rng.random((20, 12)), "error": {"image": error}}
+    found = health.measure(views, batch, None, GAMMA, 1.0)
+    inside = [(b, t) for b in range(20) for t in range(6, 12) if not data["is_first"][b, 6 : t + 1].any()]
+    assert 20 < len(inside) < 120
+    pairs = np.array([(views["disagreement"][at], error[at]) for at in inside])
+    scalars, curve = found.scalars(), found.disagreement.curve
+    assert scalars["disagreement_correlation/image"] == pytest.approx(np.corrcoef(pairs.T)[0, 1])
+    assert "disagreement_correlation/reward" not in scalars, "nothing is wrong with it, so nothing can be told"
+    for step in range(6):
+        values = [views["disagreement"][b, t] for b, t in inside if t == 6 + step]
+        assert curve[step] == pytest.approx(np.mean(values))
+    assert scalars["seen_disagreement"] == pytest.approx(views["disagreement"][:, :6].mean())
+    assert scalars["imagined_disagreement"] == pytest.approx(curve.mean())
+    with_it, without = (
+        draw(dataclasses.replace(found, disagreement=one), {}, "") for one in (found.disagreement, None)
+    )
+    changed = np.argwhere((with_it != without).any(-1))
+    assert len(changed) and changed[:, 0].max() < 340 and changed[:, 1].max() < 400, "a curve in the first chart"
 
 
 @pytest.mark.parametrize("empty", [False, True])
