@@ -17,6 +17,7 @@ from dreamer import features, scans
 from dreamer.config import ActorCriticConfig, LossConfig, ModelConfig
 from dreamer.distributions import Distribution, MaskedOneHot, MultiOneHot, Normal, OneHot, Output, sum_of
 from dreamer.networks import MLP, Linear, at_least_float32
+from dreamer.objectives import Networks, Seen, Targets
 from dreamer.optimizer import Slow
 from dreamer.rssm import State
 from dreamer.types import Space, Spaces
@@ -284,20 +285,39 @@ class ActorCritic(nnx.Module):
         metrics.update({f"ent/{key}": entropy.mean() for key, entropy in dream.entropy.items()})
         return losses, returns, scale, metrics
 
+    def targets(
+        self,
+        seen: Seen,
+        batch: Mapping[str, jax.Array],
+        allowed: jax.Array | None,
+        networks: Networks,
+        key: jax.Array | None,
+    ) -> Targets:
+        """What value and policy are to be at a batch's steps (B, T), for objectives that are about them: what the slow
+        critic and this policy make of the filtered states. allowed: bool (B, T, A), None where all actions are."""
+        x = sg(seen.feature)
+        return sg(Targets(networks.slow["value"](x).mode(), self.policy(x, allowed)))
+
+    def replayed_returns(self, batch: Mapping[str, jax.Array], bootstrap: jax.Array) -> jax.Array:
+        """Returns (B, T-1) of replayed sequences, where b (B, T) is what follows each state::
+
+        Rₜ = rₜ₊₁ + liveₜ₊₁((1-contₜ₊₁)bₜ₊₁ + contₜ₊₁Rₜ₊₁), live = (1-is_terminal)γ, cont = (1-is_last)λ
+        """
+        last, terminal = batch["is_last"].astype(jnp.float32), batch["is_terminal"].astype(jnp.float32)
+        live = (1 - terminal) * (1 - 1 / self.config.discount_horizon)
+        sequences = at_least_float32(batch["reward"]), bootstrap, live, (1 - last) * self.config.lambda_
+        return jax.vmap(lambda_return)(*sequences)
+
     def replay_loss(
         self, x: jax.Array, slow: Mapping[str, nnx.Module], batch: Mapping[str, jax.Array], bootstrap: jax.Array
     ) -> jax.Array:
         """Critic loss (B, T-1) on replayed sequences, with gradient through features x (B, T, F) into the world model.
 
-        Rₜ = rₜ₊₁ + liveₜ₊₁((1-contₜ₊₁)bₜ₊₁ + contₜ₊₁Rₜ₊₁), live = (1-is_terminal)γ, cont = (1-is_last)λ,
-        where bootstrap b (B, T) is the imagined return that starts at each state. Last steps have weight 0: their
-        successor in the sequence belongs to another episode.
+        bootstrap (B, T): the imagined return that starts at each state. Last steps have weight 0: their successor in
+        the sequence belongs to another episode.
         """
         config = self.config
-        last, terminal = batch["is_last"].astype(jnp.float32), batch["is_terminal"].astype(jnp.float32)
-        live = (1 - terminal) * (1 - 1 / config.discount_horizon)
-        sequences = at_least_float32(batch["reward"]), bootstrap, live, (1 - last) * config.lambda_
-        returns = jax.vmap(lambda_return)(*sequences)
+        last, returns = batch["is_last"].astype(jnp.float32), self.replayed_returns(batch, bootstrap)
         slow_value = slow["value"](sg(x)).mode()[:, :-1]
         dist = jax.tree.map(lambda logits: logits[:, :-1], self.value(x))
         return (1 - last)[:, :-1] * critic_loss(dist, returns, slow_value, config.slow_scale)

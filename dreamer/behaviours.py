@@ -9,12 +9,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from dreamer.actor_critic import ActorCritic, Dream, Learned, ReturnScale
 from dreamer.config import ActorCriticConfig, LossConfig
-from dreamer.distributions import Distribution, Point
+from dreamer.distributions import Distribution, OneHot, Point
 from dreamer.networks import frozen
+from dreamer.objectives import Networks, Seen, Targets
+from dreamer.planner_config import PlannerConfig
+from dreamer.planners.learned import LearnedWorld
+from dreamer.planners.mcts import improved
 from dreamer.rssm import State
+from dreamer.types import Spaces
 from dreamer.world_model import Head, WorldModel
 
 sg = jax.lax.stop_gradient
@@ -50,7 +56,8 @@ class Mixed(Dynamics):
 
 
 class Untrained(ActorCritic):
-    """No policy: a planner acts (PlaNet). Policy and critic stay at their initial weights, where a value is 0."""
+    """Nothing is learned in dreams. Without more, policy and critic stay at their initial weights, where a value is 0,
+    and a planner acts (PlaNet)."""
 
     @staticmethod
     def scales(loss: LossConfig) -> dict[str, float]:
@@ -71,12 +78,47 @@ class Untrained(ActorCritic):
         return Learned({}, nothing, nothing, scale, {})
 
 
+class Search(Untrained):
+    """Policy and critic learn what a tree search finds at every replayed state, with the newest weights: the policy as
+    improved by it, and returns with its values (MuZero Reanalyse, Schrittwieser et al., 2021).
+
+    What they learn it by is the objective `value_equivalence`. ValueError unless the action is a single discrete one.
+    """
+
+    def __init__(self, feature: int, actions: Spaces, *options: Any, rngs: nnx.Rngs) -> None:
+        super().__init__(feature, actions, *options, rngs=rngs)
+        if [len(space.classes or ()) for space in actions.values()] != [1]:
+            raise ValueError(
+                f"expected a single discrete action for actor_critic.gradient search, got {dict(actions)}; name another"
+            )
+        self.actions = nnx.static(dict(actions))
+        self.settings = PlannerConfig(name="mcts", simulations=self.config.simulations).settled()
+
+    def targets(
+        self,
+        seen: Seen,
+        batch: Mapping[str, jax.Array],
+        allowed: jax.Array | None,
+        networks: Networks,
+        key: jax.Array | None,
+    ) -> Targets:
+        flat = lambda x: sg(x).reshape(-1, *x.shape[2:])  # noqa: E731
+        world = LearnedWorld(frozen(networks.world_model), frozen(self), self.actions, dreams_masks=False)
+        roots = world.begin(jax.tree.map(flat, seen.states), None if allowed is None else flat(allowed))
+        weights, value = improved(self.settings, world, roots, jax.random.key(0) if key is None else key)
+        weights, value = (x.reshape(*seen.actions.shape[:2], *x.shape[1:]) for x in (weights, value))
+        returns = jnp.concatenate([self.replayed_returns(batch, value), value[:, -1:]], 1)
+        (name,) = self.actions
+        return sg(Targets(returns, {name: OneHot(jnp.log(jnp.maximum(weights, 1e-9)))}))
+
+
 #: How the policy learns.
 BEHAVIOURS: Mapping[str, type[ActorCritic]] = {
     "reinforce": ActorCritic,
     "dynamics": Dynamics,
     "mixed": Mixed,
     "none": Untrained,
+    "search": Search,
 }
 
 

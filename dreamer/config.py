@@ -209,7 +209,9 @@ class ModelConfig:
     remat: bool = option(False, "Recompute the convolutions and scans in the backward pass: slower, less memory")
 
 
-ObjectiveName = Literal["reconstruction", "redundancy_reduction", "predict_encoding", "self_prediction", "probe"]
+ObjectiveName = Literal[
+    "reconstruction", "redundancy_reduction", "predict_encoding", "self_prediction", "value_equivalence", "probe"
+]
 
 
 @group
@@ -219,7 +221,8 @@ class LossConfig:
     objective: tuple[ObjectiveName, ...] = option(
         ("reconstruction",),
         "What the latents are trained to predict, one or several: observations; encodings, by redundancy_reduction, "
-        "predict_encoding or self_prediction; beside these a probe, a decoder that teaches the latents nothing",
+        "predict_encoding or self_prediction; rewards, ends, values and policy by value_equivalence; beside these a "
+        "probe, a decoder that teaches the latents nothing",
         max_length=8,
     )
     reconstruction: float = option(1.0, "Scale of each loss of reconstruction or probe", **SCALE)
@@ -227,6 +230,10 @@ class LossConfig:
     predict_encoding: float = option(500.0, "Scale of the loss of predict_encoding", **SCALE)
     self_prediction: float = option(500.0, "Scale of the loss of self_prediction", **SCALE)
     target_rate: float = option(0.05, "Rate of self_prediction's slow encoder", "per update", gt=0, le=1)
+    value_equivalence: float = option(
+        1.0, "Scale of the four losses of value_equivalence, each beside the scale of its own kind", **SCALE
+    )
+    unroll: int = option(5, "Steps along the actions taken, which value_equivalence predicts from (K)", ge=1, le=100)
     reward: float = option(1.0, "Scale of the reward loss", **SCALE)
     cont: float = option(1.0, "Scale of the continue loss", **SCALE)
     dyn: float = option(1.0, "Scale of KL(sg(posterior) || prior)", **SCALE)
@@ -254,11 +261,12 @@ class ActorCriticConfig:
     )
     discount_horizon: float = option(333.0, "Horizon of the discount, 1 / (1 - gamma)", "agent steps", gt=1, le=1e6)
     lambda_: float = option(0.95, "Mixing of the lambda-return", ge=0, le=1)
-    gradient: Literal["reinforce", "dynamics", "mixed", "none"] = option(
+    gradient: Literal["reinforce", "dynamics", "mixed", "none", "search"] = option(
         "reinforce",
-        "How the policy learns: from the log-probability of its actions, through the dream's dynamics, by both, or not "
-        "at all: a planner acts",
+        "How the policy learns: from the log-probability of its actions, through the dream's dynamics, by both, not at "
+        "all: a planner acts, or from what a tree search finds at replayed states",
     )
+    simulations: int = option(16, "Nodes of each such tree, where actor_critic.gradient is search", ge=1, le=10_000)
     reinforce_share: float = option(0.1, "Share of reinforce where actor_critic.gradient is mixed", ge=0, le=1)
     noise: float = option(
         0.0,

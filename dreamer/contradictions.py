@@ -45,6 +45,8 @@ _OF_OBJECTIVES = {
     "predict_encoding": ("predict_encoding",),
     "self_prediction": ("self_prediction",),
     "target_rate": ("self_prediction",),
+    "value_equivalence": ("value_equivalence",),
+    "unroll": ("value_equivalence",),
 }
 
 
@@ -74,8 +76,18 @@ def _behaviour(config: Config) -> str | None:
         )
     if behaviour.noise and config.planner.name is not None:
         return f"expected actor_critic.noise 0 where a planner acts, got {behaviour.noise:g}; pass --planner.noise"
+    if behaviour.explore and behaviour.gradient in ("none", "search"):
+        return (
+            "expected actor_critic.gradient reinforce, dynamics or mixed with actor_critic.explore, which rewards what "
+            f"is dreamt, got {behaviour.gradient}; name one of these"
+        )
     if behaviour.gradient == "none":
         return _nobody_learns(config)
+    if behaviour.gradient == "search" and "value_equivalence" not in config.loss.objective:
+        return (
+            "expected value_equivalence in loss.objective with actor_critic.gradient search, which learns by it, got "
+            f"{list(config.loss.objective)}; add it"
+        )
     return None
 
 
@@ -132,10 +144,11 @@ def _batches(config: Config) -> str | None:
     run, slices = config.run, config.optimizer.accumulate
     if run.batch_size % slices:
         return f"expected run.batch_size ({run.batch_size}) to be a multiple of optimizer.accumulate, got {slices}"
-    whole = {"loss.free_nats_of": (config.loss.free_nats_of, "mean"),
-             "loss.objective": (config.loss.objective, "redundancy_reduction"),
-             "actor_critic.gradient": (config.actor_critic.gradient, "none")}  # fmt: skip
-    for name, (got, needs) in whole.items():
+    whole = [("loss.free_nats_of", config.loss.free_nats_of, "mean"),
+             ("loss.objective", config.loss.objective, "redundancy_reduction"),
+             ("actor_critic.gradient", config.actor_critic.gradient, "none"),
+             ("actor_critic.gradient", config.actor_critic.gradient, "search")]  # fmt: skip
+    for name, got, needs in whole:
         if slices > 1 and (needs in got if isinstance(got, tuple) else needs == got):
             return f"expected optimizer.accumulate 1 with {name} {needs}, got {slices}; leave it out"
     devices = (run.mesh_data or 1) * (run.mesh_model or 1)

@@ -70,6 +70,7 @@ class Distribution(Protocol):
     def sample(self, key: jax.Array | None) -> jax.Array: ...
     def log_prob(self, value: jax.Array) -> jax.Array: ...
     def entropy(self) -> jax.Array: ...
+    def kl(self, other: Any) -> jax.Array: ...
 
 
 class Output(Protocol):
@@ -179,6 +180,10 @@ class MultiOneHot:
 
     def entropy(self) -> jax.Array:
         return sum_of([part.entropy() for part in self.parts])
+
+    def kl(self, other: MultiOneHot) -> jax.Array:
+        """KL(self || other), (...), summed over the variables."""
+        return sum_of([ours.kl(theirs) for ours, theirs in zip(self.parts, other.parts, strict=True)])
 
 
 @tree_of("mean", "std")

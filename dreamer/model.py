@@ -67,15 +67,16 @@ def act_by_policy(
 def act_by_planner(config: PlannerConfig) -> Act:
     """A planner's way; replay remembers the return that it expected, ``planned`` (N,), the next step its plan.
 
-    Without a key it plans with a fixed one, and without `planner.noise`.
+    Without a key it plans with a fixed one, and does not explore.
     """
-    plan = make_planner(config)
+    exploring, calm = make_planner(config), make_planner(config.calm())
 
     def act(
         model: DreamerModel, state: State, key: jax.Array | None, allowed: jax.Array | None, memory: Memory
     ) -> tuple[jax.Array, dict[str, jax.Array], Memory]:
         world, root = model.as_world(state, allowed, config.penalty)
         plan_key, noise_key = jax.random.split(jax.random.key(0) if key is None else key)
+        plan = calm if key is None else exploring
         action, extras = plan(world, root, plan_key, memory.get("plan"))
         if key is not None and config.noise:
             action = explore(action, allowed, model.actions, config.noise, noise_key)
@@ -158,7 +159,7 @@ class DreamerModel(nnx.Module):
         """
         world_key, dream_key = (None, None) if key is None else jax.random.split(key)
         context, actions, trained = self.split_batch(batch)
-        observed = self.world_model.loss(context, actions, trained, slow, world_key)
+        observed = self.world_model.loss(context, actions, trained, self.actor_critic, slow, world_key)
 
         dream = functools.partial(self.dream, slow, key=dream_key, motive=self.motive)
         states, x = observed.seen.states, observed.seen.feature

@@ -6,21 +6,22 @@ encoding need not be drawn; a decoder of stopped features can look on. (`WorldMo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from dreamer import features
+from dreamer import features, scans
 from dreamer.coders import Decoder, Observations
 from dreamer.config import LossConfig, ModelConfig
-from dreamer.distributions import Output
+from dreamer.distributions import Distribution, Output, sum_of
 from dreamer.latents import LATENTS
 from dreamer.networks import MLP, Linear, at_least_float32
 from dreamer.optimizer import Slow
-from dreamer.rssm import State
+from dreamer.rssm import RSSM, State
 from dreamer.types import ACTION_MASK, Spaces
 
 sg = jax.lax.stop_gradient
@@ -40,6 +41,52 @@ class Seen(NamedTuple):
     prior: jax.Array
 
 
+class Targets(NamedTuple):
+    """What value (B, T) and policy (B, T, ...) are to be at every step of a batch."""
+
+    value: jax.Array
+    policy: Mapping[str, Distribution]
+
+
+class Judges(Protocol):
+    """What an objective may ask of a behaviour: the critic, the policy, and what these are to be."""
+
+    @property
+    def value(self) -> Callable[[jax.Array], Output]: ...
+    @property
+    def policy(self) -> Callable[..., Mapping[str, Distribution]]: ...
+
+    def targets(
+        self,
+        seen: Seen,
+        batch: Observations,
+        allowed: jax.Array | None,
+        networks: Networks,
+        key: jax.Array | None,
+    ) -> Targets: ...
+
+
+class Model(Protocol):
+    """What an objective may ask of the world model it is a part of."""
+
+    @property
+    def rssm(self) -> RSSM: ...
+    @property
+    def reward(self) -> Callable[[jax.Array], Output]: ...
+    @property
+    def cont(self) -> Callable[[jax.Array], Output]: ...
+    @property
+    def discount(self) -> float: ...
+
+
+class Networks(NamedTuple):
+    """What is trained beside an objective, and all slow copies, by name."""
+
+    world_model: Model
+    behaviour: Judges
+    slow: Mapping[str, nnx.Module]
+
+
 class Objective(nnx.Module):
     """One or several losses, and what they teach the model to predict: nothing, unless a subclass says otherwise.
 
@@ -50,9 +97,9 @@ class Objective(nnx.Module):
         self.scales, self.slow = nnx.static(dict(scales)), nnx.static(dict(slow or {}))
 
     def losses(
-        self, seen: Seen, observations: Observations, slow: Mapping[str, nnx.Module], key: jax.Array | None
+        self, seen: Seen, batch: Observations, networks: Networks, key: jax.Array | None
     ) -> dict[str, jax.Array]:
-        """Losses (B, T) by name. slow: all slow copies, by name."""
+        """Losses (B, T) by name. batch (B, T, ...): observations, rewards and ends, as `WorldModel.loss` has them."""
         return {}
 
     def predict(self, x: jax.Array) -> dict[str, Output]:
@@ -83,10 +130,10 @@ class Reconstruction(Objective):
         super().__init__(dict.fromkeys(self.decoder.spaces, loss.reconstruction))
 
     def losses(
-        self, seen: Seen, observations: Observations, slow: Mapping[str, nnx.Module], key: jax.Array | None
+        self, seen: Seen, batch: Observations, networks: Networks, key: jax.Array | None
     ) -> dict[str, jax.Array]:
         """One loss for each predicted observation."""
-        targets = self.targets(observations)
+        targets = self.targets(batch)
         return {name: output.loss(targets[name]) for name, output in self.predict(seen.feature).items()}
 
     def predict(self, x: jax.Array) -> dict[str, Output]:
@@ -134,7 +181,7 @@ class RedundancyReduction(Objective):
         super().__init__({"barlow": loss.redundancy_reduction})
 
     def losses(
-        self, seen: Seen, observations: Observations, slow: Mapping[str, nnx.Module], key: jax.Array | None
+        self, seen: Seen, batch: Observations, networks: Networks, key: jax.Array | None
     ) -> dict[str, jax.Array]:
         """One number, of the whole batch, at every step."""
         x, y = _standardised(self.projection(seen.feature)), _standardised(sg(seen.tokens))
@@ -156,7 +203,7 @@ class PredictEncoding(Objective):
         super().__init__({"encoding": loss.predict_encoding})
 
     def losses(
-        self, seen: Seen, observations: Observations, slow: Mapping[str, nnx.Module], key: jax.Array | None
+        self, seen: Seen, batch: Observations, networks: Networks, key: jax.Array | None
     ) -> dict[str, jax.Array]:
         return {"encoding": 1 - _cosine(self.out(self.mlp(seen.states["deter"])), sg(seen.tokens))}
 
@@ -178,17 +225,79 @@ class SelfPrediction(Objective):
         super().__init__({"self": loss.self_prediction}, {"encoder": encoder})
 
     def losses(
-        self, seen: Seen, observations: Observations, slow: Mapping[str, nnx.Module], key: jax.Array | None
+        self, seen: Seen, batch: Observations, networks: Networks, key: jax.Array | None
     ) -> dict[str, jax.Array]:
         """2 - 2 cos, the squared distance of the two as unit vectors."""
         deter = seen.states["deter"]
         stoch = self.latent.dist(seen.prior).sample(key).astype(deter.dtype)
         x = self.out(self.mlp(features.concat([deter, self.latent.flat(stoch)])))
-        return {"self": 2 - 2 * _cosine(x, self.target(seen, observations, slow["encoder"]))}
+        return {"self": 2 - 2 * _cosine(x, self.target(seen, batch, networks.slow["encoder"]))}
 
     def target(self, seen: Seen, observations: Observations, encoder: nnx.Module) -> jax.Array:
         """What is to be predicted, (B, T, tokens)."""
         return sg(encoder(observations, seen.actions.shape[:2], seen.actions.dtype))
+
+
+class ValueEquivalence(Objective):
+    """What matters to who acts, and no observation: rewards, ends, values and policy along the K actions that were
+    really taken from every state (MuZero, Schrittwieser et al., 2020, eq. 1 and appendix G).
+
+    Before anything of it is seen, the k-th state after an action must tell what the k-th step after it gave. The first
+    state counts as much as the K after it together, and the gradient is halved from each step to the one before.
+    What value and policy should be, the behaviour says.
+    """
+
+    def __init__(
+        self, width: int, tokens: int, spaces: Spaces, config: ModelConfig, loss: LossConfig, *, rngs: nnx.Rngs
+    ) -> None:
+        self.steps = loss.unroll
+        own = {"rew": loss.reward, "con": loss.cont, "val": loss.value, "pol": loss.policy}
+        super().__init__({f"unroll_{name}": loss.value_equivalence * scale for name, scale in own.items()})
+
+    def losses(
+        self, seen: Seen, batch: Observations, networks: Networks, key: jax.Array | None
+    ) -> dict[str, jax.Array]:
+        """Each is that of a step itself, where reward and end have losses elsewhere, and the mean of the K after it;
+        steps of another episode count as 0, and so do value and policy where an episode has ended."""
+        target_key, unroll_key = (None, None) if key is None else jax.random.split(key)
+        world = networks.world_model
+        allowed = batch[ACTION_MASK] > 0 if ACTION_MASK in batch else None
+        ended, terminal = (batch[name].astype(jnp.float32) for name in ("is_last", "is_terminal"))
+        wanted = networks.behaviour.targets(seen, batch, allowed, networks, target_key)
+
+        def judged(x: jax.Array, wanted: Targets, allowed: jax.Array | None, ended: jax.Array) -> list[jax.Array]:
+            """The losses of value and policy at features x."""
+            policy = networks.behaviour.policy(x, allowed)
+            apart = sum_of([wanted.policy[name].kl(dist) for name, dist in policy.items()])
+            return [(1 - ended) * loss for loss in (networks.behaviour.value(x).loss(wanted.value), apart)]
+
+        ahead = functools.partial(self._ahead, first=1)
+        x = world.rssm.feature(self._unrolled(seen, ahead(seen.actions), world.rssm, unroll_key))
+        # The k-th step is of the same episode if none of the k steps before has ended it.
+        same = jnp.cumprod(1 - self._ahead(ended, first=0), 2) * ahead(jnp.ones_like(ended))
+        reward = world.reward(x).loss(ahead(batch["reward"]))
+        cont = world.cont(x).loss((1 - ahead(terminal)) * world.discount)
+        later = jax.tree.map(ahead, (wanted, allowed, ended))
+        unrolled = [(same * loss).mean(2) for loss in (reward, cont, *judged(x, *later))]
+        nothing = jnp.zeros_like(ended)
+        now = [nothing, nothing, *judged(seen.feature, wanted, allowed, ended)]
+        return dict(zip(self.scales, map(jnp.add, now, unrolled), strict=True))
+
+    def _ahead(self, steps: jax.Array, first: int) -> jax.Array:
+        """(B, T, ...) to (B, T, K, ...): those that come `first` steps later and on, zeros beyond the batch's end."""
+        far = range(first, first + self.steps)
+        return jnp.stack([jnp.concatenate([steps[:, k:], jnp.zeros_like(steps[:, :k])], 1) for k in far], 2)
+
+    def _unrolled(self, seen: Seen, actions: jax.Array, rssm: RSSM, key: jax.Array | None) -> State:
+        """The states (B, T, K, ...) to which `actions` (B, T, K, A) lead from each state."""
+        flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+
+        def step(state: State, action: jax.Array, key: jax.Array | None) -> tuple[State, State]:
+            state = rssm.imagine_step(state, action, key)
+            return jax.tree.map(lambda x: x / 2 + sg(x / 2), state), state
+
+        states = scans.over_time(step, jax.tree.map(flat, seen.states), flat(actions), key)
+        return jax.tree.map(lambda x: x.reshape(*actions.shape[:2], *x.shape[1:]), states)
 
 
 class Several(Objective):
@@ -201,11 +310,11 @@ class Several(Objective):
         self._drawn = next((name for name, part in parts.items() if isinstance(part, Reconstruction)), None)
 
     def losses(
-        self, seen: Seen, observations: Observations, slow: Mapping[str, nnx.Module], key: jax.Array | None
+        self, seen: Seen, batch: Observations, networks: Networks, key: jax.Array | None
     ) -> dict[str, jax.Array]:
         found: dict[str, jax.Array] = {}
         for i, part in enumerate(self.parts.values()):
-            found |= part.losses(seen, observations, slow, None if key is None else jax.random.fold_in(key, i))
+            found |= part.losses(seen, batch, networks, None if key is None else jax.random.fold_in(key, i))
         return found
 
     @property
@@ -245,6 +354,7 @@ OBJECTIVES = {
     "redundancy_reduction": RedundancyReduction,
     "predict_encoding": PredictEncoding,
     "self_prediction": SelfPrediction,
+    "value_equivalence": ValueEquivalence,
     "probe": Probe,
 }
 

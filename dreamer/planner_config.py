@@ -26,7 +26,7 @@ SETTINGS: Mapping[str, Mapping[str, int | float]] = {
     "gradient": {
         "horizon": 12, "candidates": 16, "rounds": 20, "policy_share": 0.5, "std": 0.5, "step_size": 0.1
     },
-    "mcts": {"horizon": 15, "candidates": 16, "simulations": 16},
+    "mcts": {"horizon": 15, "candidates": 16, "simulations": 16, "gumbel": 0.0},
     "dream_mpc": {"horizon": 15, "candidates": 5, "rounds": 1, "step_size": 0.05},
 }  # fmt: skip
 
@@ -48,6 +48,7 @@ class Settings:
     temperature: float = 0.0
     step_size: float = 0.0
     simulations: int = 0
+    gumbel: float = 0.0
 
 
 @group
@@ -71,6 +72,12 @@ class PlannerConfig:
     )
     step_size: float | None = option(None, "Step of Adam along the gradient of a return", ge=1e-6, le=10)
     simulations: int | None = option(None, "Nodes that a tree search adds", ge=1, le=10_000)
+    gumbel: float | None = option(
+        None,
+        "Scale of the noise by which a tree search draws actions when it collects, 1: as likely as it finds them good",
+        ge=0,
+        le=10,
+    )
     critic: bool = option(True, "Whether the critic's value follows the planned steps; false: nothing does")
     outcomes: Literal["likely", "sampled"] = option(
         "likely", "Step the model to its most likely (or expected) next state, or draw one; mcts always the former"
@@ -86,6 +93,10 @@ class PlannerConfig:
         """Names of the settings of single planners that are not null."""
         some = dict.fromkeys(name for settings in SETTINGS.values() for name in settings)
         return [name for name in some if getattr(self, name) is not None]
+
+    def calm(self) -> PlannerConfig:
+        """Without what makes a planner explore."""
+        return dataclasses.replace(self, gumbel=None, noise=0.0)
 
     def settled(self) -> Settings:
         """With the planner's own value for every setting that is null.

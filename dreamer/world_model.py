@@ -16,7 +16,7 @@ from dreamer.config import LossConfig, ModelConfig
 from dreamer.distributions import Bernoulli, Output, TwoHot, UnitNormal
 from dreamer.ensemble import make_ensemble
 from dreamer.networks import MLP, Linear
-from dreamer.objectives import Seen, make_objective
+from dreamer.objectives import Judges, Networks, Seen, make_objective
 from dreamer.rssm import DYNAMICS, State
 from dreamer.types import Spaces
 
@@ -102,13 +102,15 @@ class WorldModel(nnx.Module):
         context: State,
         actions: jax.Array,
         batch: Mapping[str, jax.Array],
+        behaviour: Judges,
         slow: Mapping[str, nnx.Module],
         key: jax.Array | None,
     ) -> Observed:
         """Filter the batch and score every prediction.
 
         context: state (B, ...) at the step before the first; actions (B, T, A): ``actions[:, t]`` led to step t;
-        batch: observations, reward, is_first, is_terminal, each (B, T, ...); slow: see `Objective.losses`.
+        batch: observations, reward, is_first, is_terminal, each (B, T, ...); behaviour, slow: what
+        objectives may ask, see `objectives.Networks`.
 
         The five terms (paper v2, eq. 2-3), per (B, T) and unweighted::
 
@@ -123,7 +125,7 @@ class WorldModel(nnx.Module):
         # `observe` draws with the children 0 to T - 1 of this key.
         objective_key = None if key is None else jax.random.fold_in(key, actions.shape[1])
         seen, latent = self.see(context, actions, batch, key), self.rssm.latent
-        losses = self.objective.losses(seen, batch, slow, objective_key)
+        losses = self.objective.losses(seen, batch, Networks(self, behaviour, slow), objective_key)
         losses["rew"] = self.reward(seen.feature).loss(batch["reward"])
         losses["con"] = self.cont(seen.feature).loss((1 - batch["is_terminal"].astype(jnp.float32)) * self.discount)
         posterior, prior = latent.dist(seen.posterior), latent.dist(seen.prior)

@@ -1,6 +1,7 @@
 """Run as a program, with eight simulated devices: the same updates on one device and on meshes; see `test_sharding`.
 
-Writes the results to the folder it is given: arrays.npz, by "NAME/path", and facts.json.
+Writes the results to the folder it is given: arrays.npz, by "NAME/path", and facts.json. Where presets are named too,
+one update of each, in the debug preset's size, as arrays "PRESET/NAME/path".
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import dataclasses
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from learner_data import CHEAP, random_batch, small_config
 
 from dreamer import compiler, transfer
 from dreamer.agent import Agent
+from dreamer.presets import load_config
 from dreamer.saves.checkpoint import Checkpointer
 from dreamer.saves.snapshot import flatten
 from dreamer.types import Space
@@ -28,7 +31,8 @@ UPDATES = 10
 CHEAPER = CHEAP | {"xla_cpu_use_fusion_emitters": False}
 MESHES = {"one": (1, 1), "data": (8, 1), "both": (4, 2)}
 SPACES = {"position": Space("vector", (3,))}
-ACTIONS = {"action": Space("discrete", (), (3,)), "walk": Space("vector", (2,))}
+ONE_ACTION = {"action": Space("discrete", (), (3,))}
+ACTIONS = {**ONE_ACTION, "walk": Space("vector", (2,))}
 
 
 def agent_on(shape: tuple[int, int]) -> Agent:
@@ -41,9 +45,33 @@ def named(prefix: str, tree: Any) -> dict[str, np.ndarray]:
     return {f"{prefix}/{'.'.join(map(str, path))}": np.asarray(leaf) for path, leaf in flatten(tree).items()}
 
 
-def main(folder: Path) -> None:
+def update_presets(folder: Path, presets: Sequence[str]) -> None:
+    arrays: dict[str, np.ndarray] = {}
+    for preset in presets:
+        state: Any = None
+        for name, (data, model) in MESHES.items():
+            options = {"run.batch_size": 8, "run.mesh_data": data, "run.mesh_model": model}
+            config = load_config([preset, "debug"], options)
+            agent = Agent(SPACES, ONE_ACTION, config, devices=jax.devices())
+            over, batch = agent.devices, random_batch(agent, 0)
+            if name == "one":
+                state = transfer.read(agent.init(0))
+            found = agent.train_step(over.place_state(state), over.place(batch))
+            arrays |= named(f"{preset}/{name}", dict(enumerate(map(transfer.read, found))))
+    save(folder, arrays)
+
+
+def save(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+    as_saved = {k: v.astype(np.float32) if v.dtype.kind == "V" else v for k, v in arrays.items()}
+    np.savez(folder / "arrays.npz", **as_saved)
+
+
+def main(folder: Path, presets: Sequence[str] = ()) -> None:
     learner_data.B = 8
     compiler.options = lambda target: CHEAPER
+    if presets:
+        update_presets(folder, presets)
+        return
     agents = {name: agent_on(shape) for name, shape in MESHES.items()}
     batches = [random_batch(agents["one"], seed) for seed in range(UPDATES)]
     arrays: dict[str, np.ndarray] = {}
@@ -85,11 +113,9 @@ def main(folder: Path) -> None:
         arrays |= named(f"{source} to {target}", transfer.read(state))
     for fact in facts.values():
         fact.pop("compiled")
-    np.savez(
-        folder / "arrays.npz", **{k: v.astype(np.float32) if v.dtype.kind == "V" else v for k, v in arrays.items()}
-    )
+    save(folder, arrays)
     (folder / "facts.json").write_text(json.dumps(facts))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -61,6 +61,7 @@ TASKS: dict[str, tuple[Spaces, Spaces]] = {
     "dreamer_v2": (image(64, 1), classes(18)),
     "planet": (image(64), box(1)),
     "minecraft": (MINECRAFT, classes(25)),
+    "muzero": (image(64, 1), classes(18)),
     "minigrid": (image(64), classes(7)),
     "procgen": (image(96), classes(15)),
     "quickstart": (image(32), classes(3)),

@@ -244,7 +244,7 @@ def test_acting_and_training_compute_the_same_states():
     @jax.jit
     def filtered(params: Any, batch: Any) -> Any:
         model = agent.model(params)
-        return model.world_model.loss(*model.split_batch(batch), {}, jax.random.key(0)).seen.states
+        return model.world_model.loss(*model.split_batch(batch), model.actor_critic, {}, jax.random.key(0)).seen.states
 
     replayed = filtered(params, batch)
     np.testing.assert_allclose(replayed["deter"], states[:, 1:], rtol=1e-4, atol=1e-5)

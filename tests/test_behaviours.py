@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from learner_data import CHEAP, fixed_normal, perturb, random_batch, small_config
 
-from dreamer import distributions, schema
+from dreamer import behaviours, distributions, schema
 from dreamer.actor_critic import RETURN_SCALES, VALUES, lambda_return
 from dreamer.agent import Agent
 from dreamer.behaviours import BEHAVIOURS
 from dreamer.config import ActorCriticConfig, Config, PlannerConfig
 from dreamer.latents import LATENTS
 from dreamer.model import act_by_planner
-from dreamer.objectives import OBJECTIVES
+from dreamer.objectives import OBJECTIVES, Networks
 from dreamer.optimizer import OPTIMIZERS, Slow
 from dreamer.presets import load_config
 from dreamer.replay.priorities import MASSES
@@ -166,6 +166,37 @@ def test_noise_is_for_sampled_actions_alone():
 
 
 # A planner alone
+
+
+def test_a_search_teaches_returns_with_its_values(monkeypatch):
+    """The policy is what the search says; values are lambda-returns along the replay, spelled out, bootstrapped with
+    the values that it found, the last one of a batch alone."""
+    options = {"gradient": "search", "lambda_": 0.8, "discount_horizon": 20}
+    config = small_config({"latent": "deterministic"}, {"objective": ["value_equivalence"]}, options)
+    agent = Agent(VECTOR, TURN, config)
+    rng, batch = np.random.default_rng(0), random_batch(agent)
+    found = rng.dirichlet(np.ones(3), 8).astype(np.float32), rng.normal(0, 1, 8).astype(np.float32)
+    monkeypatch.setattr(behaviours, "improved", lambda settings, world, state, key: jax.tree.map(jnp.asarray, found))
+    model = agent.model(perturb(agent.init(0)["params"]))
+    context, actions, trained = model.split_batch(batch)
+    seen = model.world_model.see(context, actions, trained, None)
+    taught = model.actor_critic.targets(seen, trained, None, Networks(model.world_model, model.actor_critic, {}), None)
+    np.testing.assert_allclose(taught.policy["turn"].probs, found[0].reshape(2, 4, 3), rtol=1e-5)
+    values, expected = found[1].reshape(2, 4), np.zeros((2, 4))
+    for b in range(2):
+        follows = expected[b, 3] = values[b, 3]
+        for t in (2, 1, 0):
+            last, terminal = trained["is_last"][b, t + 1], trained["is_terminal"][b, t + 1]
+            mixed = values[b, t + 1] if last else 0.2 * values[b, t + 1] + 0.8 * follows
+            follows = expected[b, t] = trained["reward"][b, t + 1] + (0 if terminal else 0.95) * mixed
+    np.testing.assert_allclose(taught.value, expected, rtol=1e-5)
+
+
+def test_a_search_refuses_what_it_cannot_choose_between():
+    config = small_config(None, {"objective": ["value_equivalence"]}, {"gradient": "search"})
+    with pytest.raises(ValueError, match="expected a single discrete action for actor_critic.gradient search"):
+        Agent(VECTOR, PUSH, config)
+
 
 ALONE: dict[str, Any] = {"actor_critic.gradient": "none", "planner.name": "cem", "planner.critic": False}
 

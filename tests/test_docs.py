@@ -198,6 +198,23 @@ def test_links_into_pages_lead_to_headings(path):
         assert anchor in anchors(path.parent / page if page else path), f"{path.name} links to {page}#{anchor}"
 
 
+def line_of(name: str, path: Path) -> int:
+    """The line of a file, from 1, that defines a class, function or constant."""
+    defines = re.compile(rf"(class|def) {name}\b|{name}\b[^=]*= ")
+    return next(i for i, line in enumerate(path.read_text().splitlines(), 1) if defines.match(line))
+
+
+@every_document
+def test_links_to_code_lead_to_the_line_that_defines_it(path):
+    links = re.findall(r"\[`[\w.]*?(\w+)`\]\(([\w./-]+\.py)(?:#L(\d+))?\)", path.read_text())
+    moved = [
+        f"{name}: {file}#L{at}"
+        for name, file, line in links
+        if (at := line_of(name, path.parent / file)) != int(line or 0)
+    ]
+    assert not moved, f"{path.name} should link to {', '.join(moved)}"
+
+
 def resolves(name: str) -> bool:
     """Whether a dotted name is a module of the package or something in one."""
     parts = name.removeprefix("dreamer.").split(".")

@@ -118,7 +118,7 @@ def test_a_model_of_other_latents_filters_stores_and_is_looked_at(kind):
 
     def see(params: Any) -> tuple[Any, dict[str, jax.Array]]:
         model = agent.model(params)
-        found = model.world_model.loss(*model.split_batch(batch), {}, jax.random.key(0))
+        found = model.world_model.loss(*model.split_batch(batch), model.actor_critic, {}, jax.random.key(0))
         return found.seen, found.losses
 
     seen, losses = jax.device_get(jax.jit(see, compiler_options=CHEAP)(params))

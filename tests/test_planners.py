@@ -13,11 +13,12 @@ from learner_data import CHEAP, perturb, small_config
 from tiny_runs import tiny_config
 
 from dreamer.agent import Agent
-from dreamer.distributions import MaskedOneHot, MultiOneHot, Normal
+from dreamer.distributions import MaskedOneHot, MultiOneHot, Normal, OneHot
 from dreamer.env_config import GridworldConfig
 from dreamer.envs.suites.gridworld import Grid
 from dreamer.model import act_by_planner
 from dreamer.planner_config import SETTINGS, PlannerConfig
+from dreamer.planners.mcts import improved
 from dreamer.planners.sequences import explore
 from dreamer.planners.table import PLANNERS, make_planner
 from dreamer.planners.tabular import Table, TabularWorld, greedy, policy_values, value_iteration
@@ -101,6 +102,56 @@ def test_a_planner_with_the_true_critic_is_optimal_at_once():
     chosen = np.asarray(jax.jit(lambda key: plan(world, world.at(np.arange(16)), key)[0])(jax.random.key(0)))
     q = table.action_values(values, 1.0)
     np.testing.assert_allclose((q * chosen).sum(-1), q.max(-1), atol=1e-6)
+
+
+def test_what_a_search_teaches_is_the_best_policy_and_its_value():
+    """With the best policy's values, one step ahead, exactly; with those of random play, the best actions all the
+    same."""
+    table, _ = lake(0.0)
+    live, values = ~table.terminal, value_iteration(table, 0.95)
+    q = table.action_values(values, 0.95)
+    best = np.isclose(q, q.max(-1, keepdims=True))
+
+    def taught(world: TabularWorld, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+        settings = PlannerConfig(name="mcts", **options).settled()
+        search = jax.jit(lambda key: improved(settings, world, world.at(np.arange(16)), key))
+        weights, value = jax.tree.map(np.asarray, search(jax.random.key(0)))
+        np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-5)
+        return (weights * best).sum(-1)[live], value[live]
+
+    share, value = taught(TabularWorld(table, 0.95, greedy(table, values, 0.95), values), horizon=1)
+    np.testing.assert_allclose(share, 1, atol=1e-5)
+    np.testing.assert_allclose(value, values[live], rtol=1e-5)
+    share, value = taught(TabularWorld(table, 0.95))
+    assert (share > 0.8).all()
+    uniform = policy_values(table, np.full((16, 4), 0.25), 0.95)[live]
+    assert (value > uniform).all() and (value <= values[live] + 1e-5).all()
+
+
+class Idle:
+    """Nothing is worth anything, and the policy is always the same."""
+
+    actions = {"turn": Space("discrete", (), (4,))}
+    probs = np.array([0.5, 0.3, 0.15, 0.05])
+
+    def step(self, state: jax.Array, action: jax.Array, key: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return state, jnp.zeros(len(state)), jnp.full(len(state), DISCOUNT)
+
+    def value(self, state: jax.Array) -> jax.Array:
+        return jnp.zeros(len(state))
+
+    def policy(self, state: jax.Array) -> dict[str, OneHot]:
+        return {"turn": OneHot(jnp.tile(jnp.log(self.probs), (len(state), 1)))}
+
+    def allowed(self, state: jax.Array) -> None:
+        return None
+
+
+@pytest.mark.parametrize(("gumbel", "expected"), [(0.0, [1, 0, 0, 0]), (1.0, Idle.probs)])
+def test_a_search_that_explores_draws_actions_as_it_finds_them_good(gumbel, expected):
+    plan = make_planner(PlannerConfig(name="mcts", simulations=8, gumbel=gumbel))
+    drawn = jax.jit(lambda key: plan(Idle(), jnp.zeros((2000, 1)), key)[0])(jax.random.key(0))
+    np.testing.assert_allclose(drawn.mean(0), expected, atol=0.03)
 
 
 # The linear-quadratic system

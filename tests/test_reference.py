@@ -132,7 +132,7 @@ def test_forward_tensors(reference):
     context, actions, trained = model.split_batch(batch)
     key = jax.random.key(0)
     slow = agent.slow_modules(state["slow"])
-    observed = model.world_model.loss(context, actions, trained, slow, key)
+    observed = model.world_model.loss(context, actions, trained, model.actor_critic, slow, key)
     seen, x = observed.seen, observed.seen.feature
     # The reference keeps vector predictions in symlog space.
     recon = {k: v.prediction for k, v in model.world_model.objective.predict(x).items()}

@@ -40,8 +40,8 @@ class SelfPrediction(Objective):
         self.out = Linear(width, tokens, rngs=rngs)
         super().__init__({"self": 2.0}, {"encoder": Slow(("world_model", "encoder"), 0.25)})
 
-    def losses(self, seen: Seen, observations: Any, slow: Any, key: Any) -> dict[str, jax.Array]:
-        target = slow["encoder"](observations, seen.actions.shape[:2], seen.actions.dtype)
+    def losses(self, seen: Seen, batch: Any, networks: Any, key: Any) -> dict[str, jax.Array]:
+        target = networks.slow["encoder"](batch, seen.actions.shape[:2], seen.actions.dtype)
         noise = 0.01 * jax.random.normal(key, target.shape)
         return {"self": jnp.square(self.out(seen.feature) - jax.lax.stop_gradient(target + noise)).mean(-1)}
 

@@ -46,7 +46,7 @@ def observe(agent: Agent, params: Any, batch: dict[str, np.ndarray]) -> dict[str
 
     def forward(params: Any, batch: dict[str, jax.Array]) -> dict[str, Any]:
         model = agent.model(params)
-        found: Observed = model.world_model.loss(*model.split_batch(batch), {}, jax.random.key(0))
+        found: Observed = model.world_model.loss(*model.split_batch(batch), model.actor_critic, {}, jax.random.key(0))
         logits = {"posterior": found.seen.posterior, "prior": found.seen.prior}
         return {"losses": found.losses, "metrics": found.metrics, **logits}
 

@@ -17,7 +17,7 @@ USAGE_ERROR = 2
 #: Presets that say nothing about their task's suite; the latter are for a single task.
 NO_SETTING, ONE_TASK = ("debug",), ("carracing", "quickstart")
 #: Presets of whole methods, with their papers' settings of a suite: they do where they are given, but are not named.
-METHODS = ("dreamer_v1", "dreamer_v2", "planet", "r2dreamer")
+METHODS = ("dreamer_v1", "dreamer_v2", "muzero", "planet", "r2dreamer")
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:

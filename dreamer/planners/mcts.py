@@ -41,8 +41,31 @@ def mcts(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Plan as `protocol.Plan` says; what is planned is the mean return of the chosen action's simulations.
 
-    Without the critic, nothing follows a leaf.
+    Without the critic, nothing follows a leaf. With `settings.gumbel` 1, actions are draws of the improved policy.
     """
+    choices, found = search(settings, model, state, key)
+    summary = found.search_tree.summary()
+    at = found.action[:, None]
+    planned, visits = (jnp.take_along_axis(x, at, 1)[:, 0] for x in (summary.qvalues, summary.visit_counts))
+    planned = jnp.where(visits > 0, planned, summary.value)
+    return _taken(choices, found.action).astype(jnp.float32), {"planned": planned}
+
+
+def improved(settings: Settings, model: World, state: State, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What a search makes of N states where one discrete action is chosen: the policy's probabilities (N, A), improved
+    by what it found (Danihelka et al., 2022, eq. 11), and the value (N,) of acting so.
+
+    The value is the mean return of each action's simulations under these probabilities, over the actions that had any.
+    """
+    _, found = search(settings, model, state, key)
+    summary, weights = found.search_tree.summary(), found.action_weights
+    tried = jnp.where(summary.visit_counts > 0, weights, 0)
+    value = (tried * summary.qvalues).sum(1) / jnp.maximum(tried.sum(1), 1e-9)
+    return weights, jnp.where(tried.sum(1) > 0, value, summary.value)
+
+
+def search(settings: Settings, model: World, state: State, key: jax.Array) -> tuple[Choices, mctx.PolicyOutput]:
+    """A tree for each state: its actions, and what `mctx` found about them."""
     choices_of = _every_class if _is_single_choice(model) else _draws(settings.candidates)
     root_key, key = jax.random.split(key)
     choices = choices_of(model, state, root_key)
@@ -60,7 +83,7 @@ def mcts(
         ), (state, choices)
 
     root = mctx.RootFnOutput(prior_logits=choices.log_probs, value=value(state), embedding=(state, choices))
-    found = mctx.gumbel_muzero_policy(
+    found: mctx.PolicyOutput = mctx.gumbel_muzero_policy(
         (),
         key,
         root,
@@ -69,14 +92,10 @@ def mcts(
         invalid_actions=~choices.allowed,
         max_depth=settings.horizon,
         max_num_considered_actions=choices.log_probs.shape[1],
-        gumbel_scale=0.0,
+        gumbel_scale=settings.gumbel,
         qtransform=functools.partial(mctx.qtransform_completed_by_mix_value, value_scale=VALUE_SCALE),
     )
-    summary = found.search_tree.summary()
-    at = found.action[:, None]
-    planned, visits = (jnp.take_along_axis(x, at, 1)[:, 0] for x in (summary.qvalues, summary.visit_counts))
-    planned = jnp.where(visits > 0, planned, summary.value)
-    return _taken(choices, found.action).astype(jnp.float32), {"planned": planned}
+    return choices, found
 
 
 def _taken(choices: Choices, index: jax.Array) -> jax.Array:
