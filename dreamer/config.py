@@ -165,13 +165,21 @@ class ModelConfig:
 
     deter: int = option(2048, "Units of the deterministic state (D)", **UNITS)
     hidden: int = option(256, "Units of the layers inside the RSSM", **UNITS)
-    latent: Literal["categorical", "gaussian", "deterministic"] = option(
-        "categorical", "Kind of the latent variables: classes (DreamerV2, V3), normals (PlaNet, V1), or without chance"
+    latent: Literal["categorical", "gaussian", "deterministic", "mixture"] = option(
+        "categorical",
+        "Kind of the latent variables: classes (DreamerV2, V3), normals (PlaNet, V1), without chance, or normals with "
+        "a mixture as prior (World Models)",
     )
     stoch: int = option(32, "Latent variables (S)", gt=0, le=4096)
     classes: int = option(16, "Classes per categorical latent variable (K)", ge=2, le=4096)
-    dynamics: Literal["block_gru", "gru", "normed_gru"] = option(
-        "block_gru", "How the deterministic state follows: a GRU in blocks (V3), dense (PlaNet, V1), normalised (V2)"
+    components: int = option(5, "With mixture: normals in the prior of each latent variable", ge=1, le=256)
+    temperature: float = option(
+        1.0, "With mixture: of what dreams draw; above 1 they are less certain, and harder to exploit", gt=0, le=100
+    )
+    dynamics: Literal["block_gru", "gru", "normed_gru", "lstm"] = option(
+        "block_gru",
+        "How the deterministic state follows: a GRU in blocks (V3), dense (PlaNet, V1), normalised (V2); an LSTM, "
+        "beside which the latent is drawn from the observation alone (World Models)",
     )
     blocks: int = option(8, "Blocks of the block-linear layers (G)", gt=0, le=4096)
     units: int = option(256, "Units of the layers outside the RSSM", **UNITS)
@@ -210,7 +218,13 @@ class ModelConfig:
 
 
 ObjectiveName = Literal[
-    "reconstruction", "redundancy_reduction", "predict_encoding", "self_prediction", "value_equivalence", "probe"
+    "reconstruction",
+    "autoencoding",
+    "redundancy_reduction",
+    "predict_encoding",
+    "self_prediction",
+    "value_equivalence",
+    "probe",
 ]
 
 
@@ -220,12 +234,13 @@ class LossConfig:
 
     objective: tuple[ObjectiveName, ...] = option(
         ("reconstruction",),
-        "What the latents are trained to predict, one or several: observations; encodings, by redundancy_reduction, "
-        "predict_encoding or self_prediction; rewards, ends, values and policy by value_equivalence; beside these a "
+        "What the latents are trained to predict, one or several: observations, by the whole state or (autoencoding) "
+        "by the latent alone; encodings, by redundancy_reduction, predict_encoding or self_prediction; rewards, ends, "
+        "values and policy by value_equivalence; beside these a "
         "probe, a decoder that teaches the latents nothing",
         max_length=8,
     )
-    reconstruction: float = option(1.0, "Scale of each loss of reconstruction or probe", **SCALE)
+    reconstruction: float = option(1.0, "Scale of each loss of reconstruction, autoencoding or probe", **SCALE)
     redundancy_reduction: float = option(0.05, "Scale of the loss of redundancy_reduction", **SCALE)
     predict_encoding: float = option(500.0, "Scale of the loss of predict_encoding", **SCALE)
     self_prediction: float = option(500.0, "Scale of the loss of self_prediction", **SCALE)
@@ -242,7 +257,9 @@ class LossConfig:
     value: float = option(1.0, "Scale of the imagined value loss", **SCALE)
     replay_value: float = option(0.3, "Scale of the replayed value loss", **SCALE)
     free_nats: float = option(1.0, "KL below which no gradient flows", "nats", **SCALE)
-    free_nats_of: Literal["step", "mean"] = option("step", "Which KL that is: of each step, or the mean of the batch")
+    free_nats_of: Literal["step", "mean", "rep"] = option(
+        "step", "Which KL that is: of each step, the mean of the batch, or of each step that of rep alone"
+    )
     discount_in_cont: bool = option(
         True, "The continue head learns the discount too; false: the returns multiply its predictions by the discount"
     )

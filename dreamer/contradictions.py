@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def check(config: Config) -> None:
     """ValueError, in one line, for the first contradiction."""
-    for rule in (_networks, _objectives, _planner, _behaviour, _ensemble, _batches, _devices, _seeds, _data):
+    for rule in (_networks, _latent, _objectives, _planner, _behaviour, _ensemble, _batches, _devices, _seeds, _data):
         if fault := rule(config):
             raise ValueError(fault)
 
@@ -26,6 +26,8 @@ def _networks(config: Config) -> str | None:
     model = config.model
     if model.deter % model.blocks:
         return f"expected model.deter to be a multiple of model.blocks ({model.blocks}), got {model.deter}"
+    if model.dynamics == "lstm" and model.deter % 2:
+        return f"expected an even model.deter with an LSTM, half of it its cells, got {model.deter}; add or remove one"
     if model.bins % 2 == 0:
         return f"expected an odd number of model.bins, got {model.bins}; add or remove one"
     if model.min_std >= model.max_std:
@@ -38,9 +40,25 @@ def _networks(config: Config) -> str | None:
     return None
 
 
+def _latent(config: Config) -> str | None:
+    model, mixture = config.model, config.model.latent == "mixture"
+    for name, default in (("components", type(model)().components), ("temperature", type(model)().temperature)):
+        if not mixture and (value := getattr(model, name)) != default:
+            return (
+                f"expected model.{name} {default:g} with model.latent {model.latent}, got {value:g}; nothing would "
+                "read it: leave it out, or pass --model.latent mixture"
+            )
+    if mixture and config.loss.free_nats_of != "rep":
+        return (
+            f"expected loss.free_nats_of rep with model.latent mixture, got {config.loss.free_nats_of}; its dyn is a "
+            "log-density, which free nats would cut off: pass --loss.free_nats_of rep"
+        )
+    return None
+
+
 #: Options of the loss that only some objectives read.
 _OF_OBJECTIVES = {
-    "reconstruction": ("reconstruction", "probe"),
+    "reconstruction": ("reconstruction", "autoencoding", "probe"),
     "redundancy_reduction": ("redundancy_reduction",),
     "predict_encoding": ("predict_encoding",),
     "self_prediction": ("self_prediction",),
@@ -52,8 +70,10 @@ _OF_OBJECTIVES = {
 
 def _objectives(config: Config) -> str | None:
     loss, named = config.loss, config.loss.objective
-    if len(set(named)) < len(named) or {"reconstruction", "probe"} <= set(named):
-        return f"expected each objective once, and not both reconstruction and probe, got {list(named)}; leave one out"
+    decoders = [name for name in named if name in _OF_OBJECTIVES["reconstruction"]]
+    if len(set(named)) < len(named) or len(decoders) > 1:
+        one = "one of reconstruction, autoencoding and probe"
+        return f"expected each objective once, and {one} at most, got {list(named)}; leave one out"
     untouched = type(loss)()
     for option, readers in _OF_OBJECTIVES.items():
         value, default = getattr(loss, option), getattr(untouched, option)

@@ -218,6 +218,72 @@ class Normal:
         return (0.5 * (jnp.square(ratio) + jnp.square(apart) - 1) - jnp.log(ratio)).sum(self.over)
 
 
+@tree_of("log_weights", "mean", "std")
+class NormalMixture:
+    """Independent variables, each a mixture of K normals: logits, mean and std (..., S, K); a value is (..., S).
+
+    temperature τ: of samples alone, whose weights are those of logits / τ, and whose deviations √τ std (World Models,
+    Ha & Schmidhuber, 2018; the mixtures of Ha & Eck, 2018). Expected log-densities are by Gauss-Hermite quadrature
+    over each normal, with `NODES` points: no draw, and the same number every time.
+    """
+
+    NODES = 5
+
+    def __init__(self, logits: jax.Array, mean: jax.Array, std: jax.Array, temperature: float = 1.0) -> None:
+        logits, self.mean, self.std = map(at_least_float32, (logits, mean, std))
+        self.over, self.temperature = features.axis(), temperature
+        self.log_weights = jax.nn.log_softmax(logits, self.over)
+
+    def mode(self) -> jax.Array:
+        """The mean of the heaviest normal (..., S)."""
+        return self._of(self.mean, self.log_weights.argmax(self.over))
+
+    def expectation(self) -> jax.Array:
+        """(..., S)."""
+        return (jnp.exp(self.log_weights) * self.mean).sum(self.over)
+
+    def sample(self, key: jax.Array | None) -> jax.Array:
+        """(..., S), reparametrised within the normal that was drawn; the mode where key is None."""
+        if key is None:
+            return self.mode()
+        class_key, noise_key = jax.random.split(key)
+        weights = jax.nn.softmax(sg(self.log_weights) / self.temperature, self.over)
+        drawn = draw_class(class_key, jnp.moveaxis(weights, self.over, -1))
+        mean, std = self._of(self.mean, drawn), self._of(self.std, drawn)
+        return mean + self.temperature**0.5 * std * draw_normal(noise_key, mean.shape, mean.dtype)
+
+    def log_prob(self, value: jax.Array) -> jax.Array:
+        """Log-density (...), summed over S."""
+        return self._log_density(value.astype(self.mean.dtype)).sum(self.over)
+
+    def cross_entropy(self, other: Normal) -> jax.Array:
+        """-E[ln p(x)] (...) for x of independent normals (..., S), summed over S."""
+        return self._expected(other.mean, other.std).sum(self.over)
+
+    def entropy(self) -> jax.Array:
+        """(...), summed over S."""
+        first = lambda x: jnp.moveaxis(x, self.over, 0)  # noqa: E731
+        each = self._expected(first(self.mean), first(self.std))
+        return (jnp.exp(first(self.log_weights)) * each).sum(0).sum(self.over)
+
+    def _of(self, numbers: jax.Array, index: jax.Array) -> jax.Array:
+        """Of numbers (..., S, K), those of one normal each: index (..., S) -> (..., S)."""
+        hot = jax.nn.one_hot(index, numbers.shape[self.over], dtype=numbers.dtype, axis=self.over)
+        return (numbers * hot).sum(self.over)
+
+    def _log_density(self, x: jax.Array) -> jax.Array:
+        """ln Σ_k w_k N(x; μ_k, σ_k) of each variable, (..., S); x may have axes in front."""
+        z = (jnp.expand_dims(x, self.over) - self.mean) / self.std
+        each = self.log_weights - 0.5 * jnp.square(z) - jnp.log(self.std) - 0.5 * jnp.log(2 * jnp.pi)
+        return jax.nn.logsumexp(each, self.over)
+
+    def _expected(self, mean: jax.Array, std: jax.Array) -> jax.Array:
+        """-E[ln p(x)] for x of each of these normals, which may have axes in front: as their shape."""
+        nodes, weights = np.polynomial.hermite_e.hermegauss(self.NODES)
+        along = lambda x: jnp.asarray(x, mean.dtype).reshape(-1, *[1] * mean.ndim)  # noqa: E731
+        return -(along(weights / weights.sum()) * self._log_density(mean + along(nodes) * std)).sum(0)
+
+
 @tree_of("value")
 class Point:
     """Numbers (..., A) without chance."""

@@ -124,7 +124,7 @@ class Dreams:
         # The head may have learned the discount too, which says nothing about where episodes end.
         cont = jnp.clip(world.cont(x).mode() / world.discount, 0, 1)
         latent = world.rssm.latent
-        entropy = latent.entropy(latent.dist(world.rssm.prior(states["deter"]))) - latent.least_entropy
+        entropy = latent.entropy(latent.prior(world.rssm.prior(states["deter"]))) - latent.least_entropy
         return Glimpse(
             self._predicted(model, states),
             jnp.where(begins, 0, world.reward(x).mode()),

@@ -50,7 +50,7 @@ class Member(nnx.Module):
     def __init__(self, deter: int, latent: Latent, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         self.latent = latent
         self.mlp = MLP(deter, config.hidden, 1, rngs=rngs)
-        self.out = Linear(config.hidden, latent.numbers, rngs=rngs)
+        self.out = Linear(config.hidden, latent.prior_numbers, rngs=rngs)
 
     def __call__(self, deter: jax.Array) -> jax.Array:
         return self.latent.shaped(self.out(self.mlp(deter)))
@@ -69,7 +69,7 @@ class Ensemble(Alone):
         """KL(posterior || member), summed over variables and members; the mean disagreement."""
         x, posterior = sg(seen.feature), self.latent.dist(sg(seen.posterior))
         found = self._predict(x)
-        losses = [self.latent.kl(posterior, self.latent.dist(logits)) for logits in found]
+        losses = [self.latent.kl(posterior, self.latent.prior(logits)) for logits in found]
         return {"ensemble": sum_of(losses)}, {"disagreement": sg(self._spread(found)).mean()}
 
     def shown(self, x: jax.Array) -> dict[str, jax.Array]:
@@ -88,7 +88,7 @@ class Ensemble(Alone):
         return [member(deter) for member in self.members]
 
     def _spread(self, found: list[jax.Array]) -> jax.Array:
-        expected = [self.latent.flat(self.latent.mean(self.latent.dist(logits))) for logits in found]
+        expected = [self.latent.flat(self.latent.mean(self.latent.prior(logits))) for logits in found]
         middle = sum_of(expected) / len(expected)
         variance = sum_of([jnp.square(one - middle) for one in expected]) / len(expected)
         return variance.sum(features.axis()) / self.latent.variables

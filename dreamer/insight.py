@@ -53,7 +53,7 @@ def look(
         views[f"{prefix}reward"], views[f"{prefix}cont"] = model.reward(x).mode(), model.cont(x).mode()
     views |= model.ensemble.shown(open_feature)
     posterior = latent.dist(seen.posterior)
-    views["kl"] = latent.kl(posterior, latent.dist(seen.prior))
+    views["kl"] = latent.kl(posterior, latent.prior(seen.prior))
     return seen.states, views | latent.shown(posterior)
 
 

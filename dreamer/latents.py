@@ -1,4 +1,4 @@
-"""The stochastic part of a model state: how it is distributed, drawn, compared, stored, and read by heads.
+"""The stochastic part of a model state: how it is distributed, drawn, compared, trained, stored, and read by heads.
 
 The RSSM asks a latent for everything that depends on its kind, and replay stores what it `pack`s. `LATENTS` has them.
 """
@@ -17,22 +17,26 @@ import numpy as np
 
 from dreamer import features
 from dreamer.config import ModelConfig
-from dreamer.distributions import Normal, OneHot, Point
+from dreamer.distributions import Normal, NormalMixture, OneHot, Point
 from dreamer.networks import at_least_float32
 from dreamer.types import Field
+
+sg = jax.lax.stop_gradient
 
 
 class Latent(Protocol):
     """What the world model knows about its latent. Frozen and hashable: it has no weights of its own.
 
-    variables: S; numbers: how many a network outputs for one distribution; width: of the latent as heads read it;
-    least_entropy: what no distribution's entropy is below, nats.
+    variables: S; numbers, prior_numbers: how many a network outputs for one posterior, one prior; width: of the latent
+    as heads read it; least_entropy: what no distribution's entropy is below, nats.
     """
 
     @property
     def variables(self) -> int: ...
     @property
     def numbers(self) -> int: ...
+    @property
+    def prior_numbers(self) -> int: ...
     @property
     def width(self) -> int: ...
     @property
@@ -45,10 +49,19 @@ class Latent(Protocol):
         """A network's output (..., numbers) as `dist` takes it: logits, say."""
 
     def dist(self, logits: jax.Array) -> Any:
-        """The distribution: something with ``sample(key)``, the mode where the key is None."""
+        """A posterior: something with ``sample(key)``, the mode where the key is None."""
 
-    def kl(self, p: Any, q: Any) -> jax.Array:
-        """KL(p || q) of two such distributions (...), summed over the variables."""
+    def prior(self, logits: jax.Array) -> Any:
+        """A prior, likewise."""
+
+    def kl(self, posterior: Any, prior: Any) -> jax.Array:
+        """KL(posterior || prior) (...), summed over the variables."""
+
+    def dyn(self, posterior: Any, prior: Any, stoch: jax.Array) -> jax.Array:
+        """What the prior makes small (...), where the posterior is data; stoch: what was drawn from it."""
+
+    def rep(self, posterior: Any, prior: Any) -> jax.Array:
+        """What the posterior makes small (...), where the prior is data."""
 
     def entropy(self, p: Any) -> jax.Array:
         """(...), summed over the variables."""
@@ -72,8 +85,25 @@ class Latent(Protocol):
         """From the stored form."""
 
 
+class _Alike:
+    """Posterior and prior are of one kind, and train each other by their KL."""
+
+    @property
+    def prior_numbers(self) -> int:
+        return self.numbers
+
+    def prior(self, logits: jax.Array) -> Any:
+        return self.dist(logits)
+
+    def dyn(self, posterior: Any, prior: Any, stoch: jax.Array) -> jax.Array:
+        return self.kl(posterior, prior)
+
+    def rep(self, posterior: Any, prior: Any) -> jax.Array:
+        return self.kl(posterior, prior)
+
+
 @dataclasses.dataclass(frozen=True)
-class Categorical:
+class Categorical(_Alike):
     """S independent variables of K classes, one-hot (..., S, K) with straight-through gradients (paper v2, eq. 1).
 
     unimix: share of a uniform distribution in each of them, on both sides of the KL too.
@@ -99,8 +129,8 @@ class Categorical:
     def dist(self, logits: jax.Array) -> OneHot:
         return OneHot(logits, self.unimix)
 
-    def kl(self, p: OneHot, q: OneHot) -> jax.Array:
-        return p.kl(q).sum(-1)
+    def kl(self, posterior: OneHot, prior: OneHot) -> jax.Array:
+        return posterior.kl(prior).sum(-1)
 
     def entropy(self, p: OneHot) -> jax.Array:
         return p.entropy().sum(-1)
@@ -128,7 +158,7 @@ class Categorical:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Numbers:
+class _Numbers(_Alike):
     """A latent of S numbers (..., S), which heads read as they are and replay stores as bfloat16."""
 
     variables: int
@@ -181,14 +211,53 @@ class Gaussian(_Numbers):
         mean, raw = features.split(at_least_float32(logits), 2)
         return Normal(mean, jax.nn.softplus(raw) + self.LEAST)
 
-    def kl(self, p: Normal, q: Normal) -> jax.Array:
-        return p.kl(q)
+    def kl(self, posterior: Normal, prior: Normal) -> jax.Array:
+        return posterior.kl(prior)
 
     def entropy(self, p: Normal) -> jax.Array:
         return p.entropy()
 
     def mean(self, p: Normal) -> jax.Array:
         return p.mean
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture(Gaussian):
+    """S independent numbers: a normal each in the posterior, a mixture of K normals each in the prior (World Models,
+    Ha & Schmidhuber, 2018, sections 2.2 and 2.3).
+
+    The posterior is a variational autoencoder's, held to the unit normal by `rep`; the prior learns the density of what
+    was drawn from it by `dyn`, as a mixture density network does. temperature: of draws from the prior.
+    """
+
+    components: int = 5
+    temperature: float = 1.0
+
+    @property
+    def prior_numbers(self) -> int:
+        return 3 * self.variables * self.components
+
+    def prior(self, logits: jax.Array) -> NormalMixture:
+        logits, mean, raw = (features.group(x, self.variables) for x in features.split(at_least_float32(logits), 3))
+        return NormalMixture(logits, mean, jax.nn.softplus(raw) + self.LEAST, self.temperature)
+
+    def kl(self, posterior: Normal, prior: NormalMixture) -> jax.Array:
+        """By quadrature, see `NormalMixture`."""
+        return prior.cross_entropy(posterior) - posterior.entropy()
+
+    def dyn(self, posterior: Normal, prior: NormalMixture, stoch: jax.Array) -> jax.Array:
+        """-ln p(stoch) of what was drawn, which is data. A density may exceed 1: then this is below 0."""
+        return -prior.log_prob(sg(stoch))
+
+    def rep(self, posterior: Normal, prior: NormalMixture) -> jax.Array:
+        """KL(posterior || N(0, 1))."""
+        return posterior.kl(Normal(jnp.zeros_like(posterior.mean), jnp.ones_like(posterior.std)))
+
+    def entropy(self, p: Normal | NormalMixture) -> jax.Array:
+        return p.entropy()
+
+    def mean(self, p: Normal | NormalMixture) -> jax.Array:
+        return p.expectation() if isinstance(p, NormalMixture) else p.mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,8 +277,8 @@ class Deterministic(_Numbers):
     def dist(self, logits: jax.Array) -> Point:
         return Point(logits)
 
-    def kl(self, p: Point, q: Point) -> jax.Array:
-        return 0.5 * jnp.square(p.value - q.value).sum(p.over)
+    def kl(self, posterior: Point, prior: Point) -> jax.Array:
+        return 0.5 * jnp.square(posterior.value - prior.value).sum(posterior.over)
 
     def entropy(self, p: Point) -> jax.Array:
         return jnp.zeros_like(p.value).sum(p.over)
@@ -223,4 +292,5 @@ LATENTS: Mapping[str, Callable[[ModelConfig], Latent]] = {
     "categorical": lambda config: Categorical(config.stoch, config.classes, config.unimix),
     "gaussian": lambda config: Gaussian(config.stoch),
     "deterministic": lambda config: Deterministic(config.stoch),
+    "mixture": lambda config: Mixture(config.stoch, config.components, config.temperature),
 }

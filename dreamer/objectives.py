@@ -153,6 +153,28 @@ class Reconstruction(Objective):
         return features.single(allowed) > 0.5
 
 
+class Autoencoding(Reconstruction):
+    """The decoder of an autoencoder: every observation from its own latent alone, without what came before (World
+    Models, Ha & Schmidhuber, 2018, section 2.2)."""
+
+    def __init__(
+        self, width: int, tokens: int, spaces: Spaces, config: ModelConfig, loss: LossConfig, *, rngs: nnx.Rngs
+    ) -> None:
+        self.before = config.deter
+        super().__init__(width - self.before, tokens, spaces, config, loss, rngs=rngs)
+
+    def predict(self, x: jax.Array) -> dict[str, Output]:
+        return super().predict(self.own(x))
+
+    def allowed(self, x: jax.Array) -> jax.Array:
+        return super().allowed(self.own(x))
+
+    def own(self, x: jax.Array) -> jax.Array:
+        """The latent in the features of a state."""
+        _, stoch = features.split(x, [self.before])
+        return stoch
+
+
 class Probe(Reconstruction):
     """A decoder that looks on: it learns to draw the observations from the states, and teaches them nothing.
 
@@ -229,7 +251,7 @@ class SelfPrediction(Objective):
     ) -> dict[str, jax.Array]:
         """2 - 2 cos, the squared distance of the two as unit vectors."""
         deter = seen.states["deter"]
-        stoch = self.latent.dist(seen.prior).sample(key).astype(deter.dtype)
+        stoch = self.latent.prior(seen.prior).sample(key).astype(deter.dtype)
         x = self.out(self.mlp(features.concat([deter, self.latent.flat(stoch)])))
         return {"self": 2 - 2 * _cosine(x, self.target(seen, batch, networks.slow["encoder"]))}
 
@@ -351,6 +373,7 @@ def _cosine(x: jax.Array, y: jax.Array) -> jax.Array:
 #: Called with the widths of features and tokens, the observation spaces, the options of model and losses.
 OBJECTIVES = {
     "reconstruction": Reconstruction,
+    "autoencoding": Autoencoding,
     "redundancy_reduction": RedundancyReduction,
     "predict_encoding": PredictEncoding,
     "self_prediction": SelfPrediction,

@@ -56,9 +56,10 @@ class RSSM(nnx.Module):
         self.deter, self.remat = deter, config.remat
         self.width = deter + latent.width
         self.make_step(action, config, rngs=rngs)
-        self.prior_mlp = MLP(deter, hidden, config.prior_layers, rngs=rngs)
-        self.prior_logits = Linear(hidden, latent.numbers, rngs=rngs)
-        self.posterior_mlp = MLP(deter + tokens, hidden, config.posterior_layers, rngs=rngs)
+        of_prior, of_posterior = self.widths_read(tokens)
+        self.prior_mlp = MLP(of_prior, hidden, config.prior_layers, rngs=rngs)
+        self.prior_logits = Linear(hidden, latent.prior_numbers, rngs=rngs)
+        self.posterior_mlp = MLP(of_posterior, hidden, config.posterior_layers, rngs=rngs)
         self.posterior_logits = Linear(hidden, latent.numbers, rngs=rngs)
 
     def make_step(self, action: int, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
@@ -70,6 +71,10 @@ class RSSM(nnx.Module):
         self.mix = BlockLinear(self.blocks, deter, deter, shared=3 * hidden, rngs=rngs)
         self.mix_norm = RMSNorm(deter)
         self.gates = BlockLinear(self.blocks, deter, 3 * deter, rngs=rngs)
+
+    def widths_read(self, tokens: int) -> tuple[int, int]:
+        """How many numbers the prior reads, and the posterior; tokens: the width of an encoding."""
+        return self.deter, self.deter + tokens
 
     def init(self, batch: int, dtype: jnp.dtype) -> State:
         """The state before an episode's first observation: all zeros."""
@@ -92,12 +97,19 @@ class RSSM(nnx.Module):
 
     def prior(self, deter: jax.Array) -> jax.Array:
         """Prior logits (..., S, K), before unimix."""
-        return self.latent.shaped(self.prior_logits(self.prior_mlp(deter)))
+        return self.latent.shaped(self.prior_logits(self.prior_mlp(self.told(deter))))
 
     def posterior(self, deter: jax.Array, tokens: jax.Array) -> jax.Array:
         """Posterior logits (..., S, K), before unimix."""
-        x = self.posterior_mlp(features.concat([deter, tokens]))
-        return self.latent.shaped(self.posterior_logits(x))
+        return self.latent.shaped(self.posterior_logits(self.posterior_mlp(self.seen(deter, tokens))))
+
+    def told(self, deter: jax.Array) -> jax.Array:
+        """What the prior reads, as wide as `widths_read` says."""
+        return deter
+
+    def seen(self, deter: jax.Array, tokens: jax.Array) -> jax.Array:
+        """What the posterior reads, likewise."""
+        return features.concat([deter, tokens])
 
     def observe_step(
         self, state: State, action: jax.Array, tokens: jax.Array, is_first: jax.Array, key: jax.Array | None
@@ -128,7 +140,7 @@ class RSSM(nnx.Module):
     def imagine_step(self, state: State, action: jax.Array, key: jax.Array | None) -> State:
         """One prior step: the state that follows (M, ...) when `action` (M, A) is taken."""
         deter = self.step(state, action)
-        stoch = self.latent.dist(self.prior(deter)).sample(key).astype(deter.dtype)
+        stoch = self.latent.prior(self.prior(deter)).sample(key).astype(deter.dtype)
         return {"deter": deter, "stoch": stoch}
 
     def imagine(
@@ -201,5 +213,38 @@ class NormedGRU(GRU):
         return self.gates_norm(self.all_gates(x))
 
 
+class LSTM(RSSM):
+    """World Models' memory (Ha & Schmidhuber, 2018, section 2.3): a long short-term memory of D/2 units.
+
+    deter is [h, c], hidden and cell state side by side. The prior reads h; the posterior reads the encoding alone, as
+    that of an autoencoder does, so that what is seen says the same of itself whatever came before.
+    """
+
+    def make_step(self, action: int, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        units = config.deter // 2
+        self.all_gates = Linear(self.latent.width + action + units, 4 * units, rngs=rngs)
+
+    def widths_read(self, tokens: int) -> tuple[int, int]:
+        return self.deter // 2, tokens
+
+    def step(self, state: State, action: jax.Array) -> jax.Array:
+        """deter_t (B, D) from the state at t-1 and the action (B, A) taken there.
+
+        c = σ(forget + 1)·c + σ(enter)·tanh(candidate), h = σ(out)·tanh(c).
+        """
+        hidden, cell = features.split(state["deter"], 2)
+        inputs = [self.latent.flat(state["stoch"]), bounded(action), hidden]
+        enter, candidate, forget, out = features.split(self.all_gates(features.concat(inputs)), 4)
+        cell = jax.nn.sigmoid(forget + 1) * cell + jax.nn.sigmoid(enter) * jnp.tanh(candidate)
+        return features.concat([jax.nn.sigmoid(out) * jnp.tanh(cell), cell])
+
+    def told(self, deter: jax.Array) -> jax.Array:
+        hidden, _ = features.split(deter, 2)
+        return hidden
+
+    def seen(self, deter: jax.Array, tokens: jax.Array) -> jax.Array:
+        return tokens
+
+
 #: How the next state follows; called with the widths of tokens and actions, and the options.
-DYNAMICS = {"block_gru": RSSM, "gru": GRU, "normed_gru": NormedGRU}
+DYNAMICS = {"block_gru": RSSM, "gru": GRU, "normed_gru": NormedGRU, "lstm": LSTM}

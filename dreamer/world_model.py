@@ -38,11 +38,29 @@ HEADS: Mapping[str, HeadKind] = {
     "binary": HeadKind(lambda x: Bernoulli(features.single(x)), 1.0),
 }
 
-#: What free nats are of -> where the KL (B, T) of each step stays below them, it is a constant.
-FREE_NATS: Mapping[str, Callable[[jax.Array, float], jax.Array]] = {
-    "step": lambda kl, nats: jnp.maximum(kl, nats),
-    # The mean is max(nats, mean KL), as in PlaNet and DreamerV1.
-    "mean": lambda kl, nats: jnp.where(kl.mean() > nats, kl, nats),
+#: A KL (B, T) and free nats -> the same; a constant where it stays below them.
+Floor = Callable[[jax.Array, float], jax.Array]
+
+
+def floor_of_step(kl: jax.Array, nats: float) -> jax.Array:
+    return jnp.maximum(kl, nats)
+
+
+def floor_of_mean(kl: jax.Array, nats: float) -> jax.Array:
+    """The mean is max(nats, mean KL), as in PlaNet and DreamerV1."""
+    return jnp.where(kl.mean() > nats, kl, nats)
+
+
+def no_floor(kl: jax.Array, nats: float) -> jax.Array:
+    return kl
+
+
+#: What free nats are of -> what becomes of dyn, of rep.
+FREE_NATS: Mapping[str, tuple[Floor, Floor]] = {
+    "step": (floor_of_step, floor_of_step),
+    "mean": (floor_of_mean, floor_of_mean),
+    # As in World Models, whose prior learns a density.
+    "rep": (no_floor, floor_of_step),
 }
 
 
@@ -128,12 +146,12 @@ class WorldModel(nnx.Module):
         losses = self.objective.losses(seen, batch, Networks(self, behaviour, slow), objective_key)
         losses["rew"] = self.reward(seen.feature).loss(batch["reward"])
         losses["con"] = self.cont(seen.feature).loss((1 - batch["is_terminal"].astype(jnp.float32)) * self.discount)
-        posterior, prior = latent.dist(seen.posterior), latent.dist(seen.prior)
-        frozen_posterior, frozen_prior = latent.dist(sg(seen.posterior)), latent.dist(sg(seen.prior))
+        posterior, prior = latent.dist(seen.posterior), latent.prior(seen.prior)
+        frozen_posterior, frozen_prior = latent.dist(sg(seen.posterior)), latent.prior(sg(seen.prior))
         # The KL is summed over the variables first: the free nats apply to the whole state, per (B, T).
-        above = FREE_NATS[self.free_nats_of]
-        losses["dyn"] = above(latent.kl(frozen_posterior, prior), self.free_nats)
-        losses["rep"] = above(latent.kl(posterior, frozen_prior), self.free_nats)
+        above_dyn, above_rep = FREE_NATS[self.free_nats_of]
+        losses["dyn"] = above_dyn(latent.dyn(frozen_posterior, prior, seen.states["stoch"]), self.free_nats)
+        losses["rep"] = above_rep(latent.rep(posterior, frozen_prior), self.free_nats)
         others, metrics = self.ensemble.learn(seen)
         losses |= others
         metrics |= {"dyn_ent": latent.entropy(prior).mean(), "rep_ent": latent.entropy(posterior).mean()}

@@ -259,14 +259,14 @@ def test_several_objectives_are_all_their_losses_and_the_predictions_of_one():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"loss.objective": ["probe", "reconstruction"]}, "not both reconstruction and probe"),
+        ({"loss.objective": ["probe", "reconstruction"]}, "one of reconstruction, autoencoding and probe at most"),
         ({"loss.objective": ["probe", "probe"]}, "expected each objective once"),
         ({"loss.self_prediction": 2.0}, "expected loss.self_prediction 500 without self_prediction in loss.objective"),
         (
             {"loss.objective": "probe", "loss.target_rate": 0.5},
             "expected loss.target_rate 0.05 without self_prediction",
         ),
-        ({"loss.objective": "predict_encoding", "loss.reconstruction": 0.5}, "without reconstruction or probe"),
+        ({"loss.objective": "predict_encoding", "loss.reconstruction": 0.5}, "without reconstruction or autoencoding or probe"),
         ({"loss.objective": "redundancy_reduction", "optimizer.accumulate": 2}, "expected optimizer.accumulate 1 with"),
         ({"loss.objective": "spell"}, "self_prediction"),
         (

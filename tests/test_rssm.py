@@ -130,6 +130,24 @@ def test_dense_steps_spelled_out(kind):
     np.testing.assert_allclose(model.step(state, action), expected, rtol=1e-4, atol=1e-6)
 
 
+def test_an_lstm_spelled_out():
+    """Hidden and cell state in numpy float64, one unit after the other; they lie side by side."""
+    model = build(dynamics="lstm")
+    kernel, bias = np.float64(model.all_gates.kernel[...]), np.float64(model.all_gates.bias[...])
+    state, action = random_state(), normal(B, ACTION) * 3
+    hidden, cell = np.split(np.float64(state["deter"]), 2, -1)
+    clipped = np.float64(action) / np.maximum(1, np.abs(np.float64(action)))
+    inputs = np.concatenate([np.float64(state["stoch"]).reshape(B, -1), clipped, hidden], -1)
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))  # noqa: E731
+    expected = np.empty((B, 8))
+    for b in range(B):
+        for unit in range(4):
+            enter, candidate, forget, out = (inputs[b] @ kernel[:, unit + 4 * i] + bias[unit + 4 * i] for i in range(4))
+            kept = sigmoid(forget + 1) * cell[b, unit] + sigmoid(enter) * np.tanh(candidate)
+            expected[b, unit], expected[b, unit + 4] = sigmoid(out) * np.tanh(kept), kept
+    np.testing.assert_allclose(model.step(state, action), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_large_actions_are_scaled_to_one_without_gradient_through_the_divisor(rssm):
     state = random_state()
     total = jax.jit(lambda action: rssm.step(state, action).sum())
