@@ -11,6 +11,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from dreamer import features, scans
@@ -44,10 +45,13 @@ class ActionHead(nnx.Module):
         """allowed: bool (..., classes) of a single discrete action, None where every class is."""
         if self.classes is None:
             return Normal.bounded(self.mean(x), self.std(x), *self.limits)
-        logits = self.logits(x)
+        return self.choice(self.logits(x), allowed)
+
+    def choice(self, logits: jax.Array, allowed: jax.Array | None) -> Distribution:
+        """Of a discrete action."""
         if allowed is not None:
             return MaskedOneHot(logits, allowed)
-        return OneHot(logits) if len(self.classes) == 1 else MultiOneHot(logits, self.classes)
+        return OneHot(logits) if self.classes is None or len(self.classes) == 1 else MultiOneHot(logits, self.classes)
 
 
 class Policy(nnx.Module):
@@ -178,6 +182,8 @@ class ActorCritic(nnx.Module):
     #: What happens to the gradient where a dream's states, actions and predictions enter this loss. REINFORCE treats a
     #: dream as data; a loss that is differentiated through the dream's dynamics has the identity here.
     through_dreams = staticmethod(sg)
+    #: Called with the feature's width, the action spaces and the options of networks.
+    make_policy: Callable[..., Policy] = Policy
 
     def __init__(
         self,
@@ -190,7 +196,7 @@ class ActorCritic(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         self.config, self.discount = nnx.static(config), discount
-        self.policy = Policy(feature, actions, model, rngs=rngs)
+        self.policy = self.make_policy(feature, actions, model, rngs=rngs)
         self.value = Head(model.value_head, feature, model.units, model.value_layers, model.bins, rngs=rngs)
         self.slow = nnx.static({"value": Slow(("actor_critic", "value"), config.slow_rate, config.slow_every)})
 
@@ -198,6 +204,11 @@ class ActorCritic(nnx.Module):
     def scales(loss: LossConfig) -> dict[str, float]:
         """The scale of every loss, by its name."""
         return {"policy": loss.policy, "value": loss.value, "repval": loss.replay_value}
+
+    @staticmethod
+    def optimizers(config: ActorCriticConfig) -> dict[str, optax.GradientTransformationExtraArgs]:
+        """Optimizers that are not the options' own, by the path of the weights they train."""
+        return {}
 
     def frozen_heads(self) -> dict[str, Head]:
         """Heads that a dream is read by beside those of the world model, by name; here none: the values are what the

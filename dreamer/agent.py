@@ -17,9 +17,10 @@ from dreamer import compiler, features, kernels
 from dreamer.actor_critic import ReturnScale, return_metrics, return_range, update_return_scale
 from dreamer.coders import split_actions
 from dreamer.config import Config
+from dreamer.evolution import Trial, metrics_of
 from dreamer.model import Act, Batch, DreamerModel, Outcome, SlowModules, act_by_policy
 from dreamer.networks import Draws
-from dreamer.optimizer import groups_of, make_optimizer, norm, norms, squares
+from dreamer.optimizer import filled, groups_of, make_optimizer, norm, norms, squares
 from dreamer.sharding import BATCH, BATCHES, STATE, WEIGHTS, WHOLE, make_devices
 from dreamer.types import ACTION_MASK, Field, Spaces, replay_fields
 
@@ -29,7 +30,7 @@ TrainState = dict[str, Any]
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 #: Named random streams: every key is fold_in(fold_in(run_key, stream), counter).
-STREAMS = {"init": 0, "policy": 1, "train": 2, "eval": 3, "report": 4, "process": 5}
+STREAMS = {"init": 0, "policy": 1, "train": 2, "eval": 3, "report": 4, "process": 5, "evolution": 6}
 
 
 def stream_key(run_key: jax.Array | np.ndarray, stream: str, counter: int | jax.Array) -> jax.Array:
@@ -88,7 +89,8 @@ class Agent:
         self.observations, self.actions, self.config = dict(observations), dict(sorted(actions.items())), config
         self.dtype, self._chooses = jnp.dtype(dtype), chooses
         model = nnx.eval_shape(lambda: self._build(nnx.Rngs(params=0)))
-        self.optimizer = make_optimizer(groups_of(config.optimizer, model.world_model.ensemble.apart))
+        groups = groups_of(config.optimizer, model.world_model.ensemble.apart)
+        self.optimizer = make_optimizer(groups, model.actor_critic.optimizers(config.actor_critic))
         self._graph, state = nnx.split(model)
         self._numbered = nnx.to_pure_dict(state)
         self._initial_state, self.masked, self._slow = model.world_model.rssm.init, model.masked, dict(model.slow)
@@ -212,7 +214,7 @@ class Agent:
             grads, (scale, latents, metrics) = self._accumulate(state, parts, jax.random.split(key, slices))
         params = state["params"]
         opt = serialization.from_state_dict(self._opt_shapes, state["opt"])
-        updates, opt = self.optimizer.update(grads, opt, params)
+        updates, opt = self.optimizer.update(grads, opt, params, trial=self.trial(state, latents))
         params, count = optax.apply_updates(params, updates), state["updates"] + 1
         new = {
             "params": params,
@@ -222,6 +224,7 @@ class Agent:
             "updates": count,
             "key": state["key"],
         }
+        metrics |= metrics_of(new["opt"])
         root = self._parameters**0.5
         of_grads = squares(grads)
         metrics["opt/grad_norm"] = norm(of_grads)
@@ -303,6 +306,25 @@ class Agent:
     ) -> tuple[jax.Array, Outcome]:
         """`DreamerModel.loss` with these weights."""
         return self.model(params).loss(self.slow_modules(slow), return_scale, batch, key, factor)
+
+    def trial(self, state: TrainState, latents: Batch) -> Trial:
+        """What other weights would bring in dreams from states of a batch, its latents (B, T, ...), the same for all;
+        for optimizers that ask it."""
+
+        def keys() -> jax.Array:
+            return jax.random.split(stream_key(state["key"], "evolution", state["updates"]), 3)
+
+        def returns(candidates: Any) -> jax.Array:
+            _, start_key, dream_key = keys()
+            params = self.devices.gathered(state["params"])
+            rssm, count = self.model(params).world_model.rssm, self.config.actor_critic.evolution.rollouts
+            states = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rssm.unpack(latents, self.dtype))
+            places = jax.random.permutation(start_key, jax.tree.leaves(states)[0].shape[0])[:count]
+            starts = jax.tree.map(lambda x: x[places], states)
+            bring = lambda candidate: self.model(filled(candidate, params)).returns(starts, dream_key).mean()  # noqa: E731
+            return jax.vmap(bring)(candidates)
+
+        return Trial(lambda: keys()[0], returns)
 
     def slow_copies(self, params: Any) -> dict[str, Any]:
         """Slow copies that start equal to the parameters."""

@@ -9,18 +9,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
-from dreamer.actor_critic import ActorCritic, Dream, Learned, ReturnScale
-from dreamer.config import ActorCriticConfig, LossConfig
-from dreamer.distributions import Distribution, OneHot, Point
-from dreamer.networks import frozen
+from dreamer.actor_critic import ActionHead, ActorCritic, Dream, Learned, Policy, ReturnScale
+from dreamer.config import ActorCriticConfig, LossConfig, ModelConfig
+from dreamer.distributions import Distribution, Normal, OneHot, Point
+from dreamer.evolution import cma_es
+from dreamer.networks import MLP, Linear, frozen
 from dreamer.objectives import Networks, Seen, Targets
 from dreamer.planner_config import PlannerConfig
 from dreamer.planners.learned import LearnedWorld
 from dreamer.planners.mcts import improved
 from dreamer.rssm import State
-from dreamer.types import Spaces
+from dreamer.types import Space, Spaces
 from dreamer.world_model import Head, WorldModel
 
 sg = jax.lax.stop_gradient
@@ -112,6 +114,39 @@ class Search(Untrained):
         return sg(Targets(returns, {name: OneHot(jnp.log(jnp.maximum(weights, 1e-9)))}))
 
 
+class LinearHead(ActionHead):
+    """One action of a `Controller`: logits, or the mean of a continuous action through tanh, of the least deviation."""
+
+    def __init__(self, inputs: int, space: Space, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.classes, self.deviation = space.classes, config.min_std
+        self.out = Linear(inputs, space.flat_width, scale=0.0, rngs=rngs)
+
+    def __call__(self, x: jax.Array, allowed: jax.Array | None = None) -> Distribution:
+        numbers = self.out(x)
+        if self.classes is not None:
+            return self.choice(numbers, allowed)
+        return Normal(jnp.tanh(numbers), jnp.full_like(numbers, self.deviation))
+
+
+class Controller(Policy):
+    """World Models' controller (Ha & Schmidhuber, 2018, section 2.4): linear in the feature, and at first always 0."""
+
+    def __init__(self, inputs: int, actions: Spaces, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.mlp = MLP(inputs, inputs, 0, rngs=rngs)
+        self.keys = tuple(sorted(actions))
+        self.heads = nnx.Dict({key: LinearHead(inputs, actions[key], config, rngs=rngs) for key in self.keys})
+
+
+class Evolution(Untrained):
+    """A controller that CMA-ES evolves by its returns in dreams (Ha & Schmidhuber, 2018, sections 2.4 and 4)."""
+
+    make_policy = Controller
+
+    @staticmethod
+    def optimizers(config: ActorCriticConfig) -> dict[str, optax.GradientTransformationExtraArgs]:
+        return {"actor_critic.policy": cma_es(config.evolution)}
+
+
 #: How the policy learns.
 BEHAVIOURS: Mapping[str, type[ActorCritic]] = {
     "reinforce": ActorCritic,
@@ -119,6 +154,7 @@ BEHAVIOURS: Mapping[str, type[ActorCritic]] = {
     "mixed": Mixed,
     "none": Untrained,
     "search": Search,
+    "evolution": Evolution,
 }
 
 

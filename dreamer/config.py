@@ -266,6 +266,17 @@ class LossConfig:
 
 
 @group
+class EvolutionConfig:
+    """With actor_critic.gradient evolution: CMA-ES over a policy's weights, tried in dreams of actor_critic.horizon."""
+
+    population: int = option(64, "Candidates in a generation", ge=4, le=65_536)
+    rollouts: int = option(16, "Dreams that each candidate is tried in, from the same states", ge=1, le=65_536)
+    std: float = option(0.1, "First step size: the standard deviation of each weight", gt=0, le=1e3)
+    every: int = option(100, "Interval between generations", "updates", ge=1, le=10**9)
+    after: int = option(0, "Updates before them, in which the world model alone learns", "updates", ge=0, le=10**9)
+
+
+@group
 class ActorCriticConfig:
     """Behaviour learned in imagination."""
 
@@ -278,12 +289,14 @@ class ActorCriticConfig:
     )
     discount_horizon: float = option(333.0, "Horizon of the discount, 1 / (1 - gamma)", "agent steps", gt=1, le=1e6)
     lambda_: float = option(0.95, "Mixing of the lambda-return", ge=0, le=1)
-    gradient: Literal["reinforce", "dynamics", "mixed", "none", "search"] = option(
+    gradient: Literal["reinforce", "dynamics", "mixed", "none", "search", "evolution"] = option(
         "reinforce",
-        "How the policy learns: from the log-probability of its actions, through the dream's dynamics, by both, not at "
-        "all: a planner acts, or from what a tree search finds at replayed states",
+        "How the policy learns: from the log-probability of its actions, through the dream's dynamics, by both; not at "
+        "all: a planner acts; from what a tree search finds at replayed states; or as a linear controller that is "
+        "evolved, without a gradient (World Models)",
     )
     simulations: int = option(16, "Nodes of each such tree, where actor_critic.gradient is search", ge=1, le=10_000)
+    evolution: EvolutionConfig = option(EvolutionConfig, "How a controller is evolved")
     reinforce_share: float = option(0.1, "Share of reinforce where actor_critic.gradient is mixed", ge=0, le=1)
     noise: float = option(
         0.0,

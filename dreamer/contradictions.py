@@ -96,7 +96,7 @@ def _behaviour(config: Config) -> str | None:
         )
     if behaviour.noise and config.planner.name is not None:
         return f"expected actor_critic.noise 0 where a planner acts, got {behaviour.noise:g}; pass --planner.noise"
-    if behaviour.explore and behaviour.gradient in ("none", "search"):
+    if behaviour.explore and behaviour.gradient in ("none", "search", "evolution"):
         return (
             "expected actor_critic.gradient reinforce, dynamics or mixed with actor_critic.explore, which rewards what "
             f"is dreamt, got {behaviour.gradient}; name one of these"
@@ -107,6 +107,22 @@ def _behaviour(config: Config) -> str | None:
         return (
             "expected value_equivalence in loss.objective with actor_critic.gradient search, which learns by it, got "
             f"{list(config.loss.objective)}; add it"
+        )
+    evolves, evolution = behaviour.gradient == "evolution", behaviour.evolution
+    if not evolves and evolution != type(evolution)():
+        return (
+            f"expected actor_critic.gradient evolution with options of actor_critic.evolution, got {behaviour.gradient}"
+            "; nothing would read them: leave them out, or pass --actor_critic.gradient evolution"
+        )
+    if evolves and config.planner.name is not None:
+        return (
+            f"expected planner.name null with actor_critic.gradient evolution, got {config.planner.name}; its "
+            "controller acts: pass --planner.name null"
+        )
+    if evolves and (places := config.run.batch_size * config.run.batch_length) < evolution.rollouts:
+        return (
+            f"expected actor_critic.evolution.rollouts <= run.batch_size x run.batch_length ({places}), got "
+            f"{evolution.rollouts}; dreams begin at states of a batch"
         )
     return None
 
@@ -167,7 +183,8 @@ def _batches(config: Config) -> str | None:
     whole = [("loss.free_nats_of", config.loss.free_nats_of, "mean"),
              ("loss.objective", config.loss.objective, "redundancy_reduction"),
              ("actor_critic.gradient", config.actor_critic.gradient, "none"),
-             ("actor_critic.gradient", config.actor_critic.gradient, "search")]  # fmt: skip
+             ("actor_critic.gradient", config.actor_critic.gradient, "search"),
+             ("actor_critic.gradient", config.actor_critic.gradient, "evolution")]  # fmt: skip
     for name, got, needs in whole:
         if slices > 1 and (needs in got if isinstance(got, tuple) else needs == got):
             return f"expected optimizer.accumulate 1 with {name} {needs}, got {slices}; leave it out"

@@ -89,16 +89,16 @@ class _Alike:
     """Posterior and prior are of one kind, and train each other by their KL."""
 
     @property
-    def prior_numbers(self) -> int:
+    def prior_numbers(self: Latent) -> int:
         return self.numbers
 
-    def prior(self, logits: jax.Array) -> Any:
+    def prior(self: Latent, logits: jax.Array) -> Any:
         return self.dist(logits)
 
-    def dyn(self, posterior: Any, prior: Any, stoch: jax.Array) -> jax.Array:
+    def dyn(self: Latent, posterior: Any, prior: Any, stoch: jax.Array) -> jax.Array:
         return self.kl(posterior, prior)
 
-    def rep(self, posterior: Any, prior: Any) -> jax.Array:
+    def rep(self: Latent, posterior: Any, prior: Any) -> jax.Array:
         return self.kl(posterior, prior)
 
 
@@ -241,7 +241,7 @@ class Mixture(Gaussian):
         logits, mean, raw = (features.group(x, self.variables) for x in features.split(at_least_float32(logits), 3))
         return NormalMixture(logits, mean, jax.nn.softplus(raw) + self.LEAST, self.temperature)
 
-    def kl(self, posterior: Normal, prior: NormalMixture) -> jax.Array:
+    def kl(self, posterior: Normal, prior: Any) -> jax.Array:
         """By quadrature, see `NormalMixture`."""
         return prior.cross_entropy(posterior) - posterior.entropy()
 

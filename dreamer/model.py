@@ -192,6 +192,24 @@ class DreamerModel(nnx.Module):
         parts, horizon = (self.world_model, self.actor_critic, slow), self.config.actor_critic.horizon
         return imagine(*parts, starts, horizon, key, masked=self.dreams_masks, motive=motive)
 
+    def returns(self, starts: State, key: jax.Array) -> jax.Array:
+        """The return (M,) of the policy's most likely actions, in a drawn dream of H steps from each start (M, ...).
+
+        R = r₁ + c₁(r₂ + c₂(...)), without the critic; see `planners.protocol.World.step`.
+        """
+        x = self.world_model.rssm.feature(starts)
+        world, begin = self.as_world(starts, self.world_model.objective.allowed(x) if self.dreams_masks else None)
+
+        def step(carry: tuple, key: jax.Array) -> tuple[tuple, None]:
+            state, total, weight = carry
+            state, reward, cont = world.step(state, sample_actions(world.policy(state), None), key)
+            return (state, total + weight * reward, weight * cont), None
+
+        zero = jnp.zeros(x.shape[0], jnp.float32)
+        keys = jax.random.split(key, self.config.actor_critic.horizon)
+        (_, total, _), _ = jax.lax.scan(step, (begin, zero, zero + 1), keys)
+        return total
+
     def split_batch(self, batch: Batch) -> tuple[State, jax.Array, dict[str, jax.Array]]:
         """(context state (B, ...), actions (B, T, A) that led to each trained step, trained steps (B, T, ...))::
 

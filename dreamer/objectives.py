@@ -161,7 +161,7 @@ class Autoencoding(Reconstruction):
         self, width: int, tokens: int, spaces: Spaces, config: ModelConfig, loss: LossConfig, *, rngs: nnx.Rngs
     ) -> None:
         self.before = config.deter
-        super().__init__(width - self.before, tokens, spaces, config, loss, rngs=rngs)
+        super().__init__(width, tokens, spaces, config, loss, rngs=rngs)
 
     def predict(self, x: jax.Array) -> dict[str, Output]:
         return super().predict(self.own(x))
@@ -170,9 +170,9 @@ class Autoencoding(Reconstruction):
         return super().allowed(self.own(x))
 
     def own(self, x: jax.Array) -> jax.Array:
-        """The latent in the features of a state."""
-        _, stoch = features.split(x, [self.before])
-        return stoch
+        """The features of a state, with zeros for its deterministic part."""
+        deter, stoch = features.split(x, [self.before])
+        return features.concat([jnp.zeros_like(deter), stoch])
 
 
 class Probe(Reconstruction):

@@ -60,22 +60,32 @@ def scale_by_laprop(beta1: float, beta2: float, eps: float) -> optax.GradientTra
     return optax.GradientTransformation(init, update)
 
 
-def make_optimizer(groups: Mapping[str, OptimizerConfig]) -> optax.GradientTransformation:
+def make_optimizer(
+    groups: Mapping[str, OptimizerConfig], own: Mapping[str, optax.GradientTransformationExtraArgs] | None = None
+) -> optax.GradientTransformationExtraArgs:
     """An optimizer for each group of parameters, named by where they lie.
 
     groups: ``{"": options}`` for all parameters, as DreamerV3 has it; ``{"": ..., "actor_critic.policy": ...}`` gives
-    those below this path options of their own. A parameter belongs to the longest name that its path begins with.
+    those below this path options of their own. own: groups that have an optimizer of their own. A parameter belongs to
+    the longest name that its path begins with. Updates get a `evolution.Trial` beside the gradients.
     """
-    chain = lambda config: optax.named_chain(*OPTIMIZERS[config.kind](config))  # noqa: E731
-    if list(groups) == [""]:
-        return chain(groups[""])
+    chains = {name: optax.named_chain(*OPTIMIZERS[config.kind](config)) for name, config in groups.items()}
+    chains |= own or {}
+    if list(chains) == [""]:
+        return chains[""]
 
     def name_of(path: tuple, _: jax.Array) -> str:
         dotted = ".".join(entry.key for entry in path) + "."
-        return max((name for name in groups if not name or dotted.startswith(f"{name}.")), key=len)
+        return max((name for name in chains if not name or dotted.startswith(f"{name}.")), key=len)
 
     labels = lambda params: jax.tree.map_with_path(name_of, params)  # noqa: E731
-    return optax.partition({name: chain(config) for name, config in groups.items()}, labels)
+    return optax.partition(chains, labels)
+
+
+def filled(part: Tree, whole: Tree) -> Tree:
+    """`whole`, with the leaves that an optimizer of a group was given from `part`, where the others are masked."""
+    masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+    return jax.tree.map(lambda own, x: x if masked(own) else own, part, whole, is_leaf=masked)
 
 
 def groups_of(config: OptimizerConfig, apart: Sequence[str] = ()) -> dict[str, OptimizerConfig]:

@@ -67,6 +67,7 @@ TASKS: dict[str, tuple[Spaces, Spaces]] = {
     "quickstart": (image(32), classes(3)),
     "r2dreamer": (image(64), classes(17)),
     "vizdoom": (image(64), classes(3)),
+    "world_models": (image(64), classes(3)),
 }
 #: One of each kind; the others take as long again.
 QUICK = {"atari", "crafter", "dmc_proprio", "minecraft", "planet"}

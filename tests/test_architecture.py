@@ -27,7 +27,7 @@ LAYERS = [
     ],
     ["features", "sharding", "parts"],
     ["kernels", "one_kernel", "few_kernels"],
-    ["networks", "distributions", "optimizer", "scans", "compiler"],
+    ["networks", "distributions", "optimizer", "evolution", "scans", "compiler"],
     ["coders", "latents", "rssm"],
     ["objectives", "ensemble"],
     ["world_model"],
@@ -72,7 +72,7 @@ OPTIONAL = set(
     """
     dm_control mujoco crafter Box2D pygame tensorflow torch moviepy minerl minari wandb mlflow bsuite
     minigrid memory_maze labmaze vizdoom procgen gym3 cffi dm_env deepmind_lab matplotlib optuna ray
-    submitit aiohttp stable_baselines3
+    submitit aiohttp stable_baselines3 evosax
     """.split()
 )
 VAGUE = {"utils", "util", "common", "helpers", "helper", "manager", "misc"}

@@ -319,7 +319,7 @@ class Recorder:
 def written(tmp_path_factory):
     """Every name that a run writes: the loop's own logging over a learner whose updates are only traced."""
     logdir, recorder = tmp_path_factory.mktemp("run"), Recorder()
-    every = [name for name in OBJECTIVES if name != "probe"]
+    every = [name for name in OBJECTIVES if name not in ("probe", "autoencoding")]
     config = load_config(["debug"], {"loss.objective": every, "model.ensemble": 2})
     planner = act_by_planner(PlannerConfig(name="random_shooting", horizon=1, candidates=2))
     agent = Agent(OBSERVATIONS, ACTIONS, config, chooses=planner)
@@ -327,6 +327,8 @@ def written(tmp_path_factory):
     shape = (config.run.batch_size, config.run.batch_length + 1)
     batch = {k: jax.ShapeDtypeStruct((*shape, *f.shape), f.dtype) for k, f in fields.items()}
     metrics = jax.eval_shape(agent.train_step, jax.eval_shape(agent.init, 0), batch)[2]
+    evolved = Agent(OBSERVATIONS, ACTIONS, load_config(["debug"], {"actor_critic.gradient": "evolution"}))
+    metrics |= jax.eval_shape(evolved.train_step, jax.eval_shape(evolved.init, 0), batch)[2]
 
     frames = np.zeros((2, 8, 8, 3), np.uint8)
     episode = Episode(0, 1.0, 2, {"wood/mean": 0.0, "wood/max": 0.0}, [frames[0]])

@@ -266,7 +266,10 @@ def test_several_objectives_are_all_their_losses_and_the_predictions_of_one():
             {"loss.objective": "probe", "loss.target_rate": 0.5},
             "expected loss.target_rate 0.05 without self_prediction",
         ),
-        ({"loss.objective": "predict_encoding", "loss.reconstruction": 0.5}, "without reconstruction or autoencoding or probe"),
+        (
+            {"loss.objective": "predict_encoding", "loss.reconstruction": 0.5},
+            "without reconstruction or autoencoding or probe",
+        ),
         ({"loss.objective": "redundancy_reduction", "optimizer.accumulate": 2}, "expected optimizer.accumulate 1 with"),
         ({"loss.objective": "spell"}, "self_prediction"),
         (

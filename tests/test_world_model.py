@@ -98,7 +98,7 @@ def test_free_nats_may_be_those_of_the_mean(agent, params):
 
 def test_balance_is_two_scales(agent, params):
     """DreamerV2's loss, a KL(sg(q) || p) + (1 - a) KL(q || sg(p)), and V1's KL(q || p): gradients by given logits."""
-    free, latent = FREE_NATS["step"], LATENTS["categorical"](ModelConfig(stoch=2, classes=3, unimix=0))
+    (_, free), latent = FREE_NATS["step"], LATENTS["categorical"](ModelConfig(stoch=2, classes=3, unimix=0))
     draws = np.random.default_rng(0).normal(0, 1, (2, 4, 2, 3))
     sg = jax.lax.stop_gradient
 

@@ -22,11 +22,13 @@ from dreamer.run.training import train
 from dreamer.saves.checkpoint import Checkpointer
 
 SEARCH = {"planner.horizon": 2, "planner.candidates": 8, "planner.rounds": 2, "planner.elites": 3}
+EVOLUTION = {"population": 4, "rollouts": 2, "every": 7, "after": 5}
 PRESETS: dict[str, dict[str, Any]] = {
     "dreamer_v2": {"actor_critic.slow_every": 3}, "dreamer_v1": {}, "planet": SEARCH,
     "muzero": {"loss.objective": ["value_equivalence", "probe"], "planner.simulations": 4,
                "actor_critic.simulations": 4},
     "r2dreamer": {"loss.objective": ["redundancy_reduction", "probe"]},
+    "world_models": {f"actor_critic.evolution.{name}": value for name, value in EVOLUTION.items()},
 }  # fmt: skip
 
 
@@ -53,7 +55,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(name, tmp_path, monkeypatch):
     assert same(whole, parts)
     written = {key for line in lines(tmp_path / "whole" / "metrics.jsonl") for key in line}
     assert {"eval/score", "train/loss/dyn", "report/imagined_error/image"} <= written
-    assert ("train/loss/policy" in written) == (name not in ("planet", "muzero"))
+    assert ("train/loss/policy" in written) == (name not in ("planet", "muzero", "world_models"))
     env = gymnasium.make("dreamer.dream_env:Dream-v0", logdir=str(tmp_path / "whole"), disable_env_checker=True)
     first, _ = env.reset(seed=0)
     after, reward, *_ = env.step(1)
