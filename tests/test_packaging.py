@@ -194,7 +194,7 @@ def test_test_chooses_the_default_or_the_slow_tests(checkout, arguments, marks, 
     out = script("test", *arguments, "-x", "tests/test_config.py")
     assert out == f"ran -m pytest -m {marks} -x tests/test_config.py"
     assert installations(log) == [
-        f"[box2d,bsuite,crafter,dev,dmc,memorymaze,minari,minigrid,optuna,play,plot,procgen,{more}slurm,vizdoom]"
+        f"[box2d,bsuite,crafter,dev,dmc,evolution,memorymaze,minari,minigrid,optuna,play,plot,procgen,{more}slurm,vizdoom]"
     ]
 
 
