@@ -32,6 +32,9 @@ CHEAPER = CHEAP | {"xla_cpu_use_fusion_emitters": False}
 MESHES = {"one": (1, 1), "data": (8, 1), "both": (4, 2)}
 SPACES = {"position": Space("vector", (3,))}
 ONE_ACTION = {"action": Space("discrete", (), (3,))}
+#: So that one update has all that a preset's updates have.
+EVENTFUL = {"world_models": {"actor_critic.evolution.after": 0, "actor_critic.evolution.every": 1,
+                             "actor_critic.evolution.population": 4, "actor_critic.evolution.rollouts": 2}}  # fmt: skip
 ACTIONS = {**ONE_ACTION, "walk": Space("vector", (2,))}
 
 
@@ -50,7 +53,7 @@ def update_presets(folder: Path, presets: Sequence[str]) -> None:
     for preset in presets:
         state: Any = None
         for name, (data, model) in MESHES.items():
-            options = {"run.batch_size": 8, "run.mesh_data": data, "run.mesh_model": model}
+            options = {"run.batch_size": 8, "run.mesh_data": data, "run.mesh_model": model, **EVENTFUL.get(preset, {})}
             config = load_config([preset, "debug"], options)
             agent = Agent(SPACES, ONE_ACTION, config, devices=jax.devices())
             over, batch = agent.devices, random_batch(agent, 0)
