@@ -105,8 +105,7 @@ def test_a_planner_with_the_true_critic_is_optimal_at_once():
 
 
 def test_what_a_search_teaches_is_the_best_policy_and_its_value():
-    """With the best policy's values, one step ahead, exactly; with those of random play, the best actions all the
-    same."""
+    """With the best policy's values, one step ahead, exactly; with those of random play, a better policy everywhere."""
     table, _ = lake(0.0)
     live, values = ~table.terminal, value_iteration(table, 0.95)
     q = table.action_values(values, 0.95)
@@ -123,7 +122,7 @@ def test_what_a_search_teaches_is_the_best_policy_and_its_value():
     np.testing.assert_allclose(share, 1, atol=1e-5)
     np.testing.assert_allclose(value, values[live], rtol=1e-5)
     share, value = taught(TabularWorld(table, 0.95))
-    assert (share > 0.8).all()
+    assert (share > best.mean(-1)[live] + 0.01).all()
     uniform = policy_values(table, np.full((16, 4), 0.25), 0.95)[live]
     assert (value > uniform).all() and (value <= values[live] + 1e-5).all()
 

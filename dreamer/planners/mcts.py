@@ -26,6 +26,9 @@ from dreamer.planners.sequences import NEVER, spread
 #: How much a difference of values counts beside the prior's log-probabilities: between the 0.1 and 1 of the paper. With
 #: 0.1, a search in the slippery grid of `gridworld` goes on to prefer its prior where two actions are nearly equal.
 VALUE_SCALE = 0.5
+#: The values of a node's actions are scaled to span 1, unless they differ by less than this: then only what a critic is
+#: unsure of tells them apart, which is not to be blown up (as returns are not, in DreamerV3).
+LEAST_SPAN = 1.0
 
 
 class Choices(NamedTuple):
@@ -93,7 +96,9 @@ def search(settings: Settings, model: World, state: State, key: jax.Array) -> tu
         max_depth=settings.horizon,
         max_num_considered_actions=choices.log_probs.shape[1],
         gumbel_scale=settings.gumbel,
-        qtransform=functools.partial(mctx.qtransform_completed_by_mix_value, value_scale=VALUE_SCALE),
+        qtransform=functools.partial(
+            mctx.qtransform_completed_by_mix_value, value_scale=VALUE_SCALE, epsilon=LEAST_SPAN
+        ),
     )
     return choices, found
 
