@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import runpy
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -226,3 +228,14 @@ def test_a_policy_learns_through_disagreement_which_does_not_learn_from_it():
 def test_what_cannot_be(overrides, words):
     with pytest.raises(ConfigError, match=words):
         load_config(["debug"], overrides)
+
+
+@pytest.mark.slow
+def test_on_a_grid_whose_truth_is_known():
+    """Disagreement goes with the true error of a step, by the table; a penalty on it closes most of what plans promise
+    too much, and costs no return."""
+    study = runpy.run_path(str(Path(__file__).parent.parent / "docs" / "results" / "fidelity" / "unknown.py"))["study"]
+    found = study(0, penalties=(0.0, 3.0))
+    assert found.error.mean() > 0.1 and found.correlation >= 0.5
+    gap = found.believed - found.real
+    assert gap[0] > 0.5 and gap[1] < 0.6 * gap[0] and found.real[1] > found.real[0] - 0.05

@@ -237,7 +237,7 @@ def test_what_is_no_distribution(found):
 #: Number of runs of each, by hand.
 RUNS = {
     "tiny": 4, "atari100k": 26 * 5, "dmc": 18 * 5, "ablations": 8 * 3 * 5, "sizes": 6 * 5, "replay_ratios": 5 * 5,
-    "fidelity": 2 * 3 * 2 * 3,
+    "fidelity": 2 * 4 * 2 * 3,
 }  # fmt: skip
 
 
