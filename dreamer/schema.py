@@ -281,7 +281,8 @@ def help_text(width: int = 100) -> str:
             notes += [f"unit: {option.unit}"] if option.unit else []
             notes += [option.limits] if option.limits else []
             notes += ["may change on resume"] if option.resume else []
-            lines.append(f"  --{option.name}  ({describe(option.annotation)})")
+            name = f"--{option.name}  ({describe(option.annotation)})"
+            lines += textwrap.wrap(name, width, initial_indent="  ", subsequent_indent=" " * 4, break_on_hyphens=False)
             text = f"{option.meaning} [{'; '.join(notes)}]"
             lines += textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines[1:])
