@@ -21,7 +21,7 @@ from dreamer.insight import look
 from dreamer.optimizer import Slow
 from dreamer.planner_config import PlannerConfig
 from dreamer.planners.learned import CautiousWorld, LearnedWorld
-from dreamer.planners.sequences import explore
+from dreamer.planners.sequences import add_up, explore
 from dreamer.planners.table import make_planner
 from dreamer.rssm import State
 from dreamer.types import ACTION_MASK, PLANNED, Spaces, masks_actions
@@ -195,19 +195,15 @@ class DreamerModel(nnx.Module):
     def returns(self, starts: State, key: jax.Array) -> jax.Array:
         """The return (M,) of the policy's most likely actions, in a drawn dream of H steps from each start (M, ...).
 
-        R = r₁ + c₁(r₂ + c₂(...)), without the critic; see `planners.protocol.World.step`.
+        Without the critic; see `planners.sequences.add_up`.
         """
         x = self.world_model.rssm.feature(starts)
         world, begin = self.as_world(starts, self.world_model.objective.allowed(x) if self.dreams_masks else None)
 
-        def step(carry: tuple, key: jax.Array) -> tuple[tuple, None]:
-            state, total, weight = carry
-            state, reward, cont = world.step(state, sample_actions(world.policy(state), None), key)
-            return (state, total + weight * reward, weight * cont), None
+        def step(state: State, key: jax.Array) -> tuple[State, jax.Array, jax.Array, None]:
+            return *world.step(state, sample_actions(world.policy(state), None), key), None
 
-        zero = jnp.zeros(x.shape[0], jnp.float32)
-        keys = jax.random.split(key, self.config.actor_critic.horizon)
-        (_, total, _), _ = jax.lax.scan(step, (begin, zero, zero + 1), keys)
+        _, total, _, _ = add_up(step, begin, jax.random.split(key, self.config.actor_critic.horizon))
         return total
 
     def split_batch(self, batch: Batch) -> tuple[State, jax.Array, dict[str, jax.Array]]:

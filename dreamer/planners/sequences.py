@@ -126,6 +126,22 @@ def follow_policy(world: World, state: State, count: int, settings: Settings, ke
     return _roll(world, state, count, choose, None, settings, key)
 
 
+def add_up(
+    step: Callable[[State, Any], tuple[State, jax.Array, jax.Array, Any]], state: State, inputs: Any
+) -> tuple[State, jax.Array, jax.Array, Any]:
+    """Follow ``state, reward, cont, note = step(state, input)`` from states (M, ...) along inputs (H, ...): the last
+    state, R = r₁ + c₁(r₂ + c₂(...)) (M,), the product of all c (M,), and the notes (H, ...)."""
+
+    def one(carry: tuple, inputs: Any) -> tuple[tuple, Any]:
+        state, total, weight = carry
+        state, reward, cont, note = step(state, inputs)
+        return (state, total + weight * reward, weight * cont), note
+
+    zero = jnp.zeros(jax.tree.leaves(state)[0].shape[0], jnp.float32)
+    (end, total, weight), notes = jax.lax.scan(one, (state, zero, zero + 1), inputs)
+    return end, total, weight, notes
+
+
 def _roll(
     world: World,
     state: State,
@@ -137,19 +153,15 @@ def _roll(
 ) -> Tried:
     """`choose` acts from the state, its entry of `given` (H, M, ...) and a key."""
 
-    def step(carry: tuple, inputs: tuple) -> tuple[tuple, jax.Array]:
-        state, total, weight = carry
+    def step(state: State, inputs: tuple) -> tuple[State, jax.Array, jax.Array, jax.Array]:
         score, key = inputs
         act_key, step_key = jax.random.split(key)
         action = choose(state, score, act_key)
-        state, reward, cont = world.step(state, action, step_key if settings.outcomes == "sampled" else None)
-        return (state, total + weight * reward, weight * cont), action
+        return *world.step(state, action, step_key if settings.outcomes == "sampled" else None), action
 
     envs = jax.tree.leaves(state)[0].shape[0]
-    zero = jnp.zeros(envs * count, jnp.float32)
     keys = jax.random.split(key, settings.horizon)
-    start = (spread(state, count), zero, zero + 1)
-    (end, total, weight), actions = jax.lax.scan(step, start, (given, keys))
+    end, total, weight, actions = add_up(step, spread(state, count), (given, keys))
     if settings.critic:
         total = total + weight * world.value(end)
     actions = jnp.moveaxis(actions, 0, 1).reshape(envs, count, *actions.shape[::2])
