@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from sharded_updates import UPDATES
+from tiny_runs import eight_devices
 
 from dreamer.agent import Agent
 from dreamer.config import RunConfig
@@ -104,7 +105,7 @@ def test_one_device_has_no_mesh():
 def runs(tmp_path_factory):
     """(arrays, facts) of `sharded_updates.py`: updates on one device, and each of them on 8 x 1 and 4 x 2 ones."""
     folder = tmp_path_factory.mktemp("sharded")
-    surroundings = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    surroundings = eight_devices()
     subprocess.run([sys.executable, HERE / "sharded_updates.py", folder], env=surroundings, check=True)
     return dict(np.load(folder / "arrays.npz")), json.loads((folder / "facts.json").read_text())
 
@@ -183,7 +184,7 @@ def test_a_run_goes_on_with_other_devices(tmp_path):
     """Training on 4 x 2 devices with a report and an evaluation, then on one."""
     command = [sys.executable, HERE / "sharded_run.py", "--logdir", tmp_path, "--run.batch_size=8"]
     command += ["--run.updates_per_dispatch=2", "--run.train_ratio=64"]
-    eight = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    eight = eight_devices()
     mesh = ["--run.mesh_model=2", "--log.videos=true", "--run.report_every=100"]
     subprocess.run([*command, *mesh, "--run.agent_steps=120"], env=eight, cwd=HERE, check=True)
     subprocess.run([*command, "--run.agent_steps=140"], cwd=HERE, check=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,16 @@ _agents: dict[str, Agent] = {}
 def tiny_config(**overrides: Any) -> Config:
     """The debug preset, quiet; `run__batch_size=4` means run.batch_size."""
     return load_config(["debug"], QUIET | {name.replace("__", "."): value for name, value in overrides.items()})
+
+
+def as_for_users(**variables: str) -> dict[str, str]:
+    """The surroundings of a process that compiles as users' do, not in the shortest time as ./scripts/test has it."""
+    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | variables
+
+
+def eight_devices() -> dict[str, str]:
+    """The surroundings of a process that sees eight CPUs."""
+    return as_for_users(XLA_FLAGS="--xla_force_host_platform_device_count=8")
 
 
 def lines(path: Path) -> list[dict[str, Any]]:

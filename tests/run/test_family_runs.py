@@ -3,7 +3,6 @@ what DreamerV3 bears."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 from failing_env import Failing, Rounds
-from tiny_runs import QUIET, lines, same, share_agents
+from tiny_runs import QUIET, eight_devices, lines, same, share_agents
 
 import dreamer
 from dreamer.presets import load_config
@@ -89,7 +88,7 @@ def test_a_failing_environment_costs_an_episode(name, tmp_path, capsys):
 @pytest.mark.slow
 def test_an_update_on_several_devices_is_that_of_one(tmp_path):
     program = Path(__file__).resolve().parents[1] / "sharded_updates.py"
-    surroundings = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    surroundings = eight_devices()
     subprocess.run([sys.executable, program, tmp_path, *PRESETS], env=surroundings, check=True)
     arrays = dict(np.load(tmp_path / "arrays.npz"))
     for name in PRESETS:

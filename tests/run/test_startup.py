@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import subprocess
 import sys
 import time
 
-from tiny_runs import share_agents, tiny_config
+from tiny_runs import as_for_users, share_agents, tiny_config
 
 from dreamer.records.meters import StartupTimer, process_start
 from dreamer.run.loop import Run
@@ -87,6 +86,6 @@ def test_programs_with_much_temporary_memory_come_from_the_compilation_cache(tmp
     settings = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     command = [sys.executable, "-W", "error:Error:UserWarning", "-c", CACHED]
     for expected in ("False", "True"):
-        done = subprocess.run(command, env=os.environ | settings, check=True, capture_output=True, text=True)
+        done = subprocess.run(command, env=as_for_users(**settings), check=True, capture_output=True, text=True)
         temporary, hit = done.stdout.split()
         assert int(temporary) > 100e6 and hit == expected
