@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ from dreamer.types import LOG_PREFIX, TRANSITION_FIELDS, UNSCALED_REWARD, visibl
 
 #: Most frames of a recorded episode.
 VIDEO_FRAMES = 600
+#: Steps without the end of an episode that are worth a word: more than any suite's time limit.
+ENDLESS = 100_000
 
 
 @dataclasses.dataclass
@@ -203,16 +206,23 @@ def run_episodes(
     on_transition: called with what each step was, as `Collector.send` returns it, and with that at which the last
     episode ended.
 
-    Every environment plays the same number, so short episodes are not over-represented.
+    Every environment plays the same number, so short episodes are not over-represented. RuntimeWarning if none ends for
+    `ENDLESS` steps: a policy without chance may stay where nothing happens.
     """
     envs = collector.envs.num_envs
     owed = [count // envs + (i < count % envs) for i in range(envs)]
     episodes: list[Episode] = []
+    endless = 0
     while any(owed):
         transition = collector.act(params)
         if on_transition is not None:
             on_transition(transition)
-        for episode in collector.wait():
+        ended = collector.wait()
+        endless = 0 if ended else endless + 1
+        if endless == ENDLESS:
+            text = f"no episode of {envs} has ended in {ENDLESS:,} steps; env.time_limit, set for the run, would end them"
+            warnings.warn(text, RuntimeWarning, stacklevel=2)
+        for episode in ended:
             if owed[episode.env]:
                 owed[episode.env] -= 1
                 episodes.append(episode)

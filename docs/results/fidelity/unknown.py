@@ -149,7 +149,7 @@ def draw(found: list[Found]) -> np.ndarray:
         x, y = one.disagreement.ravel(), one.error.ravel()
         points.append([(x[at].mean(), y[at].mean()) for at in np.array_split(np.argsort(x), 10)])
     top = max(point[0] for line in points for point in line)
-    words = f"tenths of all steps by disagreement, {len(found)} seeds"
+    words = f"tenths of all steps by disagreement; seeds: {len(found)}"
     axes = Axes(page, (0, 0), size, "A step's true error", words, ("disagreement", ""), (0, top), (0, 1))
     axes.frame()
     for i, line in enumerate(points):
