@@ -220,7 +220,7 @@ def run_episodes(
         ended = collector.wait()
         endless = 0 if ended else endless + 1
         if endless == ENDLESS:
-            text = f"no episode of {envs} has ended in {ENDLESS:,} steps; env.time_limit, set for the run, would end them"
+            text = f"no episode of {envs} has ended in {ENDLESS:,} steps; the option env.time_limit would end them"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
         for episode in ended:
             if owed[episode.env]:

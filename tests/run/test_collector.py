@@ -235,7 +235,9 @@ def test_episodes_that_do_not_end_are_told(monkeypatch):
     on: Script = [(0.0, False, False)]
     with scripted([on * 40], [on * 40], length=41) as collection:
         calls = iter([False] * 5 + [True])
-        with pytest.warns(RuntimeWarning, match=r"no episode of 2 has ended in 4 steps; env\.time_limit") as told:
+        with pytest.warns(
+            RuntimeWarning, match=r"no episode of 2 has ended in 4 steps; the option env\.time_limit"
+        ) as told:
             run_episodes(collection.collector, collection.state["params"], 100, lambda: next(calls))
     assert len(told) == 1
     with scripted([on * 2 + LIMIT], [on * 40], length=41) as collection:  # any other warning is an error
