@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -14,6 +17,7 @@ import pytest
 from flax import nnx
 from hypothesis import strategies as st
 from learner_data import CHEAP, fix_draws, perturb, random_batch, small_config, weights
+from tiny_runs import as_for_users
 
 from dreamer import features, kernels
 from dreamer.agent import Agent
@@ -187,6 +191,13 @@ def test_the_whole_update_is_the_same_function(name):
     np.testing.assert_array_equal(latents["stoch"], plain_latents["stoch"])
     for one, two in ((ours, oracle), (scale, plain_scale), (metrics, plain_metrics)):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), one, two)
+
+
+def test_the_reference_s_updates_compiled_as_for_users():
+    """With all that XLA then does to a program; ./scripts/test has it take less trouble with the other tests."""
+    three = Path(__file__).with_name("test_reference.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{three}::test_three_updates"]
+    subprocess.run(command, env=as_for_users(), check=True)
 
 
 def test_every_rewrite_is_used_and_plain_takes_all_of_them_away(monkeypatch):

@@ -6,8 +6,6 @@ The reference fixed every random draw: a categorical draw is the most likely cla
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -15,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_names as rn
-from tiny_runs import as_for_users
 
 from dreamer import distributions
 from dreamer.agent import Agent
@@ -198,12 +195,6 @@ def test_three_updates(reference):
     check(rn.flatten(laprop["momentum"]), reference.params("final/opt/state/2/1/"))
     scale = {k: reference.arrays[f"final/retnorm/{k}/value"] for k in ("lo", "hi")}
     check({"lo": state["return_scale"]["low"], "hi": state["return_scale"]["high"]}, scale)
-
-
-def test_three_updates_compiled_as_for_users():
-    """With all that XLA then does to a program; ./scripts/test takes less trouble with the other tests."""
-    three = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"{__file__}::test_three_updates"]
-    subprocess.run(three, env=as_for_users(), check=True)
 
 
 def test_a_shifted_action_is_noticed(reference):

@@ -105,8 +105,7 @@ def test_one_device_has_no_mesh():
 def runs(tmp_path_factory):
     """(arrays, facts) of `sharded_updates.py`: updates on one device, and each of them on 8 x 1 and 4 x 2 ones."""
     folder = tmp_path_factory.mktemp("sharded")
-    surroundings = eight_devices()
-    subprocess.run([sys.executable, HERE / "sharded_updates.py", folder], env=surroundings, check=True)
+    subprocess.run([sys.executable, HERE / "sharded_updates.py", folder], env=eight_devices(), check=True)
     return dict(np.load(folder / "arrays.npz")), json.loads((folder / "facts.json").read_text())
 
 

@@ -22,7 +22,7 @@ from dreamer.types import LOG_PREFIX, TRANSITION_FIELDS, UNSCALED_REWARD, visibl
 
 #: Most frames of a recorded episode.
 VIDEO_FRAMES = 600
-#: Steps without the end of an episode that are worth a word: more than any suite's time limit.
+#: Steps without the end of an episode that are worth a word: more than the time limits of the presets' tasks.
 ENDLESS = 100_000
 
 

@@ -88,8 +88,7 @@ def test_a_failing_environment_costs_an_episode(name, tmp_path, capsys):
 @pytest.mark.slow
 def test_an_update_on_several_devices_is_that_of_one(tmp_path):
     program = Path(__file__).resolve().parents[1] / "sharded_updates.py"
-    surroundings = eight_devices()
-    subprocess.run([sys.executable, program, tmp_path, *PRESETS], env=surroundings, check=True)
+    subprocess.run([sys.executable, program, tmp_path, *PRESETS], env=eight_devices(), check=True)
     arrays = dict(np.load(tmp_path / "arrays.npz"))
     for name in PRESETS:
         expected = {key.split("/", 2)[2]: value for key, value in arrays.items() if key.startswith(f"{name}/one/")}
